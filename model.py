@@ -1,0 +1,351 @@
+"""The language model of MusicGen: a decoder-only transformer over the K parallel code streams of a neural codec.
+
+Copet et al. 2023 (arXiv:2306.05284), sec. 2.1 to 2.3. K embedding tables are summed into one vector a step, a pre-norm
+transformer with causal self-attention (and cross-attention to the text) reads them, K linear heads predict the next codes.
+Parameter names are those of the public checkpoints (emb, transformer.layers, out_norm, linears).
+
+    codes [B,K,T] ─pattern─► seq [B,K,S] ─sum of K embeddings─► x [B,S,D] ─► transformer ─► K heads ─► logits [B,K,S,card]
+                                             + prefix [B,P,D] in front, + cross [B,L,D] to attend to, + summed [B,1,D]
+
+The conditions come in from outside: this file knows what a `Conditions` is, not where it comes from; a conditioner (see
+conditioning.py) is handed to the constructor so that one forward computes the loss, which is what DDP and FSDP wrap.
+
+Legend: B batch, K codebooks, T frames, S sequence steps, L condition tokens, P prefix tokens, D width, H heads.
+    python model.py          prints parameters and FLOPs of every size
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import patterns
+
+IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
+SIZES = {                                                            # Copet et al. 2023 sec. 3.1: small 300M, medium 1.5B, large 3.3B
+    "debug": dict(dim=64, num_layers=2, num_heads=2),
+    "tiny": dict(dim=256, num_layers=4, num_heads=4),
+    "base": dict(dim=512, num_layers=8, num_heads=8),
+    "small": dict(dim=1024, num_layers=24, num_heads=16),
+    "medium": dict(dim=1536, num_layers=48, num_heads=24),
+    "large": dict(dim=2048, num_layers=48, num_heads=32),
+}
+
+
+@dataclass
+class ModelConfig:
+    """Everything that gives the language model its shape; plain data, stored in every checkpoint."""
+    K: int = 4                                                       # codebooks
+    card: int = 2048                                                 # codes in a codebook; `card` itself is the special token
+    dim: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    hidden_scale: int = 4                                            # feed-forward width over D
+    dropout: float = 0.0
+    cross_attention: bool = True
+    mask_padding: bool = True                                        # False: attend to padded text, as the public weights do
+    pattern: str = "delay"                                           # delay | parallel | unrolled
+    delays: list | None = None                                       # frames each codebook lags; None: 0, 1, .. K-1
+    flattening: list | None = None                                   # unrolled: inner step of each codebook
+
+    def layout(self, T: int) -> patterns.Pattern:
+        """The codebook pattern over T frames."""
+        delays = None if self.delays is None else tuple(self.delays)
+        flattening = None if self.flattening is None else tuple(self.flattening)
+        return patterns.make(self.pattern, T, self.K, delays, flattening)
+
+
+@dataclass
+class Conditions:
+    """What the transformer is conditioned on, already in its width D. Absent ones are None.
+
+    A mask is True at real positions; an absent mask means that all are. Rows of `cross` that are null are exact zeros:
+    with bias-free projections their keys and values are zero, and so is what cross-attention adds.
+    """
+    cross: Tensor | None = None                                      # [B, L, D]
+    cross_mask: Tensor | None = None                                 # [B, L] bool
+    prefix: Tensor | None = None                                     # [B, P, D]
+    prefix_mask: Tensor | None = None                                # [B, P] bool
+    summed: Tensor | None = None                                     # [B, 1, D]
+
+
+class Cache:
+    """Keys and values of what was already read: preallocated for S_max steps, filled from the left, one per sequence batch.
+
+    Cross-attention keys and values are computed once, with the first step."""
+
+    def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32):
+        shape = (config.num_layers, 2, B, config.num_heads, S_max, config.dim // config.num_heads)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.cross = [None] * config.num_layers                      # (k, v) [B, H, L, D/H] each
+        self.length = 0                                              # steps read, the prefix counted in
+        self.P, self.prefix_mask = 0, None                           # prefix tokens and their mask [B, P]
+        self.source_mask = self.summed = None                        # [B, 1, 1, L], [B, 1, D]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new steps k, v [B,H,S,D/H] and returns all [B,H,length+S,D/H]."""
+        end = self.length + k.shape[2]
+        assert end <= self.kv.shape[4], f"step {end} of a cache of {self.kv.shape[4]}"
+        self.kv[layer, 0, :, :, self.length:end] = k
+        self.kv[layer, 1, :, :, self.length:end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+
+def sinusoid(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Position vectors [..., dim] of positions [...]: cosines first, exponent i/(half-1); always float32."""
+    half = dim // 2
+    exponent = torch.arange(half, device=positions.device, dtype=torch.float32) / (half - 1)
+    phase = positions[..., None].float() / max_period ** exponent
+    return torch.cat([phase.cos(), phase.sin()], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one packed projection: rows q | k | v of in_proj_weight [3D, D], no biases."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        assert dim % num_heads == 0, f"width {dim} does not divide into {num_heads} heads"
+        self.num_heads, self.dropout = num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B,S,parts*D] -> `parts` tensors [B,H,S,D/H]."""
+        B, S, _ = x.shape
+        return x.view(B, S, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                                              # [B, S, D]
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """Causal self-attention over x [B,S,D]; mask [B,1,S,S'] bool or None for plain causal."""
+        q, k, v = self.split(F.linear(x, self.in_proj_weight), 3)                                       # [B, H, S, D/H]
+        fresh = cache is None or cache.length == 0
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        if mask is None and not fresh:
+            assert x.shape[1] == 1, "several new steps on a filled cache need a mask"
+        return self.attend(q, k, v, mask, is_causal=mask is None and fresh)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a condition [B,L,D], for `cross`."""
+        D = source.shape[-1]
+        return self.split(F.linear(source, self.in_proj_weight[D:]), 2)                                 # [B, H, L, D/H]
+
+    def cross(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Attention of x [B,S,D] to a condition; mask [B,1,1,L] bool or None."""
+        q, = self.split(F.linear(x, self.in_proj_weight[:x.shape[-1]]), 1)
+        return self.attend(q, *keys_values, mask)
+
+
+class Layer(nn.Module):
+    """Pre-norm block: self-attention, cross-attention, feed-forward with exact GELU; linears without biases."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, hidden = config.dim, config.dim * config.hidden_scale
+        self.self_attn = Attention(D, config.num_heads, config.dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.linear1, self.linear2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.cross_attention:
+            self.cross_attention = Attention(D, config.num_heads, config.dropout)
+            self.norm_cross = nn.LayerNorm(D)
+
+    def forward(self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None,
+                cache: Cache | None = None, index: int = 0) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.norm1(x), mask, cache, index))                         # [B, S, D]
+        if source is not None or (cache is not None and cache.cross[index] is not None):
+            keys_values = cache.cross[index] if cache is not None else None
+            if keys_values is None:
+                keys_values = self.cross_attention.keys_values(source)
+                if cache is not None:
+                    cache.cross[index] = keys_values
+            x = x + self.dropout(self.cross_attention.cross(self.norm_cross(x), keys_values, source_mask))
+        hidden = self.dropout(F.gelu(self.linear1(self.norm2(x))))                                      # [B, S, 4D]
+        return x + self.dropout(self.linear2(hidden))
+
+
+class Transformer(nn.Module):
+    """The stack of layers. `checkpointing` recomputes each layer in the backward pass instead of keeping its activations."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.checkpointing = False
+
+    def forward(self, x, mask, source, source_mask, cache=None):
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, mask, source, source_mask, use_reentrant=False)
+            else:
+                x = layer(x, mask, source, source_mask, cache, i)
+        return x
+
+
+class MusicGen(nn.Module):
+    """The language model with its conditioner. `forward` is the loss; `logits` and `hidden` serve generation and tests.
+
+    conditioner: a module whose call turns prepared inputs into `Conditions`, or None for an unconditional model."""
+
+    def __init__(self, config: ModelConfig, conditioner: nn.Module | None = None):
+        super().__init__()
+        self.config = config
+        K, D, card = config.K, config.dim, config.card
+        self.special = card                                          # can be read, never predicted
+        self.emb = nn.ModuleList(nn.Embedding(card + 1, D) for _ in range(K))
+        self.transformer = Transformer(config)
+        self.out_norm = nn.LayerNorm(D)
+        self.linears = nn.ModuleList(nn.Linear(D, card, bias=False) for _ in range(K))
+        self.conditioner = conditioner
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Truncated normal at 3 std; std = 1/sqrt(fan_in), for matrices of layer l (from 0) over sqrt(2(l+1)).
+
+        Source: SPEC L5 of the reference; its packed q/k/v escape the scheme there and follow it here."""
+        def init(weight: Tensor, fan_in: int, depth: int = 0):
+            std = fan_in ** -0.5 / (math.sqrt(2 * depth) if depth else 1.0)
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+        for table in self.emb:
+            init(table.weight, self.config.dim)
+        for head in self.linears:
+            init(head.weight, self.config.dim)
+        for l, layer in enumerate(self.transformer.layers):
+            for weight in layer.parameters():
+                if weight.dim() == 2:
+                    init(weight, weight.shape[1], depth=l + 1)
+
+    def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None) -> Tensor:
+        """Codes in the pattern, seq [B,K,S] -> [B,S,D], normalised, ready for the heads.
+
+        With a cache only the new steps are given; conditions are then read from the first call and ignored later."""
+        B, K, S = seq.shape
+        assert K == self.config.K, f"{K} codebooks, the model has {self.config.K}"
+        x = sum(table(codes) for table, codes in zip(self.emb, seq.unbind(1)))                          # [B, S, D]
+        c = conditions or Conditions()
+        start = cache.length if cache is not None else 0
+        P, prefix_mask, source_mask, summed = 0, None, self._cross_mask(c.cross_mask), c.summed
+        if start:                                                    # conditions were read with the first steps
+            P, prefix_mask, source_mask, summed = cache.P, cache.prefix_mask, cache.source_mask, cache.summed
+        if summed is not None:
+            x = x + summed
+        if not start and c.prefix is not None:
+            x = torch.cat([c.prefix.to(x.dtype), x], 1)                                                 # [B, P+S, D]
+            P, prefix_mask = c.prefix.shape[1], c.prefix_mask if self.config.mask_padding else None
+        if cache is not None:
+            cache.P, cache.prefix_mask, cache.source_mask, cache.summed = P, prefix_mask, source_mask, summed
+        x = x + sinusoid(self._positions(B, start, x.shape[1], P, prefix_mask, x.device), self.config.dim)
+        mask = self._self_mask(start, x.shape[1], P, prefix_mask, x.device)
+        x = self.transformer(x, mask, None if start else c.cross, source_mask, cache)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.out_norm(x[:, -S:])                                                                 # [B, S, D]
+
+    @staticmethod
+    def _positions(B: int, start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor:
+        """Positions [1,S] or [B,S]: masked prefix tokens do not count, so that padding of a batch moves nothing."""
+        positions = torch.arange(start, start + S, device=device)[None]                                 # [1, S]
+        if prefix_mask is None:
+            return positions
+        real = torch.cat([prefix_mask, prefix_mask.new_ones(B, start + S - P)], 1)
+        return (real.cumsum(1) - 1).clamp_min(0)[:, start:]                                             # [B, S]
+
+    @staticmethod
+    def _self_mask(start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor | None:
+        """Causal mask [B,1,S,start+S] that hides masked prefix tokens; None where plain causal attention will do."""
+        if prefix_mask is None and (start == 0 or S == 1):
+            return None
+        rows = torch.arange(start, start + S, device=device)[:, None]
+        columns = torch.arange(start + S, device=device)[None]
+        causal = columns <= rows                                                                        # [S, start+S]
+        if prefix_mask is None:
+            return causal[None, None]
+        visible = F.pad(prefix_mask, (0, start + S - P), value=True)[:, None, None]                     # [B, 1, 1, start+S]
+        return (causal & visible) | (columns == rows)                # a token always sees itself: no empty softmax
+
+    def _cross_mask(self, mask: Tensor | None) -> Tensor | None:
+        """[B,L] -> [B,1,1,L]; a row without any token attends to its zeros, which gives exactly zero."""
+        if mask is None or not self.config.mask_padding:
+            return None
+        return (mask | ~mask.any(1, keepdim=True))[:, None, None]
+
+    def logits(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None) -> Tensor:
+        """seq [B,K,S] -> logits [B,K,S,card]: at step s of codebook k for what stands at step s+1."""
+        x = self.hidden(seq, conditions, cache)
+        return torch.stack([head(x) for head in self.linears], 1)                                       # [B, K, S, card]
+
+    def predict(self, codes: Tensor, conditions: Conditions | None = None) -> tuple[Tensor, Tensor]:
+        """The paper's view: codes [B,K,T] -> logits [B,K,T,card] (NaN where nothing predicts them) and mask [K,T]."""
+        pattern = self.config.layout(codes.shape[2])
+        return pattern.revert_logits(self.logits(pattern.build(codes, self.special), conditions))
+
+    def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None) -> Tensor:
+        """Cross-entropy summed over the valid targets of each codebook: [K] float32, to be divided by `count_targets`.
+
+        codes [B,K,T]; frame_mask [B,T] False where a clip is padding (read as the special token, masked from the loss);
+        inputs: what the conditioner's `prepare` gave. The targets are shifted to the sequence: no logits are gathered."""
+        conditions = self.conditioner(inputs) if self.conditioner is not None else None
+        pattern = self.config.layout(codes.shape[2])
+        targets = pattern.targets(codes, frame_mask, IGNORE)                                            # [B, K, S-1]
+        if frame_mask is not None:
+            codes = codes.masked_fill(~frame_mask[:, None], self.special)
+        x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions)                       # [B, S-1, D]
+        return torch.stack([F.cross_entropy(head(x).flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE,
+                                            reduction="sum")
+                            for head, target in zip(self.linears, targets.unbind(1))])                  # [K]
+
+    def count_targets(self, frame_mask: Tensor) -> Tensor:
+        """Number of supervised codes of each codebook [K] for frames [B,T]."""
+        supervised = self.config.layout(frame_mask.shape[1]).supervised.to(frame_mask.device)           # [K, T]
+        return (frame_mask[:, None] & supervised).sum((0, 2))
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list:
+    """Optimiser groups: weight decay on matrices only, not on norms, biases and tables of embeddings."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    params = [p for p in model.parameters() if p.requires_grad]
+    matrix = [p for p in params if p.dim() >= 2 and id(p) not in tables]
+    rest = [p for p in params if p.dim() < 2 or id(p) in tables]
+    return [dict(params=matrix, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+
+
+def flops_per_step(config: ModelConfig, S: int, L: int = 0) -> int:
+    """Forward FLOPs of one sequence of S steps with L condition tokens: 2 a multiply-add. Backward costs twice as much.
+
+    Source: the count of PaLM (Chowdhery et al. 2022, appendix B), with attention at its full S x S."""
+    D, layers = config.dim, config.num_layers
+    attention = 8 * D * D * S + 4 * S * S * D                        # q, k, v, out; scores and values
+    cross = (4 * D * D * S + 4 * D * D * L + 4 * S * L * D) if config.cross_attention else 0
+    feed_forward = 4 * D * D * config.hidden_scale * S
+    return layers * (attention + cross + feed_forward) + 2 * D * config.card * config.K * S
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the language model without its conditioner; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in MusicGen(config).parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Parameters and FLOPs of every size.")
+    parser.add_argument("--T", type=int, default=1500, help="frames (30 s at 50 Hz)")
+    args = parser.parse_args()
+    print(f"{'size':<8}{'D':>6}{'layers':>8}{'heads':>7}{'parameters':>13}{'no cross':>12}{'GFLOP forward, T=' + str(args.T):>26}")
+    for name, shape in SIZES.items():
+        config = ModelConfig(**shape)
+        plain = count_parameters(ModelConfig(**shape, cross_attention=False))
+        print(f"{name:<8}{config.dim:>6}{config.num_layers:>8}{config.num_heads:>7}{count_parameters(config) / 1e6:>12.1f}M"
+              f"{plain / 1e6:>11.1f}M{flops_per_step(config, args.T, 16) / 1e9:>26.1f}")
+
+
+if __name__ == "__main__":
+    main()

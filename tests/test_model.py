@@ -1,0 +1,166 @@
+"""The transformer: causality, cached decoding, conditions, initialisation, loss by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as lm
+from model import Cache, Conditions, ModelConfig, MusicGen
+
+PATTERNS = ("delay", "parallel", "unrolled")
+
+
+def tiny(**changes) -> MusicGen:
+    torch.manual_seed(0)
+    return MusicGen(ModelConfig(**{**dict(K=3, card=11, dim=32, num_layers=2, num_heads=4), **changes})).eval()
+
+
+def conditions(B=2, L=5, P=3, D=32, generator=torch.Generator().manual_seed(3)) -> Conditions:
+    cross_mask, prefix_mask = torch.ones(B, L, dtype=torch.bool), torch.ones(B, P, dtype=torch.bool)
+    cross_mask[1, 3:] = prefix_mask[1, :2] = False
+    cross = torch.randn(B, L, D, generator=generator) * cross_mask[..., None]
+    prefix = torch.randn(B, P, D, generator=generator) * prefix_mask[..., None]
+    return Conditions(cross, cross_mask, prefix, prefix_mask, torch.randn(B, 1, D, generator=generator))
+
+
+def test_causal_by_gradient():
+    """No logit of step s depends on what stands after s; every one depends on step s itself."""
+    m = tiny()
+    seq = torch.randint(0, 12, (1, 3, 9))
+    x = sum(table(c) for table, c in zip(m.emb, seq.unbind(1))).detach().requires_grad_()
+    x_in = x + lm.sinusoid(torch.arange(9)[None], 32)
+    out = m.out_norm(m.transformer(x_in, None, None, None))
+    for s in range(9):
+        grad, = torch.autograd.grad(out[0, s].square().sum(), x, retain_graph=True)
+        assert grad[0, s + 1:].abs().max() == 0 if s < 8 else True
+        assert (grad[0, :s + 1].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("which", ("none", "cross", "prefix", "summed", "all"))
+def test_cached_decode_equals_full_forward(pattern, which):
+    m = tiny(pattern=pattern)
+    c = conditions()
+    keep = {"none": Conditions(), "all": c, "cross": Conditions(cross=c.cross, cross_mask=c.cross_mask),
+            "prefix": Conditions(prefix=c.prefix, prefix_mask=c.prefix_mask), "summed": Conditions(summed=c.summed)}[which]
+    layout = m.config.layout(6)
+    seq = layout.build(torch.randint(0, 11, (2, 3, 6)), m.special, valid_only=False)
+    full = m.logits(seq, keep)
+    P = 3 if keep.prefix is not None else 0
+    cache = Cache(m.config, 2, layout.S + P, "cpu")
+    parts = [m.logits(seq[..., :4], keep, cache)]
+    parts += [m.logits(seq[..., s:s + 1], keep, cache) for s in range(4, layout.S)]
+    assert torch.allclose(torch.cat(parts, 2), full, atol=1e-5)
+    if which != "none":
+        assert not torch.allclose(full, m.logits(seq), atol=1e-3)
+
+
+def test_several_new_steps_on_a_filled_cache():
+    m, seq = tiny(), torch.randint(0, 11, (2, 3, 10))
+    cache = Cache(m.config, 2, 10, "cpu")
+    parts = [m.logits(seq[..., a:b], None, cache) for a, b in ((0, 3), (3, 7), (7, 10))]
+    assert torch.allclose(torch.cat(parts, 2), m.logits(seq), atol=1e-5)
+
+
+def test_padding_of_conditions_changes_nothing():
+    """Longer padding in a batch moves no logit; without mask_padding it does (as the public weights were trained)."""
+    m, c, seq = tiny(), conditions(), torch.randint(0, 11, (2, 3, 7))
+    wider = Conditions(F.pad(c.cross, (0, 0, 0, 4)), F.pad(c.cross_mask, (0, 4)),
+                       F.pad(c.prefix, (0, 0, 2, 0)), F.pad(c.prefix_mask, (2, 0)), c.summed)
+    assert torch.allclose(m.logits(seq, c), m.logits(seq, wider), atol=1e-5)
+    loose = tiny(mask_padding=False)
+    assert not torch.allclose(loose.logits(seq, c), loose.logits(seq, wider), atol=1e-3)
+
+
+def test_null_condition_adds_exactly_nothing():
+    m, seq = tiny(), torch.randint(0, 11, (2, 3, 7))
+    null = Conditions(cross=torch.zeros(2, 4, 32), cross_mask=torch.zeros(2, 4, dtype=torch.bool))
+    assert torch.equal(m.logits(seq, null), m.logits(seq))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_forward_is_the_loss_by_hand(pattern):
+    """Shifted targets, realigned logits and a loop over every code give the same sums; padding is out."""
+    m = tiny(pattern=pattern)
+    codes = torch.randint(0, 11, (2, 3, 8))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 5:] = False
+    sums = m(codes, mask)
+    logits, predicted = m.predict(codes.masked_fill(~mask[:, None], m.special))
+    for k in range(3):
+        by_hand = sum(-F.log_softmax(logits[b, k, t], -1)[codes[b, k, t]]
+                      for b in range(2) for t in range(8) if mask[b, t] and predicted[k, t])
+        assert abs(float(by_hand - sums[k])) < 1e-4
+    delays = {"delay": (0, 1, 2), "parallel": (0, 0, 0), "unrolled": (0, 0, 0)}[pattern]
+    assert m.count_targets(mask).tolist() == [8 - d + 5 for d in delays]
+
+
+def test_what_padding_holds_does_not_matter():
+    m = tiny()
+    codes, mask = torch.randint(0, 11, (1, 3, 8)), torch.arange(8)[None] < 5
+    other = codes.clone()
+    other[..., 5:] = (other[..., 5:] + 1) % 11
+    assert torch.equal(m(codes, mask), m(other, mask))
+
+
+def test_initial_loss_is_near_uniform():
+    m = tiny(card=256, dim=64)
+    codes = torch.randint(0, 256, (4, 3, 20))
+    ce = m(codes) / m.count_targets(torch.ones(4, 20, dtype=torch.bool))
+    assert (ce - math.log(256)).abs().max() < 0.7
+
+
+def test_initialisation_scheme():
+    m = tiny(dim=256, num_layers=3, card=100)
+    for l, layer in enumerate(m.transformer.layers):
+        for w in (layer.self_attn.in_proj_weight, layer.cross_attention.out_proj.weight, layer.linear1.weight,
+                  layer.linear2.weight):
+            std = w.shape[1] ** -0.5 / math.sqrt(2 * (l + 1))
+            assert abs(w.std() / std - 0.986) < 0.02                 # truncation at 3 std takes 1.4 % off
+            assert w.abs().max() <= 3 * std + 1e-6
+    assert abs(m.emb[0].weight.std() * 16 - 0.986) < 0.02
+
+
+def test_sinusoid():
+    """Cosines first; the last frequency is 1 / max_period exactly (exponent i / (half - 1))."""
+    table = lm.sinusoid(torch.tensor([0, 7]), 8)
+    expected = [7 / 10_000 ** (i / 3) for i in range(4)]
+    assert table[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert torch.allclose(table[1], torch.tensor([math.cos(p) for p in expected] + [math.sin(p) for p in expected]))
+    assert lm.sinusoid(torch.tensor([1], dtype=torch.int64), 8).dtype == torch.float32
+
+
+def test_public_shapes():
+    """Parameter counts of SPEC L6, on the meta device (their text projection of 768 x D + D comes on top)."""
+    for size, millions in (("small", 420), ("medium", 1839), ("large", 3257)):
+        config = ModelConfig(**lm.SIZES[size])
+        assert round((lm.count_parameters(config) + 769 * config.dim) / 1e6) == millions
+    names = dict(tiny().named_parameters())
+    for name, shape in {"emb.2.weight": (12, 32), "transformer.layers.1.self_attn.in_proj_weight": (96, 32),
+                        "transformer.layers.0.cross_attention.out_proj.weight": (32, 32), "linears.0.weight": (11, 32),
+                        "transformer.layers.0.linear1.weight": (128, 32), "out_norm.bias": (32,),
+                        "transformer.layers.0.norm_cross.bias": (32,)}.items():
+        assert names[name].shape == shape
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    codes, grads = torch.randint(0, 11, (2, 3, 8)), []
+    for checkpointing in (False, True):
+        m = tiny().train()
+        m.transformer.checkpointing = checkpointing
+        m(codes).sum().backward()
+        grads.append([p.grad for n, p in m.named_parameters() if "cross" not in n])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_decay_on_matrices_only():
+    decayed, rest = lm.decay_groups(tiny(), 0.1)
+    assert all(p.dim() == 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0 and sum(p.dim() == 2 for p in rest["params"]) == 3      # the three tables
+
+
+def test_wrong_number_of_codebooks():
+    with pytest.raises(AssertionError, match="4 codebooks, the model has 3"):
+        tiny().logits(torch.zeros(1, 4, 5, dtype=torch.long))
