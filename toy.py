@@ -22,7 +22,6 @@ attributes or recalls clips. Everything is a function of (seed, epoch, index): d
 Legend: B clips, N samples (16 kHz), F analysis frames.
     python toy.py                    prints captions with the analyser's accuracies on clean clips
     python toy.py clip.wav ...       writes what the analyser hears in audio files
-    python toy.py fit                fits the analyser's instrument and drum heads again (assets/toy_analyser.npz)
 """
 
 import argparse
@@ -253,11 +252,12 @@ def _mel_bands() -> torch.Tensor:
     return torchaudio.functional.melscale_fbanks(513, 40.0, 8000.0, 32, SAMPLE_RATE).T                  # [32, 513]
 
 
+FLOOR_DB = -35.0                                                      # what lies deeper is codec noise, not timbre
 HARMONICS = (0.5, 1.5, 2, 2.5, 2.76, 3, 4, 5, 5.4, 6, 7, 8)          # ratios to the pitch; the odd ones out are a bell's
 
 
 def _timbre(wav: torch.Tensor, midi: torch.Tensor) -> torch.Tensor:
-    """Features of sound colour [B, 32 + 12 + 12]: mean mel spectrum, partials over the pitch, shape of the decay; dB."""
+    """Features of sound colour [B, 32 + 12 + 5 + 6]: mean mel spectrum, partials over the pitch, shape of the decay; dB."""
     spec = torch.stft(wav, 1024, GRID, window=torch.hann_window(1024), return_complex=True).abs() ** 2  # [B, 513, F]
     F = min(spec.shape[-1], midi.shape[1])
     spec, hz = spec[..., :F], 440 * 2 ** ((midi[:, :F] - 69) / 12)
@@ -266,18 +266,17 @@ def _timbre(wav: torch.Tensor, midi: torch.Tensor) -> torch.Tensor:
         return 10 * x.clamp_min(1e-7).log10()
 
     mel = db((_mel_bands() @ spec).mean(2))                                                             # [B, 32]
-    mel = mel - mel.amax(1, keepdim=True)
+    mel = (mel - mel.amax(1, keepdim=True)).clamp_min(FLOOR_DB)
     bins = (hz[:, None] * torch.tensor(HARMONICS)[:, None] * 1024 / SAMPLE_RATE).round().long().clamp(0, 512)
     base = spec.gather(1, (hz[:, None] * 1024 / SAMPLE_RATE).round().long().clamp(0, 512))              # [B, 1, F]
     energy = spec[:, 7:300].sum(1)                                                                      # 110..4,700 Hz
     loud = (energy > 0.1 * energy.amax(1, keepdim=True)).float()[:, None]
-    partials = ((db(spec.gather(1, bins)) - db(base)).clamp(-50, 20) * loud).sum(2) / loud.sum(2).clamp_min(1)
+    partials = ((db(spec.gather(1, bins)) - db(base)).clamp(FLOOR_DB, 20) * loud).sum(2) / loud.sum(2).clamp_min(1)
     quantiles = torch.tensor((0.1, 0.3, 0.5, 0.7, 0.9))
-    shape = db(energy.quantile(quantiles, 1).T / energy.amax(1, keepdim=True).clamp_min(1e-9)).clamp_min(-60)
+    shape = db(energy.quantile(quantiles, 1).T / energy.amax(1, keepdim=True).clamp_min(1e-9)).clamp_min(FLOOR_DB)
     edges = torch.stack([spec[:, :7].sum(1), spec[:, 330:].sum(1)], 1)                                  # kick, snare
     drums = db(edges.quantile(torch.tensor((0.5, 0.8, 0.97)), 2) / energy.mean(1)[:, None].clamp_min(1e-9))
-    slope = db(spec[:, 330:].sum(1).amax(1, keepdim=True) / spec.sum((1, 2))[:, None].clamp_min(1e-9))
-    return torch.cat([mel, partials.clamp(-50, 20), shape, drums.transpose(0, 1).flatten(1), slope], 1)
+    return torch.cat([mel, partials, shape, drums.transpose(0, 1).flatten(1).clamp_min(FLOOR_DB)], 1)
 
 
 def degrade(wav: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -316,15 +315,17 @@ class Analyser:
         self.heads = heads
 
     @classmethod
-    def fit(cls, clips: int = 6000, seed: int = 7) -> "Analyser":
-        """Fits the heads on `clips` clips of the training combinations, two thirds of them degraded."""
+    @torch.no_grad()
+    def fit(cls, through, clips: int = 6000, seed: int = 7) -> "Analyser":
+        """Fits the heads on `clips` clips of the training combinations: a third clean, a third degraded, a third after
+        `through`, a function [B,N] -> [B,N] such as a codec's round trip."""
         generator = torch.Generator().manual_seed(seed)
         features, midis, labels = [], [], []
-        for start in range(0, clips, 32):                            # in small pieces: large ones thrash the memory
+        for i, start in enumerate(range(0, clips, 32)):              # in small pieces: large ones thrash the memory
             samples = [sample(seed, 10**6, i) for i in range(start, min(start + 32, clips))]
             wav = torch.from_numpy(np.stack([s.wav for s in samples]))
-            if start % 96:
-                wav = degrade(wav, generator)
+            wav = (wav, degrade(wav, generator), through(wav))[i % 3]
+            wav = 0.13 * wav / wav.square().mean(1, keepdim=True).sqrt()
             midi, weight = _pitch(wav)
             features.append(_timbre(wav, midi))
             midis.append(_root_and_register(midi, weight)[1])
@@ -406,14 +407,11 @@ def confusion(heard: list, asked: list, name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Toy music and its analyser.")
-    parser.add_argument("files", nargs="*", help="audio files to hear, or the word fit")
+    parser.add_argument("files", nargs="*", help="audio files to hear")
     parser.add_argument("--clips", type=int, default=500, help="clean clips to measure the analyser on")
     args = parser.parse_args()
-    if args.files == ["fit"]:
-        Analyser.fit().save()
-        print(f"wrote {ANALYSER_FILE}")
     analyser = Analyser()
-    if args.files and args.files != ["fit"]:
+    if args.files:
         import soundfile
         import torchaudio
         for path in args.files:

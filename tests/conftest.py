@@ -1,4 +1,4 @@
-"""Tests run from anywhere: the product's files lie one folder up. One thread each: the machine has few cores."""
+"""Tests run from anywhere: the product's files lie one folder up. One thread: the models are tiny."""
 
 import sys
 from pathlib import Path
@@ -6,4 +6,4 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1)

@@ -8,13 +8,13 @@ import conditioning
 from conditioning import Conditioner, ConditionerConfig
 
 CAPTIONS = ["a slow organ tune with drums", "fast bells, no percussion", "a calm harp in the key of C sharp major"] * 20
+PIECES = conditioning.fit_sentencepiece(CAPTIONS, 120)
 
 
 def make(**changes) -> Conditioner:
     torch.manual_seed(0)
-    pieces = conditioning.fit_sentencepiece(CAPTIONS, 120)
-    config = ConditionerConfig(text_vocab=conditioning.vocabulary_size(pieces), text_dim=32, text_hidden=64, **changes)
-    return Conditioner(config, 48, {"text": pieces}).eval()
+    config = ConditionerConfig(text_vocab=conditioning.vocabulary_size(PIECES), text_dim=32, text_hidden=64, **changes)
+    return Conditioner(config, 48, {"text": PIECES}).eval()
 
 
 def encode(c: Conditioner, *texts):

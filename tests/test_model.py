@@ -92,7 +92,7 @@ def test_forward_is_the_loss_by_hand(pattern):
     for k in range(3):
         by_hand = sum(-F.log_softmax(logits[b, k, t], -1)[codes[b, k, t]]
                       for b in range(2) for t in range(8) if mask[b, t] and predicted[k, t])
-        assert abs(float(by_hand - sums[k])) < 1e-4
+        assert abs((by_hand - sums[k]).item()) < 1e-4
     delays = {"delay": (0, 1, 2), "parallel": (0, 0, 0), "unrolled": (0, 0, 0)}[pattern]
     assert m.count_targets(mask).tolist() == [8 - d + 5 for d in delays]
 

@@ -1,0 +1,299 @@
+"""Music from a trained model: sampling with classifier-free guidance, continuation, lengths past the training window.
+
+Copet et al. 2023 (arXiv:2306.05284), sec. 2.2 and 3.1. The pattern is walked step by step; each step's codes are sampled
+from the K heads and written into the cells that are still open. Guided and unguided rows go through in one batch:
+
+    logits = unguided + cfg * (guided - unguided)            (Ho & Salimans 2022; cfg 1 needs no unguided half)
+
+Longer than the training window: a first window, then windows whose beginning is the end of the one before.
+
+    |------- window -------|
+              |-- prompt --|-- stride --|
+                           |-- prompt --|-- stride --|
+
+Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
+    python generate.py --run runs/NAME --prompt "a slow organ tune" --seconds 8 --n 4
+    from generate import MusicGenerator
+    music = MusicGenerator.load("runs/NAME")
+    wav = music.generate(["a slow organ tune", "fast bells"], seconds=4)         # [2, C, N] at music.codec.sample_rate
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import tokenizer
+from conditioning import Conditioner, ConditionerConfig
+from model import Cache, Conditions, ModelConfig, MusicGen
+
+FORMAT = "nanomusicgen-1"                                            # of best.pt
+
+
+@dataclass
+class Sampling:
+    """How codes are drawn. temperature 0: the most likely code. top_p (if over 0) goes before top_k (if over 0)."""
+    cfg: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 250
+    top_p: float = 0.0
+
+    def __post_init__(self):
+        for name, value, low, high in (("cfg", self.cfg, -100, 100), ("temperature", self.temperature, 0, 100),
+                                       ("top_k", self.top_k, 0, 1 << 20), ("top_p", self.top_p, 0, 1)):
+            if not low <= value <= high:                             # also refuses NaN
+                raise ValueError(f"{name} {value}: it lies between {low} and {high}")
+
+
+def sample_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """logits [...,card] -> codes [...]. The draw is argmax(p / exponential noise): no trip to the host."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_p > 0:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs > sampling.top_p, 0)      # the first always stays
+        probs = torch.zeros_like(probs).scatter(-1, order, probs)
+    elif sampling.top_k > 0:
+        top, order = logits.topk(min(sampling.top_k, logits.shape[-1]), -1)
+        probs = torch.zeros_like(logits).scatter(-1, order, top.softmax(-1))         # exactly k, ties or not
+    else:
+        probs = logits.softmax(-1)
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
+@torch.inference_mode()
+def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling, generator: torch.Generator | None = None,
+                   prompt: Tensor | None = None, progress=None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes [B,K,T] for a list of B conditions ({name: value or None}).
+
+    prompt [B,K,T'] with T' < T is kept as it is and continued; progress(done, total) is called after every step;
+    dtype: of autocast and of the key-value cache. The model is put into eval mode for the while."""
+    device, K, B = model.emb[0].weight.device, model.config.K, len(attributes)
+    T_prompt = 0 if prompt is None else prompt.shape[2]
+    assert T_prompt < T, f"a prompt of {T_prompt} frames leaves nothing to generate in {T}"
+    pattern = model.config.layout(T).to(device)
+    codes = torch.full((B, K, T), model.special, device=device)
+    if prompt is not None:
+        codes[..., :T_prompt] = prompt
+    seq = pattern.build(codes, model.special, valid_only=False)                                         # [B, K, S]
+    is_open = pattern.frame >= T_prompt                                                                 # [K, S]
+    heads = [row.nonzero()[:, 0].tolist() for row in is_open.T.cpu()]                                   # of every step
+
+    was_training = model.training
+    model.eval()
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    with autocast:
+        guided = sampling.cfg != 1 and any(v is not None for a in attributes for v in a.values())
+        conditions = encode_conditions(model, attributes, guided)
+        P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
+        cache = Cache(model.config, B * (1 + guided), P + pattern.S, device, dtype)
+        first, fed = pattern.first_step(T_prompt), 0
+        for s in range(first, pattern.S):
+            new = seq[..., fed:s].repeat(1 + guided, 1, 1)                                              # [B or 2B, K, new]
+            x = model.hidden(new, conditions, cache)[:, -1]                                             # [B or 2B, D]
+            fed = s
+            if heads[s]:
+                logits = torch.stack([model.linears[k](x) for k in heads[s]], 1).float()                # [B or 2B, k, card]
+                if guided:
+                    cond, null = logits.chunk(2)
+                    logits = null + sampling.cfg * (cond - null)
+                seq[:, heads[s], s] = sample_codes(logits, sampling, generator)
+            if progress is not None:
+                progress(s - first + 1, pattern.S - first)
+    model.train(was_training)
+    codes, found = pattern.revert(seq, -1)
+    assert found.all() and codes.max() < model.config.card, "some codes were not generated"
+    return codes                                                                                        # [B, K, T]
+
+
+def encode_conditions(model: MusicGen, attributes: list, guided: bool) -> Conditions:
+    """Conditions of the batch, followed by as many null ones if guided."""
+    if model.conditioner is None:
+        return Conditions()
+    nulls = [dict.fromkeys(a) for a in attributes] if guided else []
+    return model.conditioner(model.conditioner.prepare(attributes + nulls, model.emb[0].weight.device))
+
+
+def generate_long(model: MusicGen, attributes: list, T: int, sampling: Sampling, window: int, stride: int,
+                  generator: torch.Generator | None = None, prompt: Tensor | None = None, progress=None,
+                  dtype: torch.dtype = torch.float32) -> Tensor:
+    """As `generate_codes`, for any T: windows of `window` frames, each after the first advancing by `stride`.
+
+    The prompt counts in T. Errors: ValueError if the stride does not leave a prompt, or the prompt fills a window."""
+    if not 0 < stride < window:
+        raise ValueError(f"stride {stride} frames: it lies between 1 and the window of {window} frames less 1")
+    if prompt is not None and T > window and prompt.shape[2] > window - stride:
+        prompt, early = prompt[..., -(window - stride):], prompt[..., :-(window - stride)]
+        rest = generate_long(model, attributes, T - early.shape[2], sampling, window, stride, generator, prompt, progress,
+                             dtype)
+        return torch.cat([early.to(rest.device), rest], 2)
+    codes, done, total = prompt, 0, T if prompt is None else T - prompt.shape[2]
+    while done < total:
+        kept = codes if done == 0 else codes[..., -(window - stride):]
+        frames = min(window, (0 if kept is None else kept.shape[2]) + total - done)
+
+        def report(step, steps, done=done, new=frames - (0 if kept is None else kept.shape[2])):
+            progress(done + new * step // steps, total)
+
+        part = generate_codes(model, attributes, frames, sampling, generator, kept, report if progress else None, dtype)
+        new = part[..., 0 if kept is None else kept.shape[2]:]
+        codes = new if codes is None else torch.cat([codes.to(new.device), new], 2)
+        done += new.shape[2]
+    return codes                                                                                        # [B, K, T]
+
+
+def build_model(data: dict) -> MusicGen:
+    """The model of a deployment file (best.pt) with its weights, in eval mode on the CPU."""
+    config = ModelConfig(**data["model_config"])
+    conditioner = None
+    if data["conditioner_config"] is not None:
+        assets = {name: bytes(t.tolist()) for name, t in data["assets"].items()}
+        conditioner = Conditioner(ConditionerConfig(**data["conditioner_config"]), config.dim, assets)
+    model = MusicGen(config, conditioner)
+    model.load_state_dict(data["model"])
+    return model.eval()
+
+
+def read_deployment(run: str | Path) -> dict:
+    """The content of a run's best.pt (or of such a file itself). Errors: ValueError says what is missing or wrong."""
+    path = Path(run)
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{run}: no best.pt there; give the folder of a run that has finished an epoch")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        assert data["format"] == FORMAT
+    except Exception as error:                                       # a foreign file can fail in any way
+        raise ValueError(f"{path}: not a model of this project ({type(error).__name__})") from None
+    return data
+
+
+class MusicGenerator:
+    """A trained model with its codec: `generate` gives audio, `codes` the codes behind it."""
+
+    def __init__(self, model: MusicGen, codec, window: int, sampling: Sampling, dtype: torch.dtype = torch.float32):
+        self.model, self.codec, self.window, self.sampling, self.dtype = model, codec, window, sampling, dtype
+
+    @classmethod
+    def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype: torch.dtype = torch.float32):
+        """From a run folder or a best.pt. codec: where its codec lies now, if not where it was in training."""
+        data = read_deployment(run)
+        loaded = tokenizer.load_codec(codec or data["codec"]["name"], data["codec"]["K"], device)
+        if loaded.fingerprint != data["codec"]["fingerprint"]:
+            raise ValueError(f"codec {codec or data['codec']['name']} has fingerprint {loaded.fingerprint[:12]}, the model "
+                             f"was trained on codes of {data['codec']['fingerprint'][:12]}: give that codec by --codec")
+        return cls(build_model(data).to(device), loaded, data["segment_frames"], Sampling(**data["sampling"]), dtype)
+
+    def codes(self, attributes: list, seconds: float, seed: int = 0, sampling: Sampling | None = None,
+              stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None) -> Tensor:
+        """Codes [B,K,T] for conditions [{"text": str or None}]; prompt: audio [C,N] or [B,C,N] to continue, counted in
+        `seconds`; stride: how far each window past the training length advances (default 60 % of it)."""
+        T = max(1, round(seconds * self.codec.frame_rate))
+        device = self.model.emb[0].weight.device
+        if prompt is not None:
+            prompt = prompt if prompt.dim() == 3 else prompt[None].expand(len(attributes), -1, -1)
+            prompt = self.codec.encode(prompt.to(device))
+            if prompt.shape[2] >= T:
+                raise ValueError(f"the audio to continue lasts {prompt.shape[2] / self.codec.frame_rate:.2f} s, so "
+                                 f"--seconds must be longer than that, not {seconds:g}")
+        stride = int(self.window * 0.6) if stride_seconds is None else round(stride_seconds * self.codec.frame_rate)
+        generator = torch.Generator(device).manual_seed(seed)
+        return generate_long(self.model, attributes, T, sampling or self.sampling, self.window, stride, generator, prompt,
+                             progress, self.dtype)
+
+    def generate(self, prompts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, **kwargs) -> Tensor:
+        """Audio [B,C,N] for texts (None: unconditional); further arguments as in `codes`."""
+        codes = self.codes([{"text": p} for p in prompts], seconds, seed, sampling, **kwargs)
+        return self.codec.decode(codes).cpu()
+
+
+def free_name(folder: Path) -> int:
+    """The first number under which neither wav nor json exists in a folder, so that nothing is overwritten."""
+    taken = [int(p.stem) for p in folder.glob("*.*") if p.stem.isdigit()]
+    return max(taken, default=-1) + 1
+
+
+def main(argv: list | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Generate music with a trained model.", allow_abbrev=False)
+    parser.add_argument("--run", required=True, help="run folder (or its best.pt)")
+    parser.add_argument("--prompt", action="append", default=[], help="text; repeat it for several in one batch")
+    parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line")
+    parser.add_argument("--unconditional", action="store_true", help="no text at all")
+    parser.add_argument("--continue", dest="continued", metavar="AUDIO", help="audio file to continue; it is part of --seconds")
+    parser.add_argument("--seconds", type=float, default=None, help="length of the result (default: the training window)")
+    parser.add_argument("--stride", type=float, default=None, help="seconds each window past the first advances")
+    parser.add_argument("--n", type=int, default=1, help="samples of each prompt")
+    parser.add_argument("--cfg", type=float, default=None, help="guidance coefficient; 1 is none (default: the run's own)")
+    parser.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest codes; 0 is all")
+    parser.add_argument("--top_p", type=float, default=None, help="draw from the likeliest codes of this mass; 0 is off")
+    parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest code")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--codec", default=None, help="where the codec lies, if it has moved since training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="generated", help="folder for wav and json files; existing files are kept")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list:
+    """The texts of the command line, each `n` times; None for unconditional. Errors: ValueError."""
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            prompts += [line.strip() for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {args.prompts}: {error}") from None
+    if args.unconditional:
+        prompts.append(None)
+    if not prompts:
+        raise ValueError('nothing to generate: give --prompt "...", --prompts FILE or --unconditional')
+    if args.n < 1:
+        raise ValueError(f"--n {args.n}: at least 1")
+    return [p for p in prompts for _ in range(args.n)]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generates and writes what the command line asks for."""
+    prompts = read_prompts(args)
+    music = MusicGenerator.load(args.run, args.device, args.codec)
+    if music.model.conditioner is None and any(prompts):
+        raise ValueError("this model was trained without text: use --unconditional")
+    codec = music.codec
+    chosen = {k: v for k in asdict(music.sampling) if (v := getattr(args, k)) is not None}
+    sampling = Sampling(**{**asdict(music.sampling), **chosen})
+    seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
+    if not 0 < seconds <= 3600:
+        raise ValueError(f"--seconds {seconds:g}: more than 0, at most 3600")
+    if args.continued and not Path(args.continued).is_file():
+        raise ValueError(f"--continue {args.continued}: no such file")
+    prompt = args.continued and tokenizer.read_audio(args.continued, sample_rate=codec.sample_rate, channels=codec.channels)
+    bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
+    codes = music.codes([{"text": p} for p in prompts], seconds, args.seed, sampling, args.stride,
+                        prompt if args.continued else None, lambda done, total: bar.update(100 * done // total - bar.n))
+    bar.close()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    first = free_name(out)
+    for i, text in enumerate(prompts):                               # decoded one by one: audio is larger than codes
+        path = out / f"{first + i:03d}.wav"
+        tokenizer.write_audio(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate)
+        record = dict(prompt=text, seconds=seconds, seed=args.seed, index_in_batch=i, batch=len(prompts), run=str(args.run),
+                      continued=args.continued, stride=args.stride, codec=codec.fingerprint, **asdict(sampling))
+        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"wrote {path}: {text if text is not None else '(unconditional)'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What the evaluate stage computes: how well generated toy clips follow their captions, between chance and the ceiling.
+
+    ceiling     clips rendered as the caption says, through the codec and back: what the analyser can hear at best
+    generated   what it hears in the model's clips
+    shuffled    the same clips against the captions of other clips: chance, or the metric is broken
+    none        share of clips that are "none of these"
+    reach       (generated - chance) / (ceiling - chance)
+
+The accuracy of every attribute comes from toy.py's analyser, which knows nothing of the model.
+Legend: B clips, C channels, N samples.
+    python metrics.py --run runs/toy --cfg 1 3 --temperature 0 1     adherence at several sampling settings, as a table
+    python metrics.py --codec toy                                    the analyser on clean clips and after a codec
+    python metrics.py --codec toy --fit_analyser                     fits the analyser's heads again (assets/)
+"""
+
+import argparse
+import itertools
+import sys
+
+import numpy as np
+import torch
+import torchaudio
+from torch import Tensor
+
+import generate
+import tokenizer
+import toy
+
+
+def hear(wav: Tensor, sample_rate: int) -> list:
+    """What the analyser hears in clips [B,C,N]: a list of {attribute: value}."""
+    mono = torchaudio.functional.resample(wav.float().cpu().mean(1), sample_rate, toy.SAMPLE_RATE)       # [B, N]
+    return toy.Analyser()(mono)
+
+
+def round_trip(clips: list, codec) -> Tensor:
+    """Toy clips as rendered, through the codec and back: [B,C,N] at the codec's rate."""
+    out = []
+    for start in range(0, len(clips), 16):
+        wav = torch.from_numpy(np.stack([toy.render(c) for c in clips[start:start + 16]]))[:, None]
+        wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate).expand(-1, codec.channels, -1)
+        out.append(codec.decode(codec.encode(wav.to(codec_device(codec)))).cpu())
+    return torch.cat(out)
+
+
+def codec_device(codec) -> torch.device:
+    """Where a codec's weights lie."""
+    return next(codec.parameters()).device
+
+
+def adherence(wav: Tensor, clips: list, codec, seed: int = 0) -> dict:
+    """Caption adherence of generated clips [B,C,N] asked to be `clips`: {attribute: {generated, ceiling, shuffled,
+    chance, none, reach}}, with the lists of what was heard under "heard"."""
+    assert len(wav) == len(clips), f"{len(wav)} clips generated, {len(clips)} asked"
+    asked = [c.attributes() for c in clips]
+    heard = hear(wav, codec.sample_rate)
+    order = np.random.default_rng(seed).permutation(len(asked))
+    generated, shuffled = toy.accuracy(heard, asked), toy.accuracy(heard, [asked[i] for i in order])
+    ceiling = toy.accuracy(hear(round_trip(clips, codec), codec.sample_rate), asked)
+    return {name: dict(generated=generated[name], ceiling=ceiling[name], chance=toy.CHANCE[name], shuffled=shuffled[name],
+                       none=float(np.mean([h[name] == toy.NONE for h in heard])),
+                       reach=reach(generated[name], ceiling[name], toy.CHANCE[name]))
+            for name in toy.VALUES} | {"heard": heard}
+
+
+def reach(generated: float, ceiling: float, chance: float) -> float:
+    """How far from chance (0) to the ceiling (1); nan where the codec leaves nothing to hear."""
+    return (generated - chance) / (ceiling - chance) if ceiling > chance else float("nan")
+
+
+def adherence_table(result: dict, title: str) -> str:
+    """The figures of `adherence` as lines to print."""
+    columns = ("generated", "ceiling", "chance", "shuffled", "none", "reach")
+    lines = [f"{title:<34}" + "".join(f"{c:>11}" for c in columns)]
+    for name in toy.VALUES:
+        lines.append(f"  {name:<32}" + "".join(f"{result[name][c]:>11.3f}" for c in columns))
+    return "\n".join(lines)
+
+
+def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, **settings) -> dict:
+    """`adherence` of n clips that a generate.MusicGenerator makes for toy captions of a split.
+
+    The captions start at index 100,000, far from those that validation reads."""
+    drawn = [toy.draw(seed, 0, 100_000 + i, split) for i in range(n)]
+    wavs = [music.generate([text for _, text in drawn[i:i + batch]], toy.CLIP_SECONDS, seed=seed + i, **settings)
+            for i in range(0, n, batch)]
+    return adherence(torch.cat(wavs), [clip for clip, _ in drawn], music.codec, seed)
+
+
+def fit_analyser(codec, clips: int = 6000) -> toy.Analyser:
+    """The toy analyser with heads fitted on clean, degraded and round-tripped clips."""
+    def through(wav: Tensor) -> Tensor:
+        return codec.decode(codec.encode(wav[:, None]))[:, 0, :wav.shape[1]]
+    return toy.Analyser.fit(through, clips)
+
+
+def ceiling_report(codec, n: int, seed: int = 1) -> str:
+    """Lines on what the analyser hears in clean clips and after a codec, with the confusion of instruments."""
+    clips = [toy.draw(seed, 0, i, "valid")[0] for i in range(n)]
+    asked = [c.attributes() for c in clips]
+    clean = hear(torch.from_numpy(np.stack([toy.render(c) for c in clips]))[:, None], toy.SAMPLE_RATE)
+    coded = hear(round_trip(clips, codec), codec.sample_rate)
+    lines = [f"{n} clips" + "".join(f"{name:>12}" for name in toy.VALUES)]
+    for title, heard in (("clean", clean), ("codec", coded)):
+        lines.append(f"{title:<{len(lines[0]) - 12 * len(toy.VALUES)}}" +
+                     "".join(f"{v:>12.3f}" for v in toy.accuracy(heard, asked).values()))
+    return "\n".join(lines + ["after the codec:", toy.confusion(coded, asked, "instrument"),
+                              toy.confusion(coded, asked, "tempo")])
+
+
+def sweep(run: str, settings: list, n: int, seed: int, split: str) -> None:
+    """Prints a line of adherence for each generate.Sampling."""
+    music = generate.MusicGenerator.load(run)
+    print(f"{n} clips, {split}: cfg temp top_k top_p |" + "".join(f"{name:>12}" for name in toy.VALUES) + "        none")
+    for sampling in settings:
+        result = toy_captions(music, split, n, seed, sampling=sampling)
+        print(f"{sampling.cfg:g} {sampling.temperature:g} {sampling.top_k} {sampling.top_p:g} |" +
+              "".join(f"{result[name]['generated']:>12.3f}" for name in toy.VALUES) +
+              f"{result['instrument']['none']:>12.3f}", flush=True)
+
+
+def main(argv: list | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Caption adherence on toy music.", allow_abbrev=False)
+    parser.add_argument("--run", help="run folder, for a table over sampling settings")
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--top_k", type=int, nargs="+", default=[250])
+    parser.add_argument("--top_p", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--split", default="valid", choices=("valid", "heldout"), help="of the captions")
+    parser.add_argument("--codec", default="toy")
+    parser.add_argument("--fit_analyser", action="store_true", help="fit the heads first, and write them to assets/")
+    parser.add_argument("--n", type=int, default=128, help="clips")
+    parser.add_argument("--seed", type=int, default=1, help="of the captions and the sampling")
+    args = parser.parse_args(argv)
+    try:
+        if args.run:
+            grid = itertools.product(args.cfg, args.temperature, args.top_k, args.top_p)
+            sweep(args.run, [generate.Sampling(*point) for point in grid], args.n, args.seed, args.split)
+            return 0
+        codec = tokenizer.load_codec(args.codec)
+        if args.fit_analyser:
+            fit_analyser(codec).save()
+            print(f"wrote {toy.ANALYSER_FILE}")
+        print(ceiling_report(codec, args.n, args.seed))
+    except ValueError as error:
+        print(f"metrics.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

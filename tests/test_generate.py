@@ -1,0 +1,168 @@
+"""Sampling against its definition, cached generation against a full forward, windows, prompts, guidance."""
+
+import pytest
+import torch
+
+import conditioning
+import generate
+from conditioning import Conditioner, ConditionerConfig
+from generate import Sampling, generate_codes, generate_long, sample_codes
+from model import ModelConfig, MusicGen
+
+PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
+GREEDY = Sampling(cfg=1, temperature=0)
+
+
+def tiny(pattern="delay", K=3, **fuse) -> MusicGen:
+    torch.manual_seed(1)
+    config = ConditionerConfig(fuse=fuse or {"text": "cross"}, text_vocab=conditioning.vocabulary_size(PIECES), text_dim=16,
+                               text_hidden=32)
+    return MusicGen(ModelConfig(K=K, card=13, dim=32, num_layers=2, num_heads=2, pattern=pattern),
+                    Conditioner(config, 32, {"text": PIECES})).eval()
+
+
+def texts(*values) -> list:
+    return [{"text": v} for v in values]
+
+
+@torch.no_grad()
+def slow_greedy(m: MusicGen, attributes, T: int, cfg: float) -> torch.Tensor:
+    """Without cache: the whole sequence again for every step, guided and unguided apart."""
+    layout = m.config.layout(T)
+    seq = torch.full((len(attributes), m.config.K, layout.S), m.special)
+    for s in range(1, layout.S):
+        cond = m.logits(seq[..., :s], generate.encode_conditions(m, attributes, False))[:, :, -1]
+        null = m.logits(seq[..., :s], generate.encode_conditions(m, texts(*[None] * len(attributes)), False))[:, :, -1]
+        best = (null + cfg * (cond - null)).argmax(-1)
+        for k in range(m.config.K):
+            if layout.frame[k, s] >= 0:
+                seq[:, k, s] = best[:, k]
+    return layout.revert(seq, -1)[0]
+
+
+@pytest.mark.parametrize("pattern", ("delay", "parallel", "unrolled"))
+@pytest.mark.parametrize("cfg", (1.0, 3.0))
+@pytest.mark.parametrize("fuse", ("cross", "prepend", "sum"))
+def test_cached_generation_equals_full_forward(pattern, cfg, fuse):
+    m, asked = tiny(pattern, text=fuse), texts("slow organ", "fast bells", None)
+    fast = generate_codes(m, asked, 7, Sampling(cfg=cfg, temperature=0))
+    assert torch.equal(fast, slow_greedy(m, asked, 7, cfg))
+
+
+def test_guidance_of_one_is_no_guidance():
+    m, asked = tiny(), texts("slow organ", "fast bells")
+    almost = Sampling(cfg=1 + 1e-7, temperature=0)                   # goes through the doubled batch
+    assert almost.cfg != 1
+    assert torch.equal(generate_codes(m, asked, 9, GREEDY), generate_codes(m, asked, 9, almost))
+    assert not torch.equal(generate_codes(m, asked, 9, GREEDY), generate_codes(m, asked, 9, Sampling(cfg=5, temperature=0)))
+
+
+def test_prompts_and_seeds():
+    """Two texts with one seed differ; one text with one seed repeats; another seed differs."""
+    m = tiny()
+
+    def draw(text, seed):
+        return generate_codes(m, texts(text), 30, Sampling(cfg=1, top_k=5), torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw("slow organ", 0), draw("slow organ", 0))
+    assert not torch.equal(draw("slow organ", 0), draw("slow organ", 1))
+    assert not torch.equal(draw("slow organ", 0), draw("fast bells", 0))
+
+
+@pytest.mark.parametrize("pattern", ("delay", "parallel", "unrolled"))
+def test_continuation_keeps_the_prompt(pattern):
+    """A greedy continuation of the first frames of a greedy clip is that clip."""
+    m, asked = tiny(pattern), texts("slow organ")
+    whole = generate_codes(m, asked, 10, GREEDY)
+    assert torch.equal(generate_codes(m, asked, 10, GREEDY, prompt=whole[..., :6]), whole)
+
+
+def test_number_of_steps():
+    """T=12 frames of K=4 take T+K-1 = 15 steps under delay; training mode is given back."""
+    m, calls = tiny(K=4).train(), []
+    generate_codes(m, texts("slow organ"), 12, GREEDY, progress=lambda *a: calls.append(a))
+    assert calls == [(i, 15) for i in range(1, 16)] and m.training
+
+
+def test_windows():
+    """60 s in windows of 30 with stride 18: 30 + 18 + 12 new; each window begins with the end of the one before."""
+    m, calls, seen = tiny(), [], []
+    original = generate.generate_codes
+
+    def spy(model, attributes, T, sampling, generator, prompt, progress, dtype):
+        seen.append((T, None if prompt is None else prompt.clone()))
+        return original(model, attributes, T, sampling, generator, prompt, progress, dtype)
+
+    generate.generate_codes = spy
+    try:
+        codes = generate_long(m, texts("slow organ"), 60, GREEDY, 30, 18, progress=lambda *a: calls.append(a))
+    finally:
+        generate.generate_codes = original
+    assert codes.shape == (1, 3, 60) and [T for T, _ in seen] == [30, 30, 24]
+    assert torch.equal(seen[1][1], codes[..., 18:30]) and torch.equal(seen[2][1], codes[..., 36:48])
+    assert calls[-1] == (60, 60) and all(a <= b for a, b in zip(calls, calls[1:]))
+
+
+def test_a_prompt_longer_than_the_window():
+    m = tiny()
+    prompt = torch.randint(0, 13, (1, 3, 50))
+    codes = generate_long(m, texts("slow organ"), 70, GREEDY, 30, 18, prompt=prompt)
+    assert codes.shape[2] == 70 and torch.equal(codes[..., :50], prompt)
+
+
+def test_bad_stride():
+    with pytest.raises(ValueError, match="stride 30"):
+        generate_long(tiny(), texts("x"), 60, GREEDY, 30, 30)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40_000, 4)
+    drawn = sample_codes(logits, Sampling(top_k=0), torch.Generator().manual_seed(0)).bincount(minlength=4) / 40_000
+    assert (drawn - logits[0].softmax(-1)).abs().max() < 0.01
+    cold = sample_codes(logits, Sampling(top_k=0, temperature=0.5), torch.Generator().manual_seed(0)).bincount(minlength=4)
+    assert (cold / 40_000 - (2 * logits[0]).softmax(-1)).abs().max() < 0.01
+
+
+def test_top_k_keeps_exactly_k_even_with_ties():
+    logits = torch.zeros(10_000, 8)
+    assert len(sample_codes(logits, Sampling(top_k=3), torch.Generator().manual_seed(0)).unique()) == 3
+    assert (sample_codes(torch.arange(8.).expand(99, 8), Sampling(top_k=1)) == 7).all()
+    sample_codes(logits, Sampling(top_k=10_000))                     # more than there are: all of them
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
+    for p, kept in ((0.4, 1), (0.6, 2), (0.85, 3), (1.0, 4)):
+        drawn = sample_codes(logits, Sampling(top_p=p), torch.Generator().manual_seed(0))
+        assert sorted(drawn.unique().tolist()) == list(range(kept))
+
+
+@pytest.mark.parametrize("changes", [dict(temperature=-1), dict(top_p=1.5), dict(top_k=-3), dict(cfg=float("nan"))])
+def test_bad_sampling(changes):
+    with pytest.raises(ValueError, match="lies between"):
+        Sampling(**changes)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--run", "nowhere", "--prompt", "x"], "no best.pt"),
+    (["--run", "nowhere"], "nothing to generate"),
+    (["--run", "nowhere", "--prompts", "missing.txt"], "missing.txt"),
+    (["--run", "nowhere", "--prompt", "x", "--n", "0"], "--n 0"),
+])
+def test_command_line_errors(argv, says, capsys):
+    assert generate.main(argv) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_foreign_file_is_refused_without_running_it(tmp_path, capsys):
+    """A pickle that would create a file when it is unpickled."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    (tmp_path / "best.pt").write_bytes(pickle.dumps(Evil()))
+    assert generate.main(["--run", str(tmp_path), "--prompt", "x"]) == 2
+    assert "not a model" in capsys.readouterr().err and not (tmp_path / "owned").exists()

@@ -1,0 +1,107 @@
+"""The repository itself: imports point one way, public functions have docstrings, the README's commands are real."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import generate
+import train
+
+HERE = Path(__file__).parent.parent
+FILES = sorted(p.stem for p in HERE.glob("*.py"))
+ORDER = ["patterns", "model", "conditioning", "generate", "toy", "tokenizer", "data", "metrics", "train"]
+NEVER = {"model": {"conditioning", "data", "tokenizer"}, "conditioning": {"data"}, "data": {"model", "conditioning"},
+         "metrics": {"train"}}
+
+
+def imports(name: str) -> set:
+    """Product files that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & set(FILES)
+
+
+def test_every_file_has_its_place():
+    assert set(ORDER) == set(FILES)
+
+
+def test_imports_point_one_way():
+    """No file reaches itself by following imports, at the top of files and inside functions."""
+    graph = {name: imports(name) for name in FILES}
+    done = set()
+    while graph:
+        free = {n for n, needs in graph.items() if needs <= done}
+        assert free, f"a circle among {sorted(graph)}"
+        done |= free
+        graph = {n: needs for n, needs in graph.items() if n not in free}
+    for name, forbidden in NEVER.items():
+        assert not imports(name) & forbidden, name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_public_functions_have_docstrings(name):
+    tree = ast.parse((HERE / f"{name}.py").read_text())
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
+            assert ast.get_docstring(node), f"{name}.{node.name}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lines_fit_and_paths_stay_home(name):
+    for i, line in enumerate((HERE / f"{name}.py").read_text().splitlines(), 1):
+        assert len(line) <= 140, f"{name}.py:{i}"
+        assert "/work/" not in line and "/tmp/" not in line, f"{name}.py:{i}"
+
+
+def readme_commands() -> list:
+    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    joined = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in joined if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if "train.py" in c])
+def test_training_commands_of_the_readme_parse(command):
+    """Every flag in the README exists and its value is allowed."""
+    world = int(m.group(1)) if (m := re.search(r"--nproc_per_node=(\d+)", command)) else 1
+    args = train.build_parser().parse_args(shlex.split(command.split("train.py", 1)[1]))
+    args.device = args.device or "cpu"
+    train.derive(args, world)
+    train.check(args, world)
+
+
+def test_readme_names_every_flag_that_exists_and_no_other():
+    text = (HERE / "README.md").read_text()
+    table = set(re.findall(r"^\| `--(\w+)`", text, re.M))
+    flags = {a.dest for a in train.build_parser()._actions if a.dest != "help"}
+    assert table == flags, f"missing {sorted(flags - table)}, gone {sorted(table - flags)}"
+
+
+def test_generating_commands_of_the_readme_parse(capsys):
+    """They fail for want of a run, not of a flag."""
+    commands = [c for c in readme_commands() if "generate.py" in c]
+    assert commands
+    for command in commands:
+        argv = shlex.split(command.split("generate.py", 1)[1])
+        argv[argv.index("--run") + 1] = "missing_run"
+        if "--prompts" in argv:
+            continue                                                 # read before the run is
+        assert generate.main(argv) == 2
+        assert "no best.pt" in capsys.readouterr().err
+
+
+def test_file_table_of_the_readme_is_true():
+    """Every product file stands in the README with about its number of lines."""
+    text = (HERE / "README.md").read_text()
+    for name in FILES:
+        row = re.search(rf"^\| `{name}.py` \| (\d+) \|", text, re.M)
+        assert row, f"{name}.py is not in the file table"
+        lines = len((HERE / f"{name}.py").read_text().splitlines())
+        assert abs(int(row.group(1)) - lines) <= 25, f"{name}.py has {lines} lines, the README says {row.group(1)}"

@@ -1,0 +1,270 @@
+"""The loop end to end on the toy set, and what it promises: equal numbers, exact resume, refusals."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+import train
+
+HERE = Path(__file__).parent.parent
+SMALL = ("--size debug --batch_size 4 --updates_per_epoch 3 --epochs 2 --valid_samples 8 --eval_samples 2 --lr 0.01 "
+         "--warmup_steps 2 --generate_samples 2 --log_every 1 --ema_every 2 --device cpu").split()
+
+
+def run(out, *flags) -> int:
+    return train.main([*SMALL, "--out", str(out), *flags])
+
+
+def saved(out) -> dict:
+    return torch.load(Path(out, "last.pt"), weights_only=True)
+
+
+def lines(out) -> list:
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def assert_same_run(a, b) -> None:
+    """Equal up to the order of float32 sums. A few weights whose gradient is nearly zero may move by more: Adam divides
+    by its size; so the mean difference of each tensor is bounded tightly, the largest loosely."""
+    for x, y in zip(lines(a), lines(b), strict=True):
+        if "ce" in x:
+            assert x["ce"] == pytest.approx(y["ce"], abs=1e-5)
+    first, second = saved(a)["model"], saved(b)["model"]
+    assert max(float((first[k] - second[k]).abs().mean()) for k in first) < 1e-6
+    assert largest_difference(first, second) < 2e-3
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two short epochs."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    assert run(out) == 0
+    return out
+
+
+def test_log_has_flat_records(finished):
+    records = lines(finished)
+    stages = [(r["stage"], r["epoch"], r["step"]) for r in records if r["kind"] == "stage"]
+    assert stages == [("train", 1, 3), ("valid", 1, 3), ("train", 2, 6), ("valid", 2, 6), ("evaluate", 2, 6),
+                      ("generate", 2, 6)]
+    steps = [r for r in records if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    for r in steps:
+        assert {"ce", "ppl", "ce_q1", "ce_q4", "ppl_q4", "grad_norm", "lr", "frames_per_second", "skipped"} <= r.keys()
+        assert abs(r["ce"] - sum(r[f"ce_q{k}"] for k in (1, 2, 3, 4)) / 4) < 1e-9
+        assert abs(r["ppl"] - math.exp(r["ce"])) < 1e-6
+    assert steps[0]["ce"] == pytest.approx(math.log(256), abs=0.6) and steps[0]["lr"] > 0
+    epoch_two = [r for r in steps if r["epoch"] == 2]
+    mean = sum(r["ce"] for r in epoch_two) / 3                       # equal targets in every update
+    assert next(r for r in records if r["stage"] == "train" and r["kind"] == "stage" and r["epoch"] == 2)["ce"] == \
+        pytest.approx(mean, abs=1e-6)
+
+
+def test_run_folder(finished):
+    assert {"config.json", "log.jsonl", "last.pt", "last.prev.pt", "best.pt", "samples"} <= \
+        {p.name for p in finished.iterdir()}
+    samples = sorted(p.name for p in (finished / "samples" / "epoch_0002").iterdir())
+    assert samples == ["000.json", "000.wav", "001.json", "001.wav"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["args"]["batch_size"] == 4 and config["model"]["card"] == 256
+    best = torch.load(finished / "best.pt", weights_only=True)
+    assert best["metrics"]["ce"] == min(r["ce"] for r in lines(finished) if r["stage"] == "valid")
+
+
+def test_best_holds_the_averaged_weights(finished):
+    best, last = torch.load(finished / "best.pt", weights_only=True), saved(finished)
+    assert last["best_ce"] == last["history"][3]["ce"]               # the loss fell: the second epoch is the best
+    assert largest_difference(best["model"], last["ema"]) == 0
+    assert largest_difference(best["model"], last["model"]) > 0
+
+
+def test_generate_command(finished, tmp_path):
+    flags = ["--run", str(finished), "--prompt", "a slow organ tune", "--prompt", "fast bells", "--seconds", "1"]
+    for name in ("a", "b"):
+        assert generate.main([*flags, "--out", str(tmp_path / name)]) == 0
+    a, b = ([(tmp_path / name / f"00{i}.wav").read_bytes() for i in (0, 1)] for name in ("a", "b"))
+    assert a == b and a[0] != a[1]                                   # bit for bit; two prompts differ
+    record = json.loads((tmp_path / "a" / "001.json").read_text())
+    assert record["prompt"] == "fast bells" and record["seconds"] == 1 and record["cfg"] == train.PRESETS["toy"]["cfg"]
+    assert generate.main([*flags, "--out", str(tmp_path / "a")]) == 0                # nothing is overwritten
+    assert (tmp_path / "a" / "002.wav").exists() and (tmp_path / "a" / "000.wav").read_bytes() == a[0]
+
+
+def test_generate_longer_and_continued(finished, tmp_path):
+    import soundfile
+    flags = ["--run", str(finished), "--out", str(tmp_path)]
+    assert generate.main([*flags, "--prompt", "fast bells", "--seconds", "5", "--stride", "1", "--n", "2"]) == 0
+    assert soundfile.info(tmp_path / "001.wav").duration == 5
+    assert generate.main([*flags, "--unconditional", "--continue", str(tmp_path / "000.wav"), "--seconds", "6"]) == 0
+    assert soundfile.info(tmp_path / "002.wav").duration == 6
+    assert generate.main([*flags, "--unconditional", "--continue", str(tmp_path / "000.wav"), "--seconds", "4"]) == 2
+
+
+def test_python_api_of_the_readme(finished):
+    from generate import MusicGenerator
+    music = MusicGenerator.load(finished)
+    wav = music.generate(["a slow organ tune", None], seconds=1)
+    assert wav.shape == (2, 1, 16_000) and wav.isfinite().all()
+
+
+def test_micro_batches_change_nothing(finished, tmp_path):
+    assert run(tmp_path, "--micro_batch_size", "1") == 0
+    assert_same_run(finished, tmp_path)
+
+
+def test_two_ranks_equal_one(finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
+               str(HERE / "train.py"), *SMALL, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(finished, tmp_path)
+
+
+def test_resume_equals_the_uninterrupted_run(finished, tmp_path, monkeypatch):
+    """Killed after the first commit and started again with the same command: the same bits, and the history printed."""
+    class Killed(Exception):
+        pass
+
+    commit = train.commit
+
+    def commit_and_die(run):
+        commit(run)
+        raise Killed
+
+    monkeypatch.setattr(train, "commit", commit_and_die)
+    with pytest.raises(Killed):
+        run(tmp_path, "--dropout", "0.1")
+    monkeypatch.setattr(train, "commit", commit)
+    assert saved(tmp_path)["step"] == 3
+    assert run(tmp_path, "--dropout", "0.1") == 0
+    whole = tmp_path / "whole"
+    assert run(whole, "--dropout", "0.1") == 0
+    resumed, straight = saved(tmp_path), saved(whole)
+    for part in ("model", "ema", "best_state"):
+        assert largest_difference(resumed[part], straight[part]) == 0
+    assert [r["ce"] for r in resumed["history"] if "ce" in r] == [r["ce"] for r in straight["history"] if "ce" in r]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
+    before = (finished / "last.pt").read_bytes()
+    assert run(finished) == 0
+    out = capsys.readouterr().out
+    assert "going on from" in out and "epoch 2 valid" in out and (finished / "last.pt").read_bytes() == before
+
+
+def test_another_configuration_is_refused(finished, capsys):
+    before = (finished / "last.pt").read_bytes()
+    assert run(finished, "--pattern", "parallel") == 2
+    assert "--pattern delay there, parallel now" in capsys.readouterr().err
+    assert run(finished, "--resume", "never") == 2
+    assert (finished / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("pattern", ("delay", "parallel", "unrolled"))
+def test_overfit_one_batch_falls(pattern, tmp_path):
+    """The commands of the README reach 0.05 with the tiny size; here a debug model has to get well on the way."""
+    flags = ["--overfit_one_batch", "--updates_per_epoch", "60", "--epochs", "1", "--pattern", pattern, "--log_every", "60"]
+    assert run(tmp_path, *flags) == 0
+    ce = [r["ce"] for r in lines(tmp_path) if r["kind"] == "step"]
+    assert ce[-1] < 3.2 < math.log(256)
+
+
+def test_unconditional_and_other_fuses(tmp_path):
+    short = ["--epochs", "1", "--updates_per_epoch", "1"]
+    assert run(tmp_path / "a", "--no_text", *short) == 0
+    assert generate.main(["--run", str(tmp_path / "a"), "--unconditional", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
+    assert generate.main(["--run", str(tmp_path / "a"), "--prompt", "x", "--out", str(tmp_path)]) == 2
+    assert run(tmp_path / "b", "--fuse", "text=prepend", *short) == 0
+    assert run(tmp_path / "c", "--fuse", "text=sum", "--dtype", "bfloat16", "--checkpointing", *short) == 0
+
+
+def test_gradients_not_finite(tmp_path, monkeypatch, capsys):
+    """Weights stay as they are, the update is counted, and after --max_skipped in a row it stops and names the tensor."""
+    clip = torch.nn.utils.clip_grad_norm_
+    poisoned = []
+
+    def poison(parameters, *rest):
+        parameters = list(parameters)
+        if not poisoned:
+            poisoned.append([p.detach().clone() for p in parameters])
+        parameters[0].grad[:] = float("nan")
+        return clip(parameters, *rest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    assert run(tmp_path, "--max_skipped", "2") == 2
+    assert "not finite 2 times in a row, first in emb.0.weight" in capsys.readouterr().err
+    assert [r["skipped"] for r in lines(tmp_path) if r["kind"] == "step"] == [1]
+
+
+def test_ema_sequence():
+    """Weights 1, .5025, .3367, ...: the bias-corrected average of decay 0.99."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, weights, average = train.Ema(model, 0.99), [], None
+    for value in (1.0, 0.0, 0.0, 0.0):
+        model.weight.data.fill_(value)
+        ema.update(model)
+        weights.append(1 / ema.count)
+        average = value if average is None else average + weights[-1] * (value - average)
+        assert float(ema.model.weight) == pytest.approx(average)
+    assert weights[:3] == pytest.approx([1, 0.50251, 0.33668], abs=1e-4)
+
+
+def test_learning_rate():
+    args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "4", "--epochs", "1", "--updates_per_epoch", "24"])
+    rates = [train.lr_at(n, args) for n in range(25)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[14] == pytest.approx(0.5) and rates[24] == 0
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    assert run(tmp_path / "new", "--dry_run", "--size", "small") == 0
+    out = capsys.readouterr().out
+    assert "GiB" in out and "time, about" in out and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--batch_size", "0"], "--batch_size 0"),
+    (["--micro_batch_size", "3"], "take one of 1, 2, 4"),
+    (["--cfg_dropout", "1.5"], "--cfg_dropout 1.5"),
+    (["--lr", "-1"], "--lr -1.0"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--epochs", "0"], "--epochs 0"),
+    (["--segment_seconds", "0"], "--segment_seconds 0.0"),
+    (["--codec", "encodec_48khz"], "encodec_48khz"),
+    (["--codec", "missing.pt"], "missing.pt"),
+    (["--num_codebooks", "9"], "9"),
+    (["--dataset", "missing_folder"], "missing_folder"),
+    (["--fuse", "text=nowhere"], "nowhere"),
+    (["--fuse", "text"], "NAME=METHOD"),
+    (["--temperature", "-2"], "temperature -2"),
+    (["--dtype", "float16"], "float16"),
+    (["--cache", "missing_cache"], "missing_cache"),
+])
+def test_bad_flags_are_one_line(flags, says, tmp_path, capsys):
+    assert run(tmp_path / "new", *flags) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and error.startswith("train.py: ")
+
+
+@pytest.mark.parametrize("flags", [["--sise", "tiny"], ["--size", "huge"], ["--pattern", "zigzag"], ["--seed", "x"]])
+def test_mistyped_flags(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *flags)
+    assert stopped.value.code == 2
+
+
+def test_read_only_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *a: False)              # root may write anywhere
+    assert run(tmp_path / "x") == 2
+    assert "cannot be written" in capsys.readouterr().err

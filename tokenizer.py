@@ -1,0 +1,840 @@
+"""Audio <-> codes: the frozen codec under the language model, and the command that fits a small one.
+
+EnCodec (Defossez et al. 2022, arXiv:2210.13438), as MusicGen uses it (Copet et al. 2023, sec. 2.1). A convolutional encoder
+(SEANet) makes one vector of every `hop` samples; K codebooks describe it one after the other, each what the ones before
+left over (residual vector quantisation, RVQ); the decoder makes audio of the sum:
+
+    wav [B,C,N] -encoder-> z [B,D,T] -nearest of `card` vectors, K times over-> codes [B,K,T]
+    codes [B,K,T] -sum of K vectors-> z' [B,D,T] -decoder-> wav [B,C,T*hop]           T = ceil(N / hop)
+
+Modules are those of the `encodec` package. Its quantiser is used as it is to encode and decode, but not to train: see
+`quantise`. Legend: B batch, C channels, N samples, K codebooks, T frames, D latent width, V vectors of a codebook ("card").
+
+    python tokenizer.py in.wav out.wav --codec toy               a round trip, with what it costs in quality
+    python tokenizer.py fit --dataset toy --out codec.pt         fits a codec: minutes to hours on one core, resumable
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import socket
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+from encodec.modules import SConv1d, SConvTranspose1d, SEANetDecoder, SEANetEncoder
+from encodec.modules.seanet import SEANetResnetBlock
+from encodec.quantization import ResidualVectorQuantizer
+from torch import nn
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
+FORMAT = "nanomusicgen codec 1"
+ENCODEC_24KHZ_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
+ENCODEC_24KHZ_CODEBOOKS = (2, 4, 8, 16, 32)                          # 1.5, 3, 6, 12, 24 kbps
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audio files
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """Length and format of an audio file."""
+    seconds: float
+    sample_rate: int                                                 # Hz
+    channels: int
+
+
+def audio_info(path) -> AudioInfo:
+    """Length and format of an audio file, from its header. Errors: ValueError naming the file."""
+    try:
+        info = soundfile.info(str(path))
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{path}: not readable as audio ({error})") from None
+    return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels)
+
+
+def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels=None) -> torch.Tensor:
+    """Audio of a file as float32 [C, N]: from `start_seconds` on, `seconds` of it (None: to the end; less at its end).
+
+    `sample_rate` (Hz) resamples. `channels`: 1 is the mean of all; mono is copied to fill more; surplus ones are dropped.
+    Errors: ValueError naming the file."""
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            file.seek(min(round(start_seconds * file.samplerate), file.frames))
+            frames = -1 if seconds is None else round(seconds * file.samplerate)
+            wav = torch.from_numpy(file.read(frames, dtype="float32", always_2d=True).T)                # [C, N]
+            rate = file.samplerate
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{path}: not readable as audio ({error})") from None
+    if channels == 1:
+        wav = wav.mean(0, keepdim=True)                                                                 # [1, N]
+    elif channels is not None:
+        if 1 < len(wav) < channels:
+            raise ValueError(f"{path}: has {len(wav)} channels, {channels} are wanted")
+        wav = wav.expand(channels, -1) if len(wav) == 1 else wav[:channels]                             # [C, N]
+    if sample_rate is not None and sample_rate != rate:
+        wav = torchaudio.functional.resample(wav, rate, sample_rate)
+    return wav.contiguous()
+
+
+def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
+    """Writes wav [C, N], clipped to [-1, 1]; 16 bits where the format (the suffix) has a choice. Errors: ValueError."""
+    assert wav.dim() == 2, f"write_audio takes [C, N], not {tuple(wav.shape)}"
+    suffix = Path(path).suffix.lower()
+    if suffix not in AUDIO_SUFFIXES:
+        raise ValueError(f"{path}: cannot write {suffix or 'a file without suffix'}: use {', '.join(AUDIO_SUFFIXES)}")
+    samples = wav.detach().float().cpu().clamp(-1, 1).T.numpy()                                         # [N, C]
+    try:
+        soundfile.write(str(path), samples, sample_rate, subtype="PCM_16" if suffix in (".wav", ".flac") else None)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(f"{path}: cannot be written ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the codec
+
+
+class Codec(nn.Module):
+    """A frozen codec: no gradient, always in eval mode, float32 also under autocast."""
+
+    def __init__(self, name: str, sample_rate: int, encoder: nn.Module, quantizer: nn.Module, decoder: nn.Module,
+                 num_codebooks: int | None = None):
+        super().__init__()
+        self.name, self.sample_rate, self.channels = name, sample_rate, encoder.channels
+        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.hop = int(encoder.hop_length)                           # samples a frame
+        self.frame_rate = sample_rate / self.hop                     # Hz
+        self.K = quantizer.n_q if num_codebooks is None else num_codebooks
+        self.card = quantizer.bins
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Codec":
+        """Stays in eval mode whatever is asked: the codec is frozen."""
+        return super().train(False)
+
+    def to(self, device) -> "Codec":
+        """Moves the networks to a device. On Apple's MPS the quantiser stays on the CPU: nearest vectors are wrong there."""
+        super().to(device)
+        if torch.device(device).type == "mps":
+            self.quantizer.to("cpu")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of K and all weights by name: codes of codecs with the same fingerprint are interchangeable."""
+        digest = hashlib.sha256(f"{self.K} {self.sample_rate} ".encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if not name.endswith(TRAINING_BUFFERS):
+                digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, wav: torch.Tensor) -> torch.Tensor:
+        """wav [B,C,N] in [-1, 1] -> codes [B,K,T] int64, T = ceil(N / hop)."""
+        assert wav.dim() == 3, f"encode takes [B, C, N], not {tuple(wav.shape)}"
+        B, C, N = wav.shape
+        assert C == self.channels, f"{C} channels, the codec {self.name} has {self.channels}"
+        assert B > 0 and N > 0, f"nothing to encode in {tuple(wav.shape)}"
+        # on a CPU clip by clip: activations stay in its cache (2-3 times faster), and no clip's codes depend on the others
+        pieces = wav.float().split(1 if wav.device.type == "cpu" else B)
+        with torch.autocast(wav.device.type, enabled=False):
+            z = torch.cat([self.encoder(piece) for piece in pieces])                                    # [B, D, T]
+            codes = self.quantizer.vq.encode(z.to(self._quantizer_device), n_q=self.K)                  # [K, B, T]
+        return codes.transpose(0, 1).to(wav.device)                                                     # [B, K, T]
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """codes [B,K,T] -> wav [B,C,T*hop] float32."""
+        assert codes.dim() == 3, f"decode takes [B, K, T], not {tuple(codes.shape)}"
+        B, K, T = codes.shape
+        assert K == self.K, f"{K} codebooks, the codec {self.name} has {self.K}"
+        assert B > 0 and T > 0, f"nothing to decode in {tuple(codes.shape)}"
+        low, high = int(codes.min()), int(codes.max())
+        assert 0 <= low and high < self.card, f"codes from {low} to {high}, the codec {self.name} has 0..{self.card - 1}"
+        with torch.autocast(codes.device.type, enabled=False):
+            z = self.quantizer.vq.decode(codes.transpose(0, 1).to(self._quantizer_device))              # [B, D, T]
+            z = z.to(codes.device)
+            return torch.cat([self.decoder(piece) for piece in z.split(1 if z.device.type == "cpu" else B)])
+
+    @property
+    def _quantizer_device(self) -> torch.device:
+        return next(self.quantizer.buffers()).device
+
+
+TRAINING_BUFFERS = ("inited", "cluster_size", "embed_avg")           # of the package's codebooks: not part of the codec
+
+
+def build_networks(config: dict, norm: str = "none") -> tuple:
+    """(encoder, quantizer, decoder) of a codec's plain config: the arguments of SEANet and RVQ by their own names."""
+    seanet = {**config["seanet"], "norm": norm}
+    return (SEANetEncoder(**seanet), ResidualVectorQuantizer(**config["rvq"], kmeans_init=False), SEANetDecoder(**seanet))
+
+
+def load_file(path, what: str) -> dict:
+    """A dict of plain data and tensors from a file; no code of it runs. Errors: ValueError naming the file."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, {what} was expected") from None
+    except Exception as error:                                       # torch.load raises many kinds on foreign bytes
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ValueError(f"{path}: not {what}, or damaged ({type(error).__name__}: {reason})") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: not {what}: holds a {type(stored).__name__}")
+    return stored
+
+
+def _codec_of_file(path, name: str, num_codebooks: int | None) -> Codec:
+    stored = load_file(path, "a codec file made by `python tokenizer.py fit`")
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a codec file made by `python tokenizer.py fit` (format {stored.get('format')!r})")
+    K = stored["config"]["rvq"]["n_q"]
+    if num_codebooks is not None and not 1 <= num_codebooks <= K:
+        raise ValueError(f"num_codebooks {num_codebooks}: the codec {name} has 1 to {K}")
+    encoder, quantizer, decoder = build_networks(stored["config"])
+    codec = Codec(name, stored["config"]["sample_rate"], encoder, quantizer, decoder, num_codebooks)
+    state = {k: v.float() for k, v in stored["state"].items()}
+    missing, unexpected = codec.load_state_dict(state, strict=False)
+    missing = [k for k in missing if not k.endswith(TRAINING_BUFFERS)]
+    if missing or unexpected:
+        raise ValueError(f"{path}: weights do not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return codec
+
+
+def _encodec_24khz(num_codebooks: int | None) -> Codec:
+    from encodec import EncodecModel
+    K = 4 if num_codebooks is None else num_codebooks                # 4 as MusicGen has
+    if K not in ENCODEC_24KHZ_CODEBOOKS:
+        raise ValueError(f"num_codebooks {K}: encodec_24khz has {', '.join(map(str, ENCODEC_24KHZ_CODEBOOKS))}")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_24KHZ_URL.rsplit("/", 1)[1]
+    if not path.exists():
+        timeout = socket.getdefaulttimeout()
+        try:
+            socket.setdefaulttimeout(20)                             # seconds; without one a dead network hangs for ever
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(ENCODEC_24KHZ_URL, str(path), hash_prefix="d7cc33bc", progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"encodec_24khz: no download ({error}): put {ENCODEC_24KHZ_URL} at {path}") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*weight_norm.*") # the package uses the old one, the file has its keys
+        model = EncodecModel.encodec_model_24khz(pretrained=False)
+    try:
+        model.load_state_dict(load_file(path, "the weights of encodec_24khz"))
+    except RuntimeError:
+        raise ValueError(f"{path}: not the weights of encodec_24khz: put {ENCODEC_24KHZ_URL} there") from None
+    for module in model.modules():                                   # fold the weight norm: same output, faster
+        if hasattr(module, "weight_g"):
+            nn.utils.remove_weight_norm(module)
+    return Codec("encodec_24khz", model.sample_rate, model.encoder, model.quantizer, model.decoder, K)
+
+
+def load_codec(name: str, num_codebooks: int | None = None, device="cpu") -> Codec:
+    """The codec `toy` (embedded), `encodec_24khz` (public weights) or a PATH to a file of the fit command, frozen.
+
+    `num_codebooks` takes the first so many levels. Errors: ValueError, one line with a way out."""
+    if name == "toy":
+        codec = _codec_of_file(TOY_FILE, "toy", num_codebooks)
+    elif name == "encodec_24khz":
+        codec = _encodec_24khz(num_codebooks)
+    elif name == "encodec_48khz":
+        raise ValueError("encodec_48khz normalises every second by a scale of its own, which a language model over codes "
+                         "loses: use encodec_24khz")
+    elif Path(name).exists() or Path(name).suffix:
+        codec = _codec_of_file(Path(name), str(name), num_codebooks)
+    else:
+        raise ValueError(f"codec {name!r}: choose toy, encodec_24khz or the path of a codec file")
+    return codec.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a round trip costs
+
+
+def si_snr(estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Scale-invariant signal-to-noise ratio [B] in dB of [B,C,N] (Le Roux et al. 2019)."""
+    assert estimate.shape == target.shape, f"{tuple(estimate.shape)} against {tuple(target.shape)}"
+    estimate, target = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (estimate, target))   # [B, C*N]
+    gain = (estimate * target).sum(1, keepdim=True) / target.square().sum(1, keepdim=True).clamp_min(1e-9)
+    noise = (estimate - gain * target).square().sum(1).clamp_min(1e-9)
+    return 10 * ((gain * target).square().sum(1) / noise).clamp_min(1e-9).log10()
+
+
+class MelSpectrum(nn.Module):
+    """Mel magnitudes [B, M, F] of mono audio [B, N]; a full-scale sine is about 1."""
+
+    def __init__(self, sample_rate: int, n_fft: int, mels: int):
+        super().__init__()
+        self.n_fft = n_fft
+        self.register_buffer("window", torch.hann_window(n_fft))
+        banks = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, mels, sample_rate)
+        self.register_buffer("banks", banks.T.contiguous() * 4 / n_fft)                                 # [M, n_fft/2+1]
+
+    def forward(self, wav: torch.Tensor) -> torch.Tensor:
+        spec = torch.stft(wav, self.n_fft, self.n_fft // 4, window=self.window, return_complex=True)
+        return self.banks @ torch.view_as_real(spec).square().sum(-1).add(1e-10).sqrt()                 # [B, M, F]
+
+
+def mel_distance(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """Mean absolute difference [B] in dB of 64 mel bands of [B,C,N], everything under -60 dB of full scale levelled."""
+    assert estimate.shape == target.shape, f"{tuple(estimate.shape)} against {tuple(target.shape)}"
+    mel = MelSpectrum(sample_rate, 1024, 64).to(target.device)
+    a, b = (20 * mel(x.float().mean(1)).clamp_min(1e-3).log10() for x in (estimate, target))            # [B, M, F]
+    return (a - b).abs().mean((1, 2))
+
+
+def perplexities(codes: torch.Tensor, card: int) -> list:
+    """Perplexity of each codebook's code frequencies in codes [B,K,T]: 1 (one code) to card (all alike)."""
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=card) for c in codes.unbind(1)]).float()  # [K, V]
+    p = counts / counts.sum(1, keepdim=True)
+    return (-(p * p.clamp_min(1e-12).log()).sum(1)).exp().tolist()
+
+
+def quality(codec: Codec, wav: torch.Tensor) -> dict:
+    """A round trip of wav [B,C,N]: {"si_snr_db", "mel_db": means over clips, "perplexity": [K]}."""
+    codes = codec.encode(wav)                                                                           # [B, K, T]
+    back = codec.decode(codes)[..., :wav.shape[-1]]                                                     # [B, C, N]
+    return {"si_snr_db": float(si_snr(back, wav).mean()), "perplexity": perplexities(codes, codec.card),
+            "mel_db": float(mel_distance(back, wav, codec.sample_rate).mean())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fitting: data
+
+
+class Segments:
+    """Random training audio, a function of (seed, step, place in the batch) alone, so that resuming is exact."""
+
+    def __init__(self, dataset: str, sample_rate: int, channels: int, samples: int, grid: int, seed: int):
+        self.sample_rate, self.channels, self.samples, self.grid, self.seed = sample_rate, channels, samples, grid, seed
+        self.files = None
+        self.bad = set()
+        if dataset == "toy":
+            import toy
+            self.toy = toy
+            if (sample_rate, channels) != (toy.SAMPLE_RATE, 1):
+                raise ValueError(f"--dataset toy is mono at {toy.SAMPLE_RATE} Hz, not {channels} channels at {sample_rate}")
+            if samples > toy.SAMPLE_RATE * toy.CLIP_SECONDS:
+                raise ValueError(f"--segment_seconds: toy clips have {toy.CLIP_SECONDS} s")
+            return
+        if not Path(dataset).is_dir():
+            raise ValueError(f"--dataset {dataset}: no such folder (or give the word toy)")
+        files = sorted(p for p in Path(dataset).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+        if not files:
+            raise ValueError(f"--dataset {dataset}: no {' '.join(AUDIO_SUFFIXES)} in it")
+        held = files[::20] if len(files) >= 20 else files            # one file in twenty only validates
+        self.files = {"valid": held, "train": [f for f in files if f not in set(held)] or files}
+        print(f"{len(files)} audio files, {len(held)} of them to validate on", flush=True)
+
+    def batch(self, step: int, size: int, split: str = "train") -> torch.Tensor:
+        """Audio [B,C,N] of a step: half of it as it is, half at a gain of .6 to 1.2, one in eight mixed with another."""
+        rows = []
+        for i in range(size):
+            rng = np.random.default_rng((self.seed, ("train", "valid").index(split), step, i))
+            wav = self._one(rng, split)                                                                 # [C, N]
+            if split == "train":
+                if rng.random() < 1 / 8:
+                    wav = 0.7 * (wav + self._one(rng, split, grid=1))
+                if rng.random() < 1 / 2:
+                    wav = wav * rng.uniform(0.6, 1.2)
+            rows.append(wav)
+        return torch.stack(rows).float()                                                                # [B, C, N]
+
+    def _one(self, rng: np.random.Generator, split: str, grid: int | None = None) -> torch.Tensor:
+        """One segment [C, N]; toy clips are cut on multiples of the hop, where their notes begin."""
+        if self.files is None:
+            clip = self.toy.sample(int(rng.integers(2 ** 31)), 0, 0, split=split).wav
+            grid = grid or self.grid
+            start = grid * int(rng.integers((len(clip) - self.samples) // grid + 1))
+            return torch.from_numpy(clip[None, start:start + self.samples])                             # [C, N]
+        for _ in range(100):
+            path = self.files[split][rng.integers(len(self.files[split]))]
+            place = rng.random()
+            if path in self.bad:
+                continue
+            try:
+                seconds = self.samples / self.sample_rate
+                start = place * max(0.0, audio_info(path).seconds - seconds)
+                wav = read_audio(path, start, seconds + 0.01, self.sample_rate, self.channels)[:, :self.samples]
+                return F.pad(wav, (0, self.samples - wav.shape[1]))                                     # [C, N]
+            except ValueError as error:
+                self.bad.add(path)
+                print(f"skipped {error}", flush=True)
+        raise ValueError("100 segments in a row were unreadable: see the files named above")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fitting: the quantiser. The package's own training code is not used: its k-means start leaves sums and counts apart, its
+# replacement of dead codes is undone within the same step, and levels 2..K give the encoder no gradient.
+
+
+def nearest(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Index [n] of the nearest of vectors [V,D] to each x [n,D]."""
+    return (vectors.square().sum(1) - 2 * x @ vectors.T).argmin(1)
+
+
+def kmeans(x: torch.Tensor, V: int, iterations: int, generator: torch.Generator) -> tuple:
+    """(means [V,D], counts [V]) of Lloyd's algorithm on x [n,D]; an empty cluster starts again at a random x."""
+    means = x[torch.randperm(len(x), generator=generator)[:V].to(x.device)]
+    for i in range(iterations + 1):
+        index = torch.cdist(x, means).argmin(1)                                                         # [n]
+        counts = torch.bincount(index, minlength=V).to(x)                                               # [V]
+        if i == iterations:
+            return means, counts
+        means = torch.zeros_like(means).index_add_(0, index, x) / counts.clamp_min(1)[:, None]
+        again = x[torch.randint(len(x), (V,), generator=generator).to(x.device)]
+        means = torch.where(counts[:, None] > 0, means, again)
+
+
+def start_codebooks(quantizer: nn.Module, x: torch.Tensor, per_step: int, generator: torch.Generator) -> None:
+    """Residual k-means on pooled latents x [n,D]; counts are scaled to the `per_step` latents that a step brings."""
+    for layer in quantizer.vq.layers:
+        book = layer._codebook
+        means, counts = kmeans(x, book.codebook_size, 20, generator)
+        counts = (counts * per_step / len(x)).clamp_min(DEAD_BELOW)
+        set_codes(book, torch.ones_like(counts, dtype=torch.bool), means, counts)
+        x = x - means[nearest(x, means)]
+
+
+def set_codes(book: nn.Module, which: torch.Tensor, vectors: torch.Tensor, counts: torch.Tensor) -> None:
+    """Gives the codes which [V] of a codebook new vectors [V,D] and counts [V], with the sums that belong to them."""
+    book.embed[which], book.cluster_size[which] = vectors[which], counts[which]
+    book.embed_avg[which] = (vectors * counts[:, None])[which]
+    book.inited.fill_(1)
+
+
+DEAD_BELOW = 0.02                                                    # a code used less than once in 50 steps is dead
+CODEBOOK_DECAY = 0.99
+
+
+def quantise(quantizer: nn.Module, z: torch.Tensor, learn: bool, revive: torch.Generator | None = None) -> tuple:
+    """z [B,D,T] -> (quantised z with a straight-through gradient [B,D,T], commitment loss, codes [B,K,T]).
+
+    Residuals keep their gradient from level to level and one straight-through stands on the sum, so that every level's
+    commitment reaches the encoder. `learn` moves the codebooks by exponential averages; `revive` replaces dead codes."""
+    B, D, T = z.shape
+    residual = x = z.transpose(1, 2).reshape(B * T, D)                                                  # [B*T, D]
+    commitment, codes = 0.0, []
+    for layer in quantizer.vq.layers:
+        book = layer._codebook
+        index = nearest(residual.detach(), book.embed)                                                  # [B*T]
+        q = book.embed[index]                                                                           # [B*T, D]
+        commitment = commitment + F.mse_loss(residual, q)
+        if learn:
+            update_codebook(book, residual.detach(), index, revive)
+        residual = residual - q
+        codes.append(index.view(B, T))
+    # relative to the latent's variance: the encoder gains nothing by shrinking or growing its scale
+    commitment = commitment / len(codes) / x.var().clamp_min(1e-6)
+    q = (x + (-residual).detach()).view(B, T, D).transpose(1, 2)                                        # [B, D, T]
+    return q, commitment, torch.stack(codes, 1)
+
+
+@torch.no_grad()
+def update_codebook(book: nn.Module, x: torch.Tensor, index: torch.Tensor, revive: torch.Generator | None) -> None:
+    """One step of the exponential averages with latents x [n,D] at codes index [n]; then dead codes become random x."""
+    counts = torch.bincount(index, minlength=book.codebook_size).to(x)                                  # [V]
+    book.cluster_size.lerp_(counts, 1 - CODEBOOK_DECAY)
+    book.embed_avg.lerp_(torch.zeros_like(book.embed).index_add_(0, index, x), 1 - CODEBOOK_DECAY)
+    alive = book.cluster_size[:, None] > 1e-4                        # a code long unused keeps its vector
+    book.embed.copy_(torch.where(alive, book.embed_avg / book.cluster_size.clamp_min(1e-4)[:, None], book.embed))
+    if revive is not None:
+        dead = book.cluster_size < DEAD_BELOW
+        picks = torch.randint(len(x), (book.codebook_size,), generator=revive).to(x.device)
+        set_codes(book, dead, x[picks], torch.ones_like(counts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fitting: losses and the loop
+
+
+class Losses(nn.Module):
+    """Waveform L1 and a multi-resolution mel loss, on magnitudes and on their logarithms; optionally MS-STFT hinge."""
+
+    SCALES = ((512, 40), (1024, 64), (2048, 80))                     # (n_fft, mel bands)
+
+    def __init__(self, sample_rate: int):
+        super().__init__()
+        self.spectra = nn.ModuleList([MelSpectrum(sample_rate, n_fft, mels) for n_fft, mels in self.SCALES])
+
+    def forward(self, estimate: torch.Tensor, target: torch.Tensor) -> tuple:
+        """(L1, spectral) of [B,C,N]; the log floor is -60 dB, digital silence is no aim."""
+        a, b = estimate.flatten(0, 1), target.flatten(0, 1)                                             # [B*C, N]
+        spectral = 0.0
+        for mel in self.spectra:
+            x, y = mel(a), mel(b)                                                                       # [B*C, M, F]
+            log = (x.clamp_min(1e-3).log10() - y.clamp_min(1e-3).log10()).abs().mean()
+            spectral = spectral + (log + 10 * (x - y).abs().mean()) / len(self.spectra)
+        return F.l1_loss(estimate, target), spectral
+
+
+@torch.no_grad()
+def start_linear(encoder: nn.Module, decoder: nn.Module, wav: torch.Tensor, generator: torch.Generator) -> None:
+    """Starts the two networks as a linear codec: principal components of audio [B,C,N] going in, their transpose coming out.
+
+    At torch's own start the latents of such small nets hardly move over time, and a spectral loss keeps them from ever
+    finding the waveform. Instead each encoder convolution gets the leading directions of its input blocks (`stride` wide,
+    so that blocks do not overlap), turned at random to spread the energy over the channels; the decoder's counterpart gets
+    the same weights; residual branches start at zero, biases too. Small signals pass ELU almost unchanged."""
+    ins = [m for m in encoder.model if isinstance(m, SConv1d)]
+    outs = [m for m in decoder.model if isinstance(m, (SConv1d, SConvTranspose1d))][::-1]
+    for block in [m for net in (encoder, decoder) for m in net.model if isinstance(m, SEANetResnetBlock)]:
+        block.block[-1].conv.conv.weight.zero_()
+    for module in [m for net in (encoder, decoder) for m in net.modules() if hasattr(m, "bias")]:
+        module.bias.zero_()
+    h = wav
+    for module in encoder.model:
+        if isinstance(module, SConv1d):
+            conv, back = module.conv.conv, outs[ins.index(module)]
+            B, C, T = h.shape
+            r, width = conv.stride[0], conv.out_channels
+            blocks = h.view(B, C, T // r, r).transpose(1, 2).reshape(-1, C * r)                         # [n, C*r]
+            directions = torch.linalg.eigh((blocks.T @ blocks).double())[1].flip(1)[:, :width].T.float()
+            turn = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+            W = (turn[:, :len(directions)] @ directions).view(width, C, r)                              # [out, C, r]
+            gain = 1.0
+            if module is ins[0]:
+                gain = START_LEVEL
+            elif module is ins[-1]:                                  # latents of variance 1
+                gain = 1 / float((blocks @ W.view(width, -1).T).std())
+            _set_taps(conv, W * gain)
+            if isinstance(back, SConvTranspose1d):
+                _set_taps(back.convtr.convtr, W / gain)
+            else:
+                _set_taps(back.conv.conv, W.transpose(0, 1) / gain)
+        h = module(h)
+
+
+START_LEVEL = 0.5                                                    # of the signal between the first and last convolution
+
+
+def _set_taps(conv: nn.Module, W: torch.Tensor) -> None:
+    """Puts W [out, in, r] on the taps that stand on a block's own samples; the rest of the kernel starts at zero."""
+    k, stride = conv.kernel_size[0], conv.stride[0]
+    first = -((stride - k) // 2)                                     # what the package pads on the left: ceil((k - r) / 2)
+    conv.weight.zero_()
+    conv.weight[:, :, first:first + W.shape[-1]] = W
+
+
+def write_atomically(path: Path, stored: dict) -> None:
+    """Saves beside the path, flushes, then swaps the file in: a kill never leaves half a file."""
+    beside = Path(f"{path}.tmp")
+    with open(beside, "wb") as file:
+        torch.save(stored, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+class Adversary:
+    """The package's MS-STFT discriminator with hinge losses and feature matching (EnCodec sec. 3.4), one step behind."""
+
+    def __init__(self, sample_rate: int, channels: int, lr: float, device):
+        from encodec.msstftd import MultiScaleSTFTDiscriminator
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*weight_norm.*")  # the package uses torch's old one
+            self.net = MultiScaleSTFTDiscriminator(filters=16, in_channels=channels).to(device)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=lr, betas=(0.5, 0.9), weight_decay=0.0)
+
+    def loss(self, estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """What the codec shall lower: hinge on its own audio, and the distance of the discriminator's features."""
+        self.net.requires_grad_(False)
+        logits, features = self.net(estimate)
+        wanted = self.net(target)[1]
+        self.net.requires_grad_(True)
+        hinge = sum(F.relu(1 - x).mean() for x in logits) / len(logits)
+        pairs = [(a, b) for fa, fb in zip(features, wanted) for a, b in zip(fa, fb)]
+        match = sum(F.l1_loss(a, b) / b.abs().mean().clamp_min(1e-6) for a, b in pairs) / len(pairs)
+        return 0.1 * hinge + 0.2 * match                             # small beside 10 L1 + 2 spectral
+
+    def learn(self, estimate: torch.Tensor, target: torch.Tensor) -> None:
+        """One step of the discriminator."""
+        real, fake = self.net(target)[0], self.net(estimate.detach())[0]
+        loss = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)) / len(real)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def learning_rate(step: int, args) -> float:
+    """Warm-up over 100 steps, then a cosine to a fiftieth."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.steps))
+    return args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
+
+
+def autoencoder_steps(args) -> int:
+    """Steps before the quantiser starts: codebooks that start on untrained latents collapse."""
+    return max(1, round(args.autoencoder_share * args.steps))
+
+
+class Fit:
+    """All that fitting a codec changes from step to step, and so all that a checkpoint holds."""
+
+    def __init__(self, args, config: dict, segments: Segments):
+        self.args, self.config, self.segments, self.step = args, config, segments, 0
+        torch.manual_seed(args.seed)
+        encoder, quantizer, decoder = build_networks(config)
+        # step numbers past the end: data of no other use
+        start_linear(encoder, decoder, segments.batch(args.steps, 32), torch.Generator().manual_seed(args.seed))
+        self.codec = Codec("fit", config["sample_rate"], encoder, quantizer, decoder).to(args.device)
+        self.networks = nn.ModuleList([encoder, decoder]).requires_grad_(True)
+        self.losses = Losses(config["sample_rate"]).to(args.device)
+        self.optimizer = torch.optim.AdamW(self.networks.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=0.0)
+        self.adversary = Adversary(config["sample_rate"], encoder.channels, 3e-4, args.device) if args.adversarial else None
+
+    def generator(self) -> torch.Generator:
+        """Randomness of this step, the same after a restart."""
+        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
+
+    def batch(self, step: int, split: str = "train") -> torch.Tensor:
+        """Audio [B,C,N] of a step on the device."""
+        return self.segments.batch(step, self.args.batch_size, split).to(self.args.device)
+
+    def start_quantiser(self) -> None:
+        """k-means on the latents of 40 batches."""
+        with torch.no_grad():
+            z = [self.codec.encoder(self.batch(self.args.steps + 1 + i)) for i in range(40)]
+        x = torch.cat(z).transpose(1, 2).flatten(0, 1)                                                  # [n, D]
+        start_codebooks(self.codec.quantizer, x, len(x) // 40, self.generator())
+
+    def update(self) -> dict:
+        """One step; returns its figures."""
+        args, codec, quantising = self.args, self.codec, self.step >= autoencoder_steps(self.args)
+        if self.step == autoencoder_steps(args):
+            self.start_quantiser()
+        wav = self.batch(self.step)                                                                     # [B, C, N]
+        z = codec.encoder(wav)                                                                          # [B, D, T]
+        loss = 0.01 * (z.square().mean() - 1).square()               # holds the latents' scale, which is free otherwise
+        figures = {}
+        if quantising:
+            revive = self.step % 10 == 0 and self.step < 0.8 * args.steps
+            z, commitment, codes = quantise(codec.quantizer, z, True, self.generator() if revive else None)
+            loss = loss + args.commitment * commitment
+            figures["commit"] = commitment
+        back = codec.decoder(z)                                                                         # [B, C, N]
+        l1, spectral = self.losses(back, wav)
+        loss = loss + 10 * l1 + 2 * spectral
+        if quantising and self.adversary:
+            loss = loss + self.adversary.loss(back, wav)
+            self.adversary.learn(back, wav)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise ValueError(f"step {self.step}: the gradient is not finite: lower --lr")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, args)
+        self.optimizer.step()
+        self.step += 1
+        figures = {"loss": loss, "l1": l1, "spectral": spectral, **figures, "norm": norm}
+        return {k: float(v.detach()) for k, v in figures.items()}
+
+    @torch.no_grad()
+    def validate(self, batches: int) -> dict:
+        """Quality on segments held out of training; without the quantiser as long as it has not started."""
+        wav = torch.cat([self.batch(i, "valid") for i in range(batches)])                               # [B, C, N]
+        if self.step > autoencoder_steps(self.args):
+            return quality(self.codec, wav)
+        back = torch.cat([self.codec.decoder(self.codec.encoder(piece)) for piece in wav.split(1)])
+        return {"si_snr_db": float(si_snr(back, wav).mean()), "perplexity": [],
+                "mel_db": float(mel_distance(back, wav, self.codec.sample_rate).mean())}
+
+    def state_dict(self) -> dict:
+        """Plain data and tensors."""
+        state = {"format": "nanomusicgen codec fit 1", "args": comparable(self.args), "step": self.step,
+                 "codec": self.codec.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.adversary:
+            state["adversary"] = [self.adversary.net.state_dict(), self.adversary.optimizer.state_dict()]
+        return state
+
+    def load_state_dict(self, state: dict, path: Path) -> None:
+        """Goes on where a checkpoint of the same command stopped. Errors: ValueError where the flags differ."""
+        if state.get("format") != "nanomusicgen codec fit 1":
+            raise ValueError(f"{path}: not a checkpoint of this command")
+        changed = [k for k, v in comparable(self.args).items() if state["args"].get(k) != v]
+        if changed:
+            raise ValueError(f"{path} was made with another --{', --'.join(changed)}: delete it or name another --out")
+        self.step = state["step"]
+        self.codec.load_state_dict(state["codec"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.adversary:
+            self.adversary.net.load_state_dict(state["adversary"][0])
+            self.adversary.optimizer.load_state_dict(state["adversary"][1])
+
+
+def comparable(args) -> dict:
+    """The flags that change the result."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "log_seconds", "save_every", "stop_after", "device")}
+
+
+def fit(args) -> None:
+    """Fits a codec and writes it to args.out: {format, config, state (fp16), metrics}."""
+    torch.set_num_threads(args.threads)
+    out, checkpoint = Path(args.out), Path(f"{args.out}.fit")
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; delete it first or name another")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    config = codec_config(args)
+    hop = math.prod(args.ratios)
+    samples = round(args.segment_seconds * args.sample_rate / hop) * hop
+    if samples < 2048:
+        raise ValueError(f"--segment_seconds {args.segment_seconds}: at least {2048 / args.sample_rate:.2f} are needed")
+    segments = Segments(args.dataset, args.sample_rate, 1, samples, hop, args.seed)
+    run = Fit(args, config, segments)
+    millions = sum(p.numel() for p in run.networks.parameters()) / 1e6
+    print(f"{args}\n{millions:.2f}M weights, {args.sample_rate / hop:.0f} Hz, {args.codebooks} x {args.card} codes, "
+          f"{autoencoder_steps(args)} of {args.steps} steps without the quantiser", flush=True)
+    if checkpoint.exists():
+        run.load_state_dict(load_file(checkpoint, "a checkpoint of this command"), checkpoint)
+        print(f"goes on at step {run.step} of {checkpoint}", flush=True)
+    began = shown = time.monotonic()
+    first, stop = run.step, min(args.steps, run.step + args.stop_after) if args.stop_after else args.steps
+    while run.step < stop:
+        figures = run.update()
+        if time.monotonic() - shown > args.log_seconds or run.step in (1, stop):
+            shown = time.monotonic()
+            print(progress(run, figures, (shown - began) / (run.step - first)), flush=True)
+        if run.step % args.save_every == 0 or run.step == stop:
+            write_atomically(checkpoint, run.state_dict())
+    if run.step < args.steps:
+        print(f"stopped at step {run.step}: the same command goes on from {checkpoint}", flush=True)
+        return
+    metrics = {**run.validate(16), "dataset": args.dataset, "steps": args.steps, "seed": args.seed}
+    state = {k: v.detach().cpu().half() for k, v in run.codec.state_dict().items() if not k.endswith(TRAINING_BUFFERS)}
+    write_atomically(out, {"format": FORMAT, "config": config, "state": state, "metrics": metrics})
+    checkpoint.unlink(missing_ok=True)
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB): {describe(metrics)}", flush=True)
+
+
+def describe(metrics: dict) -> str:
+    """Quality figures in one line."""
+    text = f"SI-SNR {metrics['si_snr_db']:.2f} dB | mel distance {metrics['mel_db']:.2f} dB"
+    return text + "".join(f" | ppl_q{k + 1} {p:.0f}" for k, p in enumerate(metrics["perplexity"]))
+
+
+def progress(run: Fit, figures: dict, seconds: float) -> str:
+    """One line: step, losses, quality on 16 held-out segments, speed."""
+    line = f"step {run.step}/{run.args.steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in figures.items())
+    left = (run.args.steps - run.step) * seconds / 60
+    return f"{line} | valid {describe(run.validate(2))} | {1000 * seconds:.0f} ms | {left:.0f} min left"
+
+
+def codec_config(args) -> dict:
+    """The plain config of a codec file: all arguments of SEANet and RVQ, from the flags."""
+    seanet = {"channels": 1, "dimension": args.dim, "n_filters": args.filters, "ratios": args.ratios,
+              "n_residual_layers": args.residual_layers, "activation": "ELU", "activation_params": {"alpha": 1.0},
+              "kernel_size": args.kernel, "last_kernel_size": args.last_kernel, "residual_kernel_size": 3,
+              "dilation_base": 2, "causal": False, "pad_mode": "constant", "true_skip": True, "compress": args.compress,
+              "lstm": 0}
+    rvq = {"dimension": args.dim, "n_q": args.codebooks, "bins": args.card}
+    return {"sample_rate": args.sample_rate, "seanet": seanet, "rvq": rvq}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def fit_parser() -> argparse.ArgumentParser:
+    """Flags of `python tokenizer.py fit`."""
+    parser = argparse.ArgumentParser(prog="tokenizer.py fit", description="Fits a small codec: an autoencoder first, then "
+                                     "k-means, then quantising. Stopped, the same command goes on exactly.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, help="toy, or a folder of audio files")
+    data.add_argument("--out", required=True, help="codec file to write; the checkpoint stands beside it")
+    data.add_argument("--sample_rate", type=int, default=16_000, help="Hz")
+    data.add_argument("--segment_seconds", type=float, default=1.0, help="length of a training segment")
+    shape = parser.add_argument_group("shape of the codec")
+    shape.add_argument("--filters", type=int, default=16, help="channels at the full rate; every stride doubles them")
+    shape.add_argument("--ratios", type=int, nargs="+", default=[1, 1, 20, 1, 16], metavar="R",
+                       help="strides from codes to audio; their product is the hop in samples")
+    shape.add_argument("--residual_layers", type=int, default=0, help="residual blocks at every rate")
+    shape.add_argument("--compress", type=int, default=2, help="a residual block is so many times narrower inside")
+    shape.add_argument("--kernel", type=int, default=5, help="first convolution of encoder and decoder")
+    shape.add_argument("--last_kernel", type=int, default=3, help="last convolution of encoder and decoder")
+    shape.add_argument("--dim", type=int, default=96, help="width of the latent vectors")
+    shape.add_argument("--codebooks", type=int, default=4, help="levels of the quantiser (K)")
+    shape.add_argument("--card", type=int, default=256, help="vectors of a codebook")
+    learn = parser.add_argument_group("training")
+    learn.add_argument("--steps", type=int, default=5600, help="updates in all")
+    learn.add_argument("--batch_size", type=int, default=8, help="segments a step")
+    learn.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
+    learn.add_argument("--commitment", type=float, default=0.25, help="weight of the commitment loss")
+    learn.add_argument("--autoencoder_share", type=float, default=0.1, help="share of the steps before the quantiser starts")
+    learn.add_argument("--adversarial", action="store_true", help="with the MS-STFT discriminator while quantising; slow")
+    learn.add_argument("--seed", type=int, default=0, help="of weights, data and codebooks")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cpu", help="cpu or cuda")
+    machine.add_argument("--threads", type=int, default=1, help="CPU threads; part of what makes a run repeatable")
+    machine.add_argument("--log_seconds", type=float, default=20, help="time between progress lines")
+    machine.add_argument("--save_every", type=int, default=200, help="steps between checkpoints")
+    machine.add_argument("--stop_after", type=int, default=0, help="stop after so many steps (0: not), to go on later")
+    return parser
+
+
+def check_fit(args) -> None:
+    """Refuses flags that make no codec. Errors: ValueError with what is allowed."""
+    whole = {k: getattr(args, k) for k in ("filters", "compress", "kernel", "last_kernel", "dim", "codebooks", "steps",
+                                           "batch_size", "sample_rate", "threads", "save_every")}
+    for name, value in {**whole, "ratios": min(args.ratios), "card": args.card - 1, "lr": args.lr}.items():
+        if not value > 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: too small")
+    if not 0 < args.autoencoder_share < 1:
+        raise ValueError(f"--autoencoder_share {args.autoencoder_share}: between 0 and 1")
+    if args.device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device}: cpu or cuda (MPS finds wrong nearest vectors)")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is none here")
+
+
+def roundtrip(argv: list) -> None:
+    """Encodes and decodes one file and prints what that costs."""
+    parser = argparse.ArgumentParser(prog="tokenizer.py", description="Audio -> codes -> audio. See also: tokenizer.py fit -h")
+    parser.add_argument("input", help="audio file")
+    parser.add_argument("output", help="audio file to write, at the codec's sample rate")
+    parser.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec file (default toy)")
+    parser.add_argument("--num_codebooks", type=int, help="use the first so many codebooks (default all)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
+    args = parser.parse_args(argv)
+    codec = load_codec(args.codec, args.num_codebooks, args.device)
+    wav = read_audio(args.input, sample_rate=codec.sample_rate, channels=codec.channels)[None].to(args.device)
+    if wav.shape[-1] == 0:
+        raise ValueError(f"{args.input}: holds no audio")
+    codes = codec.encode(wav)                                                                           # [1, K, T]
+    back = codec.decode(codes)[..., :wav.shape[-1]]                                                     # [1, C, N]
+    write_audio(args.output, back[0], codec.sample_rate)
+    print(f"{args.input}: {wav.shape[-1] / codec.sample_rate:.2f} s -> codes {list(codes.shape)} at {codec.frame_rate:g} Hz, "
+          f"{codec.K} x {codec.card} ({codec.name} {codec.fingerprint[:12]}) -> {args.output}")
+    print(f"SI-SNR {float(si_snr(back, wav)):.2f} dB | mel distance {float(mel_distance(back, wav, codec.sample_rate)):.2f} dB"
+          + "".join(f" | ppl_q{k + 1} {p:.0f}" for k, p in enumerate(perplexities(codes, codec.card))))
+
+
+def main(argv: list | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["fit"]:
+            args = fit_parser().parse_args(argv[1:])
+            check_fit(args)
+            fit(args)
+        else:
+            roundtrip(argv[1:] if argv[:1] == ["roundtrip"] else argv)
+    except ValueError as error:
+        print(f"tokenizer.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
