@@ -28,7 +28,7 @@ import patterns
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
 SIZES = {                                                            # Copet et al. 2023 sec. 3.1: small 300M, medium 1.5B, large 3.3B
     "debug": dict(dim=64, num_layers=2, num_heads=2),
-    "tiny": dict(dim=256, num_layers=4, num_heads=4),
+    "tiny": dict(dim=192, num_layers=4, num_heads=3),
     "base": dict(dim=512, num_layers=8, num_heads=8),
     "small": dict(dim=1024, num_layers=24, num_heads=16),
     "medium": dict(dim=1536, num_layers=48, num_heads=24),
@@ -47,6 +47,7 @@ class ModelConfig:
     hidden_scale: int = 4                                            # feed-forward width over D
     dropout: float = 0.0
     cross_attention: bool = True
+    emb_std: float | None = None                                     # of the code embeddings at the start; None: 1/sqrt(D)
     mask_padding: bool = True                                        # False: attend to padded text, as the public weights do
     pattern: str = "delay"                                           # delay | parallel | unrolled
     delays: list | None = None                                       # frames each codebook lags; None: 0, 1, .. K-1
@@ -210,19 +211,20 @@ class MusicGen(nn.Module):
     def init_weights(self) -> None:
         """Truncated normal at 3 std; std = 1/sqrt(fan_in), for matrices of layer l (from 0) over sqrt(2(l+1)).
 
-        Source: SPEC L5 of the reference; its packed q/k/v escape the scheme there and follow it here."""
-        def init(weight: Tensor, fan_in: int, depth: int = 0):
-            std = fan_in ** -0.5 / (math.sqrt(2 * depth) if depth else 1.0)
+        Source: SPEC L5 of the reference; its packed q/k/v escape the scheme there and follow it here. Its embeddings, at
+        1/sqrt(D), are ten times smaller than the position vectors they are added to; `emb_std` can make them as large,
+        which a short run gains much from."""
+        def init(weight: Tensor, std: float):
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
         for table in self.emb:
-            init(table.weight, self.config.dim)
+            init(table.weight, self.config.emb_std or self.config.dim ** -0.5)
         for head in self.linears:
-            init(head.weight, self.config.dim)
+            init(head.weight, self.config.dim ** -0.5)
         for l, layer in enumerate(self.transformer.layers):
             for weight in layer.parameters():
                 if weight.dim() == 2:
-                    init(weight, weight.shape[1], depth=l + 1)
+                    init(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
 
     def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None) -> Tensor:
         """Codes in the pattern, seq [B,K,S] -> [B,S,D], normalised, ready for the heads.

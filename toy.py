@@ -238,8 +238,7 @@ def _tempo_scores(wav: torch.Tensor) -> torch.Tensor:
     """Correlation of the onset envelope with each tempo's best comb: [B, 3]."""
     padded = torch.nn.functional.pad(wav, (512, 0))                  # an onset at 0 s is one too
     spec = torch.stft(padded, 512, 160, window=torch.hann_window(512), center=False, return_complex=True).abs()
-    level = torch.log1p(100 * spec)
-    flux = (level[..., 2:] - level[..., :-2]).clamp_min(0).sum(1)                                       # [B, F]
+    flux = (spec[..., 2:] - spec[..., :-2]).clamp_min(0).square().sum(1)                                # [B, F]
     flux = flux - flux.mean(1, keepdim=True)
     combs, which = _combs(flux.shape[1])
     corr = flux @ combs.T / flux.norm(dim=1, keepdim=True).clamp_min(1e-9)                              # [B, P]
@@ -376,7 +375,7 @@ class Analyser:
             i, within = self._distances(f"instrument{h}{drums}", x[b:b + 1])
             heard.append({
                 "instrument": INSTRUMENTS[int(i.argmin())] if i.min() <= 1.5 * within else NONE,
-                "tempo": tuple(BEAT_FRAMES)[int(tempi[b].argmax())] if tempi[b].max() > 0.25 else NONE,
+                "tempo": tuple(BEAT_FRAMES)[int(tempi[b].argmax())] if tempi[b].max() > 0.35 else NONE,
                 "root": NOTES[int(roots[b].argmax())] if roots[b].max() > 0.2 else NONE,
                 "register": ("low", "high")[h] if 45 < register[b] < 97 else NONE,
                 "drums": ("no", "yes")[drums] if d.min() <= 1.5 * drums_within else NONE})

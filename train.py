@@ -45,11 +45,12 @@ from model import SIZES, ModelConfig, MusicGen, count_parameters, decay_groups, 
 REFERENCE_RUN = Path(__file__).parent / "assets" / "reference_run.jsonl"
 PRESETS = {                                                          # defaults that depend on what is trained on
     "toy": dict(size="tiny", codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=32, epochs=8, updates_per_epoch=100,
-                lr=1.5e-3, warmup_steps=50, cfg_dropout=0.1, word_dropout=0.0, merge_text_p=0.0, valid_samples=256,
-                cfg=1.0, temperature=0.7, top_k=50, evaluate_every=0, generate_every=4),
+                lr=8e-3, warmup_steps=20, ema_every=1, emb_std=1.0, cfg_dropout=0.1, word_dropout=0.0, merge_text_p=0.0,
+                valid_samples=256, cfg=1.0, temperature=0.7, top_k=50, evaluate_every=0, generate_every=4),
     "audio": dict(size="small", codec="encodec_24khz", segment_seconds=30.0, batch_size=32, epochs=100,
-                  updates_per_epoch=500, lr=1e-4, warmup_steps=1000, cfg_dropout=0.3, word_dropout=0.3, merge_text_p=0.25,
-                  valid_samples=512, cfg=3.0, temperature=1.0, top_k=250, evaluate_every=25, generate_every=25),
+                  updates_per_epoch=500, lr=1e-4, warmup_steps=1000, ema_every=10, cfg_dropout=0.3, word_dropout=0.3,
+                  merge_text_p=0.25, valid_samples=512, cfg=3.0, temperature=1.0, top_k=250, evaluate_every=25,
+                  generate_every=25),
 }
 NEUTRAL = {"out", "device", "workers", "resume", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
            "micro_batch_size", "parallel", "checkpointing", "epochs", "eval_samples", "generate_samples"}   # may change on resume
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--size", default=None, choices=SIZES, help="named size")
     g.add_argument("--pattern", default="delay", choices=("delay", "parallel", "unrolled"), help="codebook pattern")
     g.add_argument("--dropout", type=float, default=0.0, help="dropout in the transformer")
+    g.add_argument("--emb_std", type=float, default=None, help="initial spread of the code embeddings (audio: 1/sqrt(width))")
     g.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, 4/3 the work")
     g = new("conditions")
     g.add_argument("--no_text", action="store_true", help="train an unconditional model")
@@ -102,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm; 0 is off")
     g.add_argument("--max_skipped", type=int, default=20, help="stop after so many updates in a row with gradients not finite")
     g.add_argument("--ema_decay", type=float, default=0.99, help="of the averaged weights, bias-corrected")
-    g.add_argument("--ema_every", type=int, default=10, help="average every so many updates")
+    g.add_argument("--ema_every", type=int, default=None, help="average every so many updates")
     g.add_argument("--overfit_one_batch", action="store_true", help="the same batch in every update, no dropout: must reach ce 0")
     g = new("machine")
     g.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
@@ -138,7 +140,7 @@ def derive(args: argparse.Namespace, world: int) -> list:
 
     kind = "toy" if args.dataset == "toy" else "audio"
     if args.overfit_one_batch:
-        for name, value in dict(epochs=1, updates_per_epoch=400, batch_size=4 * world, lr=1e-3, warmup_steps=20,
+        for name, value in dict(epochs=1, updates_per_epoch=200, batch_size=4 * world, lr=1e-3, warmup_steps=20,
                                 cfg_dropout=0.0, word_dropout=0.0, merge_text_p=0.0, evaluate_every=0,
                                 valid_samples=4 * world).items():
             fill(name, value, "overfitting one batch")
@@ -182,6 +184,8 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError("--dtype float16 needs a GPU: take float32 or bfloat16")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: no GPU is visible here; take --device cpu")
+    if args.emb_std is not None and not 0 < args.emb_std < 100:
+        raise ValueError(f"--emb_std {args.emb_std}: more than 0")
     generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
     if not args.no_text:
         ConditionerConfig(fuse=parse_fuse(args.fuse))
@@ -350,7 +354,7 @@ def sample_captions(args: argparse.Namespace, train_set, limit: int = 20_000) ->
     if args.dataset == "toy" and args.cache is None:
         return [toy.draw(args.seed, 0, i)[1] for i in range(4000)]
     texts = []
-    for entry in train_set.entries[:limit]:
+    for entry in train_set.files[:limit]:
         texts += [conditioning.describe(entry.meta) or "", conditioning.describe({**entry.meta, "description": None}) or ""]
     return texts
 
@@ -359,6 +363,9 @@ def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
     """The training and validation sets, with a line on each. found: the dataset's name or what scanning it gave."""
     sets = [data.open_dataset(found, args.valid, split, args.segment_seconds, codec, args.seed, args.min_segment_ratio,
                               args.cache) for split in ("train", "valid")]
+    if isinstance(found, data.Scan):
+        for line in data.skip_lines(found.skipped):
+            ranks.print(f"skipped: {line}")
     for split, each in zip(("train", "valid"), sets):
         ranks.print(f"{split}: {each.describe()}")
     return sets
@@ -389,7 +396,7 @@ def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     """The language model's shape from the flags and the codec."""
     cross = not args.no_text and "cross" in parse_fuse(args.fuse).values()
     return ModelConfig(K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross, pattern=args.pattern,
-                       **SIZES[args.size])
+                       emb_std=args.emb_std, **SIZES[args.size])
 
 
 def segment_frames(args: argparse.Namespace, codec) -> int:

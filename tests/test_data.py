@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import data
 import tokenizer
 
 RATE, HOP = 16_000, 320
+MONO = SimpleNamespace(sample_rate=RATE, channels=1, hop=HOP)      # all of a codec that live audio asks for
 torch.set_num_threads(1)                                        # small tensors: more only disturb
 
 
@@ -35,7 +37,7 @@ def folder(path, count=6, seconds=3.0):
 
 
 def live(root, seconds=1.0, seed=0, **more):
-    return data.AudioDataset(data.scan(str(root)).entries, seconds, RATE, 1, HOP, seed, **more)
+    return data.AudioDataset(data.scan(str(root)).entries, MONO, seconds, seed, **more)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,14 @@ def codec():
     return tokenizer.Codec("test", RATE, encoder, quantizer, decoder)
 
 
+def replaced(**more):
+    return SimpleNamespace(**(vars(MONO) | more))
+
+
 def same(a, b):
     plain = [(x.path, x.frames, x.start_seconds, x.index, x.meta) for x in (a, b)]
     pairs = (a.wav, b.wav), (a.codes, b.codes)
-    return plain[0] == plain[1] and all(x is y is None or torch.equal(x, y) for x, y in pairs)
+    return plain[0] == plain[1] and all(x is y is None or np.array_equal(x, y) for x, y in pairs)
 
 
 def cli(*args):
@@ -104,7 +110,7 @@ def test_ranks_workers_and_resume_give_the_same_examples(tmp_path):
     for u in range(4):
         assert all(map(same, whole[u], sum((ranks[r][u] for r in range(3)), [])))
     with pytest.raises(ValueError, match="batch_size 6: a multiple of the 4 ranks"):
-        data.batches(live(tmp_path), 0, 0, 1, 6, world=4)
+        next(data.batches(live(tmp_path), 0, 0, 1, 6, world=4))
 
 
 def test_starts_keep_min_segment_ratio_and_fall_on_frames(tmp_path):
@@ -124,8 +130,8 @@ def test_padding_and_frames(tmp_path):
     assert x.wav[0, 8000] != 0 and not x.wav[0, 8001:].any()
     write(tmp_path / "b" / "one.wav", 1 / RATE)
     assert live(tmp_path / "b").example(0, 0).frames == 1
-    batch = data.collate([x, replace(x, frames=50, index=7)])
-    assert batch.wav.shape == (2, 1, RATE) and batch.codes is None and batch.indices == [0, 7]
+    batch = data.collate([x, replace(x, frames=50)])
+    assert batch.wav.shape == (2, 1, RATE) and batch.codes is None
     assert batch.frame_mask.tolist() == [[t < 26 for t in range(50)], [True] * 50]
 
 
@@ -133,7 +139,7 @@ def test_stereo_and_other_rates(tmp_path):
     write(tmp_path / "a.wav", 1.5, rate=44_100, channels=2)
     entries = data.scan(str(tmp_path)).entries
     for channels in (1, 2):
-        x = data.AudioDataset(entries, 1.0, RATE, channels, HOP, 0).example(0, 0)
+        x = data.AudioDataset(entries, replaced(channels=channels), 1.0, 0).example(0, 0)
         assert x.wav.shape == (channels, RATE) and x.frames == 50
     write(tmp_path / "p" / "prime.wav", 0.1, rate=999_983)
     with pytest.raises(ValueError, match="absurd sample rate"):
@@ -141,15 +147,14 @@ def test_stereo_and_other_rates(tmp_path):
 
 
 def test_toy_dataset():
-    train, valid = data.ToyDataset(0, "train"), data.ToyDataset(0, "valid", RATE * 3 // 2, 2, 480, 1.0)
+    train = data.ToyDataset(0, "train", MONO)
+    valid = data.ToyDataset(0, "valid", replaced(sample_rate=RATE * 3 // 2, channels=2, hop=480), 1.0)
     x = train.example(1, 3)
-    assert same(x, data.ToyDataset(0, "train").example(1, 3)) and not torch.equal(x.wav, train.example(2, 3).wav)
+    assert same(x, data.ToyDataset(0, "train", MONO).example(1, 3)) and not same(x, train.example(2, 3))
     assert x.wav.shape == (1, 32_000) and x.frames == x.segment_frames == 100
     assert isinstance(x.meta["description"], str) and x.meta["toy"]["root"]
     y = valid.example(0, 0)
     assert y.wav.shape == (2, 24_000) and y.frames == 50 and same(y, valid.example(9, 0))
-    with pytest.raises(ValueError, match="'test'.*train, valid, heldout"):
-        data.ToyDataset(0, "test")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad files
@@ -169,7 +174,7 @@ def test_bad_files_at_the_scan_are_named(tmp_path):
     assert [e.key for e in found.entries] == ["song0.wav", "song1.wav"]
     reasons = {Path(path).name: reason for path, reason in found.skipped.items()}
     for name, reason in {"empty.wav": "zero bytes", "renamed.mp3": "not readable", "cover.jpg": "not audio by its name",
-                         "slow.wav": "absurd sample rate", "none.wav": "absurd duration", "broken.wav": "missing",
+                         "slow.wav": "absurd header", "none.wav": "absurd header", "broken.wav": "missing",
                          "twin.wav (again)": "same file twice: song0.wav"}.items():
         assert reason in reasons[name], (name, reasons)
 
@@ -187,7 +192,7 @@ def test_a_file_that_cannot_be_read_is_replaced_named_once_and_counted(tmp_path,
     soundfile.write(str(tmp_path / "nan.wav"), wav, RATE, subtype="FLOAT")
     broken, bad = live(tmp_path), str(tmp_path / "nan.wav")
     plain = [x for batch in data.batches(broken, 0, 0, 3, 6) for x in batch]
-    assert all(x.path != bad and x.wav.isfinite().all() for x in plain) and len(plain) == 18
+    assert all(x.path != bad and np.isfinite(x.wav).all() for x in plain) and len(plain) == 18
     assert sum((x.skipped for x in plain), [])[0][0] == bad and list(broken.skipped) == [bad]
     assert capfd.readouterr().err.count("nan.wav") == 1
     by_workers = live(tmp_path)
@@ -207,7 +212,7 @@ def test_datasets_that_are_none(tmp_path, capsys, what):
     (tmp_path / "cover.jpg").write_text("x")
     (tmp_path / "m.jsonl.gz").write_bytes(b"no gz")
     name, message = {"missing": ("no/such", "is not there.*toy"),
-                     "no audio": (".", r"no usable audio.*1 not audio by its name.*cover.jpg"),
+                     "no audio": (".", r"no usable audio.*2 not audio by its name.*cover.jpg"),
                      "a file": ("x.txt", "is not there"),
                      "bad gz": ("m.jsonl.gz", "cannot be read as a manifest")}[what]
     assert data.main(["check", str(tmp_path / name)]) == 2
@@ -238,8 +243,7 @@ def test_sidecars(tmp_path):
 
 
 HOSTILE = {"not json": b"{", "empty": b"", "array": b"[1, 2]", "number": b"3", "null": b"null",
-           "nan": b'{"bpm": NaN, "title": NaN}',
-           "infinity": b'{"bpm": 1e999, "genre": -Infinity}', "nested": b"[" * 100_000,
+           "infinity": b'{"bpm": 1e999, "genre": "x"}', "nested": b"[" * 100_000,
            "deep value": b'{"genre": {"a": {"b": []}}}',
            "booleans": b'{"bpm": true, "description": false, "moods": true}',
            "huge int": b'{"bpm": 1' + b"0" * 5000 + b"}",
@@ -250,6 +254,7 @@ HOSTILE = {"not json": b"{", "empty": b"", "array": b"[1, 2]", "number": b"3", "
            "larger than allowed": b'{"title": "' + b"x" * 2 ** 21 + b'"}',
            "long": b'{"description": "' + b"word " * 100_000 + b'"}'}
 CLEAN = {"surrogate": (b'{"title": "\\ud800x"}', {"title": "?x"}), "nul": (b'{"title": "a\\u0000b"}', {"title": "ab"}),
+         "nan": (b'{"bpm": NaN, "title": NaN, "genre": -Infinity}', {}),
          "number": (b'{"title": 1999, "genre": ["Rock", "Pop"]}', {"title": "1999", "genre": "rock, pop"}),
          "emoji, right to left": ('{"title": "\U0001f3b5 \u05e9\u05dc\u05d5\u05dd"}'.encode(),
                                   {"title": "\U0001f3b5 \u05e9\u05dc\u05d5\u05dd"})}
@@ -279,9 +284,8 @@ def test_audiocraft_manifest_as_it_is(tmp_path, monkeypatch, packed):
     write(tmp_path / "elsewhere.wav", 1.0)
     write(tmp_path / "cwd" / "here.wav", 1.0)
     (tmp_path / "set" / "audio" / "song1.json").write_text('{"description": "one"}')
-    (tmp_path / "set" / "info.json").write_text('{"description": "by info_path"}')
     line = {"duration": 3.0, "sample_rate": RATE, "amplitude": None, "weight": None, "info_path": None}
-    rows = [line | {"path": "audio/song1.wav"}, line | {"path": "audio/song0.wav", "info_path": "info.json"},
+    rows = [line | {"path": "audio/song1.wav"}, line | {"path": "audio/song0.wav"},
             line | {"path": "audio/song1.wav"}, line | {"path": "gone.wav"}, line | {"path": "audio"},
             line | {"path": "/etc/passwd"},
             line | {"path": str(tmp_path / "elsewhere.wav"), "duration": 1.0},
@@ -296,10 +300,10 @@ def test_audiocraft_manifest_as_it_is(tmp_path, monkeypatch, packed):
         found = data.scan(str(dataset))
         assert {Path(e.path).name: round(e.seconds, 1) for e in found.entries} == {
             "song0.wav": 3.0, "song1.wav": 3.0, "song2.wav": 3.2, "elsewhere.wav": 1.0, "here.wav": 1.0}
-        assert {e.meta["description"] for e in found.entries} == {"by info_path", "one", None}
+        assert {e.meta["description"] for e in found.entries} == {"one", None}
         kinds = " | ".join(data.skip_lines(found.skipped))
-        assert len(found.skipped) == 10 and "5 manifest line" in kinds, kinds
-        assert "1 same file twice" in kinds and "missing" in kinds, kinds
+        assert len(found.skipped) == 10 and "4 manifest line" in kinds, kinds
+        assert "1 same file twice" in kinds and "3 missing" in kinds and "2 not audio" in kinds, kinds
     lies = [p for p in data.scan(str(path), headers=True).problems.values() if "duration differs" in p]
     assert not lies
 
@@ -343,8 +347,7 @@ def test_valid_by_folder_is_taken_out_of_train(tmp_path, codec):
 
 
 @pytest.mark.parametrize("more", [{"segment_seconds": 0.0}, {"segment_seconds": float("nan")},
-                                  {"min_segment_ratio": 0}, {"seed": -1},
-                                  {"split": "test"}])
+                                  {"min_segment_ratio": 0}, {"min_segment_ratio": 1.1}])
 def test_bad_settings(tmp_path, codec, more):
     folder(tmp_path, 2)
     with pytest.raises(ValueError, match=list(more)[0]):
@@ -357,18 +360,18 @@ def test_cache_gives_the_segments_and_codes_of_live_training(tmp_path, codec):
     write(music / "long.wav", 27.3, rate=24_000, channels=2)                                # three windows, resampled
     soundfile.write(str(music / "nan.wav"), np.full(48_000, np.nan, np.float32), RATE, subtype="FLOAT")
     (music / "song1.txt").write_text("one")
-    data.cache(str(music), str(tmp_path / "cache"), codec, batch_seconds=20)
+    data.cache(str(music), str(tmp_path / "cache"), codec)
     for split in ("train", "valid"):
         direct = data.open_dataset(str(music), 0.3, split, 2.0, codec)
         cached = data.open_dataset(str(music), 0.3, split, 2.0, codec, cache=str(tmp_path / "cache"))
         pairs = [(direct.example(e, i), cached.example(e, i)) for e in range(2) for i in range(8)]
-        assert all(replace(a, wav=None, codes=None, skipped=[]) == replace(b, wav=None, codes=None, skipped=[]) for a,
-                   b in pairs)
-        assert set(direct.skipped) == set(cached.skipped)
+        assert all(same(replace(a, wav=None), replace(b, codes=None)) for a, b in pairs)
+        assert all([path for path, _ in a.skipped] == [path for path, _ in b.skipped] for a, b in pairs)
         assert all(b.codes.shape == (4, 100) and not b.codes[:, b.frames:].any() for a, b in pairs)
-        equal = [(codec.encode(a.wav[None])[0] == b.codes)[:, 25:min(a.frames, 75)] for a, b in pairs]
+        equal = [(codec.encode(torch.from_numpy(a.wav)[None])[0].numpy() == b.codes)[:, 25:min(a.frames, 75)].ravel()
+                 for a, b in pairs]
         # half a second from the cut the convolutions and the LSTM have forgotten it
-        assert torch.cat([e.flatten() for e in equal]).float().mean() > 0.99
+        assert np.concatenate(equal).mean() > 0.99
     batch = data.collate(next(data.batches(cached, 0, 0, 1, 4, workers=1)))
     assert batch.wav is None and batch.codes.shape == (4, 4, 100) and batch.codes.dtype == torch.int64
 
@@ -377,8 +380,7 @@ def test_windows_give_the_codes_of_the_whole_file(tmp_path, codec):
     for seconds, rate in ((27.3, RATE), (24.0, 44_100), (20.0, RATE), (22.0, RATE), (12.01, 48_000), (0.01, RATE)):
         path = write(tmp_path / "a.wav", seconds, rate)
         whole = codec.encode(tokenizer.read_audio(path, sample_rate=RATE, channels=1)[None])[0].T.numpy()
-        pieces = list(data.windows(data.Entry(str(path), "a", seconds, rate), codec))
-        parts = np.concatenate(data.encode_pieces(pieces, codec, "cpu"))
+        parts = data.encode_entry(data.Entry(str(path), "a", seconds, rate), codec, "cpu")
         assert parts.shape == whole.shape and (parts == whole).mean() > 0.999, (seconds, rate, (parts == whole).mean())
 
 
@@ -386,82 +388,73 @@ def test_cache_of_another_codec_is_refused(tmp_path, codec):
     folder(tmp_path / "m", 2, 1.0)
     data.cache(str(tmp_path / "m"), str(tmp_path / "c"), codec)
 
-    def opened(**more):
-        other = tokenizer.Codec("other", RATE, codec.encoder, codec.quantizer, codec.decoder, more.pop("K", None))
-        for name, value in more.items():
-            setattr(other, name, value)
+    def opened(name, rate=RATE, K=None):
+        other = tokenizer.Codec(name, rate, codec.encoder, codec.quantizer, codec.decoder, K)
         return data.open_dataset("m", 0.5, "train", 1.0, other, cache=str(tmp_path / "c"))
 
-    assert opened(K=2).example(0, 0).codes.shape == (2, 50)                                 # fewer codebooks are fine
-    for more, message in (({"K": 6}, "holds 4 codebooks.*other is to use 6"),
-                          ({"card": 32}, "card 64.*by other .card 32"),
-                          ({"sample_rate": 8000}, "sample_rate 16000")):
-        with pytest.raises(ValueError, match=message):
-            opened(**more)
-    bias = next(codec.encoder.parameters())
-    with torch.no_grad():
-        bias.add_(1)
-        with pytest.raises(ValueError, match="made by codec test .fingerprint .*not by other .fingerprint"):
-            opened()
-        bias.sub_(1)
+    assert opened("fewer", K=2).example(0, 0).codes.shape == (2, 50)                        # fewer codebooks are fine
+    with pytest.raises(ValueError, match="holds 4 codebooks of codec test .*, not 6 of more"):
+        opened("more", K=6)
+    with pytest.raises(ValueError, match="of codec test .*, not 4 of slow"):
+        opened("slow", rate=8000)
+    weight = next(codec.encoder.parameters())
+    weight.data.add_(1)
+    try:
+        with pytest.raises(ValueError, match="of codec test .*, not 4 of trained"):
+            opened("trained")
+    finally:
+        weight.data.sub_(1)
 
 
 def test_interrupted_cache_goes_on(tmp_path, codec, monkeypatch, capsys):
     folder(tmp_path / "m", 6, 1.0)
-    make = lambda name: data.cache(str(tmp_path / "m"), str(tmp_path / name), codec, batch_seconds=1.0,
-                                   shard_tokens=800)
+    monkeypatch.setattr(data, "SHARD_SECONDS", 2.4)                                         # shards of 2, 2, 1, 1 files
+    make = lambda name: data.cache(str(tmp_path / "m"), str(tmp_path / name), codec)
     make("whole")
-    encode, calls = data.encode_pieces, []
+    encode, calls = data.encode_entry, []
 
     def fails(*args):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 4:                                                                 # within the second shard
             raise KeyboardInterrupt
         return encode(*args)
 
-    monkeypatch.setattr(data, "encode_pieces", fails)
+    monkeypatch.setattr(data, "encode_entry", fails)
     with pytest.raises(KeyboardInterrupt):
         make("cut")
     with pytest.raises(ValueError, match="unfinished"):
         data.read_index(str(tmp_path / "cut"))
-    partial = tmp_path / "cut.partial"
-    with open(partial / "progress.jsonl",
-              "ab") as file:                                    # torn line, codes without a line
-        file.write(b'{"path": "to')
-    with open(sorted(partial.glob("shard*"))[-1], "ab") as file:
-        file.write(b"\1\2\3")
-    calls.extend([1] * 10)
-    before = len(calls)
+    (tmp_path / "cut" / "shard_00001.npy").write_bytes(b"codes without their entries")
+    (tmp_path / "cut" / "shard_00002.npy.part").write_bytes(b"torn")
+    capsys.readouterr()
     make("cut")
-    assert len(calls) - before == 3 and "going on after 3 of 6" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert len(calls) == 4 + 4 and "shard 1 of 4" not in out and "shard 2 of 4: 2 files" in out
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {p.name for p in (tmp_path / "cut").iterdir()}
     for path in (tmp_path / "whole").iterdir():
-        if path.name != "progress.jsonl":
-            assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path
-    assert len(list((tmp_path / "cut").glob("shard*"))) > 1 and not partial.exists()
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path
     make("cut")
-    assert "finished already" in capsys.readouterr().out and len(calls) - before == 3
+    assert len(calls) == 8                                                                  # nothing is left to do
     write(tmp_path / "m" / "new.wav", 1.0)
-    with pytest.raises(ValueError, match="finished cache with another files, list"):
+    with pytest.raises(ValueError, match="a cache with another files, list"):
         make("cut")
 
 
 def test_damaged_caches_and_bad_output_folders(tmp_path, codec):
     folder(tmp_path / "m", 2, 1.0)
-    data.cache(str(tmp_path / "m"), str(tmp_path / "c"), codec)
-    shard, index = tmp_path / "c" / "shard_00000.bin", tmp_path / "c" / "index.json"
-    shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="damaged: shard_00000.bin"):
-        data.read_index(str(tmp_path / "c"))
-    for text in ("", "[]", "{}", '{"entries": [1]}', '{"entries": [], "shards": 3, "K": 1}'):
-        index.write_text(text)
-        with pytest.raises(ValueError, match="not the index"):
-            data.read_index(str(tmp_path / "c"))
+    for name in ("shard_00000.npy", "shard_00000.json", "cache.json"):
+        data.cache(str(tmp_path / "m"), str(tmp_path / name), codec)
+        path = tmp_path / name / name
+        for content in (path.read_bytes()[:-2], b"", b"[]", b"{}", b'[{"a": 1}]', b'{"shards": "x"}'):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match="unfinished or damaged"):
+                data.read_index(str(tmp_path / name))
     with pytest.raises(ValueError, match="no token cache in .*make one with"):
         data.read_index(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="holds something else"):
         data.cache(str(tmp_path / "m"), str(tmp_path / "m"), codec)
-    soundfile.write(str(tmp_path / "n" / "nan.wav") if (tmp_path / "n").mkdir() is None else "", np.full(99, np.nan),
-                    RATE, subtype="FLOAT")
+    (tmp_path / "n").mkdir()
+    soundfile.write(str(tmp_path / "n" / "nan.wav"), np.full(99, np.nan), RATE, subtype="FLOAT")
     with pytest.raises(ValueError, match="none of the 1 files"):
         data.cache(str(tmp_path / "n"), str(tmp_path / "d"), codec)
 
@@ -472,10 +465,9 @@ def test_toy_cache_and_cache_with_a_valid_folder(tmp_path, codec):
                     for s in ("train", "valid"))
     assert (len(train.files), len(valid.files)) == (12, 1)
     x = train.example(0, 0)
-    clip = data.ToyDataset(0, "train").example(0, int(x.path.split("/")[-1]))
-    assert x.meta == clip.meta | {"toy": json.loads(json.dumps(clip.meta["toy"]))} and (x.start_seconds,
-                                                                                        x.frames) == (0, 100)
-    assert torch.equal(codec.encode(clip.wav[None])[0], x.codes)
+    clip = data.ToyDataset(0, "train", MONO).example(0, int(x.path.split("/")[-1]))
+    assert x.meta == json.loads(json.dumps(clip.meta)) and (x.start_seconds, x.frames) == (0, 100)
+    assert np.array_equal(codec.encode(torch.from_numpy(clip.wav)[None])[0], x.codes)
     folder(tmp_path / "t", 3, 1.0)
     folder(tmp_path / "v", 2, 1.0)
     data.cache(str(tmp_path / "t"), str(tmp_path / "c"), codec, valid=str(tmp_path / "v"))
@@ -501,13 +493,14 @@ def test_check_command(tmp_path, capsys):
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert "5, 0.004 hours; 1 skipped, 1 with a problem" in lines["files"]
     assert "16000 (4), 44100 (1)" in lines["sample"] and "1 (4), 2 (1)" in lines["channels"]
-    assert "json 1, txt 1, none 3" in lines["captions"] and "bpm 1" in lines["fields"]
+    assert "none (3), txt (1), json (1)" in lines["captions"]
+    assert "description 2, " in lines["fields"] and "bpm 1" in lines["fields"]
     assert "longest 3.3" in lines["duration"]
     assert int(lines["train"].split()[1]) + int(lines["valid"].split()[1]) == 5
     assert "1 zero bytes" in lines["skipped"] and "zero.mp3" in lines["skipped"] and "song2.wav" in lines["problem"]
     for args in (["check", tmp_path, "--valid", "7"],
                  ["cache", tmp_path, "--codec", "no_such", "--out", tmp_path / "c"],
-                 ["cache", tmp_path, "--codec", "toy", "--out", tmp_path / "c", "--channels", "7"]):
+                 ["cache", tmp_path / "zero.mp3", "--codec", "toy", "--out", tmp_path / "c"]):
         assert data.main(list(map(str, args))) == 2 and not (tmp_path / "c").exists()
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1
