@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,12 +152,13 @@ class Codec(nn.Module):
         B, C, N = wav.shape
         assert C == self.channels, f"{C} channels, the codec {self.name} has {self.channels}"
         assert B > 0 and N > 0, f"nothing to encode in {tuple(wav.shape)}"
-        # clip by clip on a CPU: activations stay in its cache (2-3 times faster), codes do not depend on the batch
-        pieces = wav.float().split(1 if wav.device.type == "cpu" else B)
+
+        def encode_some(wav):
+            z = self.encoder(wav).to(self._quantizer_device)                                            # [b, D, T]
+            return self.quantizer.vq.encode(z, n_q=self.K).transpose(0, 1)                              # [b, K, T]
+
         with torch.autocast(wav.device.type, enabled=False):
-            z = torch.cat([self.encoder(piece) for piece in pieces])                                    # [B, D, T]
-            codes = self.quantizer.vq.encode(z.to(self._quantizer_device), n_q=self.K)                  # [K, B, T]
-        return codes.transpose(0, 1).to(wav.device)                                                     # [B, K, T]
+            return clip_by_clip(encode_some, wav.float()).to(wav.device)                                # [B, K, T]
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -167,14 +169,37 @@ class Codec(nn.Module):
         assert B > 0 and T > 0, f"nothing to decode in {tuple(codes.shape)}"
         low, high = int(codes.min()), int(codes.max())
         assert 0 <= low and high < self.card, f"codes {low}..{high}, the codec {self.name} has 0..{self.card - 1}"
+
+        def decode_some(codes):
+            z = self.quantizer.vq.decode(codes.transpose(0, 1).to(self._quantizer_device))              # [b, D, T]
+            return self.decoder(z.to(codes.device))                                                     # [b, C, T*hop]
+
         with torch.autocast(codes.device.type, enabled=False):
-            z = self.quantizer.vq.decode(codes.transpose(0, 1).to(self._quantizer_device))              # [B, D, T]
-            z = z.to(codes.device)
-            return torch.cat([self.decoder(piece) for piece in z.split(1 if z.device.type == "cpu" else B)])
+            return clip_by_clip(decode_some, codes)                                                     # [B, C, T*hop]
 
     @property
     def _quantizer_device(self) -> torch.device:
         return next(self.quantizer.buffers()).device
+
+
+def clip_by_clip(function, x: torch.Tensor) -> torch.Tensor:
+    """function(x) for a batch x [B,...] without gradient; on a CPU each core takes one clip after another by itself.
+
+    Activations then stay in the core's cache and no core waits for another: twice as fast as whole batches or more, and
+    the same bits whatever the batch and the number of threads."""
+    if x.device.type != "cpu":
+        return function(x)
+
+    def one(clip):
+        with torch.no_grad():                                        # a new thread begins with gradients on
+            return function(clip)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat(list(pool.map(one, x.split(1))))
+    finally:
+        torch.set_num_threads(threads)                               # the pool has set the default of new threads to 1
 
 
 TRAINING_BUFFERS = ("inited", "cluster_size", "embed_avg")           # of the package's codebooks: not part of the codec

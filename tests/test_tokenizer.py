@@ -49,7 +49,7 @@ def test_embedded_codec_is_what_the_design_says(codec):
 
 def test_embedded_codec_keeps_the_music(codec):
     measured = tokenizer.quality(codec, valid_clips(24))
-    assert measured["si_snr_db"] > 7.5 and measured["mel_db"] < 9, measured
+    assert measured["si_snr_db"] > 9 and measured["mel_db"] < 5.5, measured           # 300 clips: 9.96 and 4.73
     assert min(measured["perplexity"]) > 40, measured                                # no codebook has collapsed
 
 
@@ -66,11 +66,17 @@ def test_frozen(codec):
         assert codec.decode(codes).dtype == torch.float32
 
 
-def test_codes_do_not_depend_on_the_batch(codec):
+def test_codes_depend_neither_on_the_batch_nor_on_threads(codec):
     wav = valid_clips(3)
     whole = codec.encode(wav)
     assert torch.equal(whole, torch.cat([codec.encode(w) for w in wav.split(1)]))
     assert torch.equal(whole, tokenizer.load_codec("toy").encode(wav))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(whole, codec.encode(wav)) and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_wrong_input_is_named(codec):
