@@ -6,7 +6,7 @@ and a fusing method says how they enter it:
 
     cross     the transformer attends to them                    (text, the default)
     prepend   they stand in front of the codes                   (melody and style in the paper)
-    sum       their mean is added to the input of every step
+    sum       their sum over sqrt(L) is added to the input of every step       (several at once: cross+sum)
 
     attributes [dict] ─drop─► ─prepare (host)─► ids, masks ─forward─► {name: (emb [B,L,D], mask [B,L])} ─fuse─► Conditions
 
@@ -56,8 +56,8 @@ class ConditionerConfig:
         for name, method in self.fuse.items():
             if name not in CONDITIONERS:
                 raise ValueError(f"condition {name!r}: choose from {', '.join(CONDITIONERS)}")
-            if method not in FUSES:
-                raise ValueError(f"fuse {name}={method}: choose from {', '.join(FUSES)}")
+            if not method or not set(method.split("+")) <= set(FUSES):
+                raise ValueError(f"fuse {name}={method}: choose from {', '.join(FUSES)}, or several joined by +")
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -285,14 +285,14 @@ class Conditioner(nn.Module):
 def fuse(encoded: dict, methods: dict) -> Conditions:
     """{name: (emb [B,L,D], mask [B,L])} -> Conditions, each by its method; several of one kind stand in their order."""
     def together(method):
-        chosen = [encoded[name] for name in encoded if methods[name] == method]
+        chosen = [encoded[name] for name in encoded if method in methods[name].split("+")]
         return (torch.cat([e for e, _ in chosen], 1), torch.cat([m for _, m in chosen], 1)) if chosen else (None, None)
 
     cross, cross_mask = together("cross")
     prefix, prefix_mask = together("prepend")
-    means = [(emb * mask[..., None]).sum(1, keepdim=True) / mask.sum(1).clamp_min(1)[:, None, None]
-             for name, (emb, mask) in encoded.items() if methods[name] == "sum"]                        # [B, 1, D]
-    return Conditions(cross, cross_mask, prefix, prefix_mask, sum(means) if means else None)
+    sums = [(emb * mask[..., None]).sum(1, keepdim=True) / mask.sum(1).clamp_min(1).sqrt()[:, None, None]
+            for name, (emb, mask) in encoded.items() if "sum" in methods[name].split("+")]                      # [B, 1, D]
+    return Conditions(cross, cross_mask, prefix, prefix_mask, sum(sums) if sums else None)
 
 
 def training_attributes(meta: dict, names: list, seed: int, step: int, index: int, cfg_dropout: float,

@@ -55,8 +55,6 @@ WORDS = {                                                            # caption w
     "low": ("low", "deep", "dark"), "high": ("high", "bright", "shrill"),
     "yes": ("with drums", "over a drum beat", "with kick and snare"),
     "no": ("without drums", "with no percussion", "unaccompanied"),
-    "C sharp": ("C sharp", "D flat"), "D sharp": ("D sharp", "E flat"), "F sharp": ("F sharp", "G flat"),
-    "G sharp": ("G sharp", "A flat"), "A sharp": ("A sharp", "B flat"),
 }
 TEMPLATES = ("a {tempo} {register} {instrument} tune in {root} major {drums}",
              "{register} {instrument} playing in {root}, {tempo}, {drums}",

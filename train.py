@@ -44,13 +44,14 @@ from model import SIZES, ModelConfig, MusicGen, count_parameters, decay_groups, 
 
 REFERENCE_RUN = Path(__file__).parent / "assets" / "reference_run.jsonl"
 PRESETS = {                                                          # defaults that depend on what is trained on
-    "toy": dict(size="tiny", codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=32, epochs=8, updates_per_epoch=100,
-                lr=8e-3, warmup_steps=20, ema_every=1, emb_std=1.0, cfg_dropout=0.1, word_dropout=0.0, merge_text_p=0.0,
-                valid_samples=256, cfg=1.0, temperature=0.7, top_k=50, evaluate_every=0, generate_every=4),
-    "audio": dict(size="small", codec="encodec_24khz", segment_seconds=30.0, batch_size=32, epochs=100,
-                  updates_per_epoch=500, lr=1e-4, warmup_steps=1000, ema_every=10, cfg_dropout=0.3, word_dropout=0.3,
-                  merge_text_p=0.25, valid_samples=512, cfg=3.0, temperature=1.0, top_k=250, evaluate_every=25,
-                  generate_every=25),
+    "toy": dict(size="tiny", fuse=["text=cross+sum"], codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=16, epochs=10,
+                updates_per_epoch=100, lr=8e-3, text_lr=1.5e-3, warmup_steps=20, ema_every=1, emb_std=1.0, cfg_dropout=0.1,
+                word_dropout=0.0, merge_text_p=0.0, valid_samples=128, cfg=1.0, temperature=0.3, top_k=50,
+                evaluate_every=0, generate_every=5),
+    "audio": dict(size="small", fuse=["text=cross"], codec="encodec_24khz", segment_seconds=30.0, batch_size=32, epochs=100,
+                  updates_per_epoch=500, lr=1e-4, text_lr=1e-4, warmup_steps=1000, ema_every=10, cfg_dropout=0.3,
+                  word_dropout=0.3, merge_text_p=0.25, valid_samples=512, cfg=3.0, temperature=1.0, top_k=250,
+                  evaluate_every=25, generate_every=25),
 }
 NEUTRAL = {"out", "device", "workers", "resume", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
            "micro_batch_size", "parallel", "checkpointing", "epochs", "eval_samples", "generate_samples"}   # may change on resume
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, 4/3 the work")
     g = new("conditions")
     g.add_argument("--no_text", action="store_true", help="train an unconditional model")
-    g.add_argument("--fuse", nargs="+", default=["text=cross"], help="how a condition enters: NAME=cross|prepend|sum")
+    g.add_argument("--fuse", nargs="+", default=None, help="how a condition enters: NAME=cross|prepend|sum, several joined by +")
     g.add_argument("--text_vocab", type=int, default=2000, help="most pieces of the vocabulary fitted to the captions")
     g.add_argument("--cfg_dropout", type=float, default=None, help="probability that a sample loses all its conditions")
     g.add_argument("--text_dropout", type=float, default=0.0, help="probability that a sample loses its text alone")
@@ -96,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--batch_size", type=int, default=None, help="samples an update, over all ranks and micro-batches")
     g.add_argument("--micro_batch_size", type=int, default=None, help="samples a rank sends through at once (default: all)")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate (AdamW)")
+    g.add_argument("--text_lr", type=float, default=None, help="peak learning rate of the text encoder")
     g.add_argument("--warmup_steps", type=int, default=None, help="linear warm-up, then cosine to --lr_min_ratio of the peak")
     g.add_argument("--lr_min_ratio", type=float, default=0.0, help="final learning rate over the peak")
     g.add_argument("--beta1", type=float, default=0.9, help="AdamW's decay of the mean gradient")
@@ -140,8 +142,8 @@ def derive(args: argparse.Namespace, world: int) -> list:
 
     kind = "toy" if args.dataset == "toy" else "audio"
     if args.overfit_one_batch:
-        for name, value in dict(epochs=1, updates_per_epoch=200, batch_size=4 * world, lr=1e-3, warmup_steps=20,
-                                cfg_dropout=0.0, word_dropout=0.0, merge_text_p=0.0, evaluate_every=0,
+        for name, value in dict(epochs=1, updates_per_epoch=200, batch_size=4 * world, lr=1e-3, text_lr=1e-3,
+                                warmup_steps=20, cfg_dropout=0.0, word_dropout=0.0, merge_text_p=0.0, evaluate_every=0,
                                 valid_samples=4 * world).items():
             fill(name, value, "overfitting one batch")
     for name, value in PRESETS[kind].items():
@@ -170,7 +172,7 @@ def check(args: argparse.Namespace, world: int) -> None:
                  "generate_samples"):
         if not (value := getattr(args, name)) >= 0:
             raise ValueError(f"--{name} {value}: at least 0")
-    for name in ("lr", "segment_seconds"):
+    for name in ("lr", "text_lr", "segment_seconds"):
         if not 0 < (value := getattr(args, name)) < 1e4:
             raise ValueError(f"--{name} {value}: more than 0")
     if args.batch_size % world:
@@ -386,15 +388,26 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path) -> Ru
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), args.lr, (args.beta1, args.beta2), fused=True)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, (args.beta1, args.beta2), fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
     torch.manual_seed(args.seed + 1 + ranks.rank)                    # dropout differs between ranks
     return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, history=[])
 
 
+def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
+    """Groups of the optimiser: decayed and not, the text encoder at its own learning rate (`lr_scale` times the other's)."""
+    text = {id(p) for p in model.conditioner.parameters()} if model.conditioner is not None else set()
+    groups = []
+    for group in decay_groups(model, args.weight_decay):
+        for scale, inside in ((1.0, False), (args.text_lr / args.lr, True)):
+            params = [p for p in group["params"] if (id(p) in text) == inside]
+            groups += [{**group, "params": params, "lr_scale": scale}] if params else []
+    return groups
+
+
 def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     """The language model's shape from the flags and the codec."""
-    cross = not args.no_text and "cross" in parse_fuse(args.fuse).values()
+    cross = not args.no_text and any("cross" in method for method in parse_fuse(args.fuse).values())
     return ModelConfig(K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross, pattern=args.pattern,
                        emb_std=args.emb_std, **SIZES[args.size])
 
@@ -449,7 +462,7 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     """One optimiser step. Returns the rank's summed loss [K], the targets of all ranks [K] and the gradient norm."""
     args, model = run.args, run.model
     for group in run.optimizer.param_groups:
-        group["lr"] = lr_at(run.step, args)
+        group["lr"] = lr_at(run.step, args) * group["lr_scale"]
     counts = run.ranks.sum(sum(model.count_targets(mask) for _, mask, _ in micros)).clamp_min(1)        # [K]
     sums = torch.zeros(model.config.K, device=run.ranks.device)
     for i, (codes, mask, inputs) in enumerate(micros):
@@ -598,7 +611,8 @@ def best_weights(run: Run):
     """The averaged model holding the best weights for the while; it gets its own back whatever happens."""
     own = {k: v.detach().clone() for k, v in run.ema.model.state_dict().items()}
     try:
-        run.ema.model.load_state_dict(run.best_state)
+        if run.best_state is not None:                               # none yet where every validation was not finite
+            run.ema.model.load_state_dict(run.best_state)
         yield run.ema.model
     finally:
         run.ema.model.load_state_dict(own)
@@ -702,9 +716,20 @@ def restore(run: Run) -> None:
     run.best_ce, run.best_state = saved["best_ce"], saved["best_state"]
     if run.ranks.world == 1:
         torch.set_rng_state(saved["rng"])
+    if run.ranks.is_main:
+        rewind_log(run.out / "log.jsonl", run.step)
     run.ranks.print(f"going on from {path}, step {run.step}" + "".join(f"; --{k} is {now[k]} now" for k in changed))
     for record in run.history:
         run.ranks.print(summary(record))
+
+
+def rewind_log(path: Path, step: int) -> None:
+    """Drops the lines of log.jsonl that a killed run wrote after its last checkpoint: they will be written again."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
 
 
 def summary(record: dict) -> str:

@@ -122,6 +122,13 @@ def test_every_fuse_method_reaches_the_model(method, part):
     assert out.summed is None or (out.summed.shape == (2, 1, 48) and out.summed[1].abs().max() == 0)
 
 
+def test_several_fuse_methods_at_once():
+    both, cross = (encode(make(fuse={"text": m}), "a slow organ", None) for m in ("cross+sum", "cross"))
+    assert torch.equal(both.cross, cross.cross) and both.summed[0].abs().sum() > 0 and both.summed[1].abs().max() == 0
+    tokens = int(cross.cross_mask[0].sum())
+    assert torch.allclose(both.summed[0, 0], cross.cross[0].sum(0) / tokens ** 0.5, atol=1e-5)
+
+
 def test_vocabulary_round_trip_and_cap():
     pieces = conditioning.fit_sentencepiece(CAPTIONS, 4000)
     assert conditioning.vocabulary_size(pieces) < 400
@@ -130,7 +137,7 @@ def test_vocabulary_round_trip_and_cap():
         conditioning.fit_sentencepiece(["", None, "\0"])
 
 
-@pytest.mark.parametrize("fuse", [{"text": "nowhere"}, {"smell": "cross"}])
+@pytest.mark.parametrize("fuse", [{"text": "nowhere"}, {"text": "cross+"}, {"text": ""}, {"smell": "cross"}])
 def test_bad_fuse(fuse):
     with pytest.raises(ValueError, match="choose from"):
         ConditionerConfig(fuse=fuse)

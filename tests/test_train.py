@@ -148,6 +148,8 @@ def test_resume_equals_the_uninterrupted_run(finished, tmp_path, monkeypatch):
         run(tmp_path, "--dropout", "0.1")
     monkeypatch.setattr(train, "commit", commit)
     assert saved(tmp_path)["step"] == 3
+    with open(tmp_path / "log.jsonl", "a") as log:                   # as if it had been killed in the next epoch
+        log.write(json.dumps(dict(kind="step", stage="train", epoch=2, step=4, ce=99.0)) + "\n" + '{"kind": "st')
     assert run(tmp_path, "--dropout", "0.1") == 0
     whole = tmp_path / "whole"
     assert run(whole, "--dropout", "0.1") == 0
@@ -155,6 +157,8 @@ def test_resume_equals_the_uninterrupted_run(finished, tmp_path, monkeypatch):
     for part in ("model", "ema", "best_state"):
         assert largest_difference(resumed[part], straight[part]) == 0
     assert [r["ce"] for r in resumed["history"] if "ce" in r] == [r["ce"] for r in straight["history"] if "ce" in r]
+    assert [(r["stage"], r["step"], r.get("ce")) for r in lines(tmp_path)] == \
+        [(r["stage"], r["step"], r.get("ce")) for r in lines(whole)]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
@@ -221,6 +225,18 @@ def test_ema_sequence():
     assert weights[:3] == pytest.approx([1, 0.50251, 0.33668], abs=1e-4)
 
 
+def test_the_text_encoder_has_its_own_learning_rate(finished):
+    """Two groups of each kind; every parameter stands in exactly one of them."""
+    model = generate.build_model(generate.read_deployment(finished))
+    args = train.build_parser().parse_args(["--lr", "8e-3", "--text_lr", "2e-3"])
+    groups = train.optimizer_groups(model, args)
+    assert sorted((g["lr_scale"], g["weight_decay"]) for g in groups) == [(0.25, 0.0), (0.25, 0.1), (1.0, 0.0), (1.0, 0.1)]
+    grouped = [id(p) for g in groups for p in g["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+    text = {id(p) for p in model.conditioner.parameters()}
+    assert all((id(p) in text) == (g["lr_scale"] == 0.25) for g in groups for p in g["params"])
+
+
 def test_learning_rate():
     args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "4", "--epochs", "1", "--updates_per_epoch", "24"])
     rates = [train.lr_at(n, args) for n in range(25)]
@@ -239,6 +255,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     (["--cfg_dropout", "1.5"], "--cfg_dropout 1.5"),
     (["--lr", "-1"], "--lr -1.0"),
     (["--lr", "nan"], "--lr nan"),
+    (["--text_lr", "0"], "--text_lr 0.0"),
+    (["--emb_std", "-1"], "--emb_std -1.0"),
     (["--epochs", "0"], "--epochs 0"),
     (["--segment_seconds", "0"], "--segment_seconds 0.0"),
     (["--codec", "encodec_48khz"], "encodec_48khz"),
