@@ -339,12 +339,14 @@ class Run:
                 f.write(json.dumps(record) + "\n")
 
 
-def build_conditioner(args: argparse.Namespace, train_set, dim: int, ranks: Ranks) -> Conditioner | None:
-    """The conditioner, with a vocabulary fitted to the captions of the training set."""
+def build_conditioner(args: argparse.Namespace, train_set, dim: int, ranks: Ranks, saved: dict | None) -> Conditioner | None:
+    """The conditioner, with the vocabulary of the checkpoint, or one fitted to the captions of the training set."""
     if args.no_text:
         return None
-    captions = sample_captions(args, train_set)
-    pieces = conditioning.fit_sentencepiece(captions, args.text_vocab)
+    if saved is not None:                                            # captions may have changed since
+        pieces = bytes(saved["assets"]["text"].tolist())
+    else:
+        pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
     config = ConditionerConfig(fuse=parse_fuse(args.fuse), text_vocab=conditioning.vocabulary_size(pieces))
     if config.text_vocab < args.text_vocab:
         ranks.print(f"text: {config.text_vocab} pieces, not {args.text_vocab}: the captions hold no more")
@@ -373,12 +375,14 @@ def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
     return sets
 
 
-def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path) -> Run:
-    """Allocates model, average and optimiser. Every rank draws the same initial weights from the seed."""
+def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved: dict | None = None) -> Run:
+    """Allocates model, average and optimiser. Every rank draws the same initial weights from the seed.
+
+    found: the dataset's name or what scanning it gave; saved: the checkpoint that `restore` will go on from."""
     train_set, valid_set = open_data(args, found, codec, ranks)
     torch.manual_seed(args.seed)
     config = model_config(args, codec)
-    model = MusicGen(config, build_conditioner(args, train_set, config.dim, ranks)).to(ranks.device)
+    model = MusicGen(config, build_conditioner(args, train_set, config.dim, ranks, saved)).to(ranks.device)
     model.transformer.checkpointing = args.checkpointing
     ema = Ema(model, args.ema_decay)
     if args.compile:
@@ -596,14 +600,19 @@ def deployment(run: Run, values: dict) -> dict:
     """The content of best.pt: plain tensors and plain data, all that generating takes but the codec."""
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
-    assets = {} if conditioner is None else conditioner.assets
     return dict(format=generate.FORMAT, model=run.best_state, model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
-                assets={k: torch.tensor(list(v), dtype=torch.uint8) for k, v in assets.items()},
+                assets=stored_assets(model),
                 codec=dict(name=codec.name, K=codec.K, fingerprint=codec.fingerprint),
                 segment_frames=segment_frames(args, codec),
                 sampling=asdict(generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p)),
                 metrics=dict(values), step=run.step, args=vars(args))
+
+
+def stored_assets(model: MusicGen) -> dict:
+    """What the conditioners need beside weights, {name: bytes as a uint8 tensor}: no file holds more than plain tensors."""
+    assets = {} if model.conditioner is None else model.conditioner.assets
+    return {name: torch.tensor(list(content), dtype=torch.uint8) for name, content in assets.items()}
 
 
 @contextlib.contextmanager
@@ -692,21 +701,30 @@ def commit(run: Run) -> None:
         format=generate.FORMAT, args=vars(run.args), model=run.model.state_dict(), ema=run.ema.model.state_dict(),
         ema_count=run.ema.count, optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(), step=run.step,
         skipped=run.skipped, best_ce=run.best_ce, best_state=run.best_state, history=run.history,
-        rng=torch.get_rng_state()))
+        assets=stored_assets(run.model), rng=torch.get_rng_state()))
 
 
-def restore(run: Run) -> None:
-    """Goes on from the folder's last.pt, if there is one, and prints the epochs it holds.
+def read_checkpoint(args: argparse.Namespace, out: Path) -> dict | None:
+    """The folder's last.pt, if there is one to go on from.
 
-    Errors: ValueError if the flags differ in what matters, naming the differences."""
-    path = run.out / "last.pt"
+    Errors: ValueError if its flags differ in what matters, naming the differences."""
+    path = out / "last.pt"
     if not path.is_file():
-        return
+        return None
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    now = vars(run.args)
-    changed = [k for k in now if k in saved["args"] and saved["args"][k] != now[k]]
-    if refused := [f"--{k} {saved['args'][k]} there, {now[k]} now" for k in changed if k not in NEUTRAL]:
-        raise ValueError(f"{run.out} holds another run: {'; '.join(refused)}. Give the same flags, or another --out")
+    if refused := [f"--{k} {saved['args'][k]} there, {v} now" for k, v in changed_flags(args, saved).items()
+                   if k not in NEUTRAL]:
+        raise ValueError(f"{out} holds another run: {'; '.join(refused)}. Give the same flags, or another --out")
+    return saved
+
+
+def changed_flags(args: argparse.Namespace, saved: dict) -> dict:
+    """Flags whose value is not the checkpoint's: {name: value now}."""
+    return {k: v for k, v in vars(args).items() if k in saved["args"] and saved["args"][k] != v}
+
+
+def restore(run: Run, saved: dict) -> None:
+    """Goes on from a checkpoint, and prints the epochs it holds."""
     run.model.load_state_dict(saved["model"])
     run.ema.model.load_state_dict(saved["ema"])
     run.ema.count = saved["ema_count"]
@@ -718,7 +736,8 @@ def restore(run: Run) -> None:
         torch.set_rng_state(saved["rng"])
     if run.ranks.is_main:
         rewind_log(run.out / "log.jsonl", run.step)
-    run.ranks.print(f"going on from {path}, step {run.step}" + "".join(f"; --{k} is {now[k]} now" for k in changed))
+    run.ranks.print(f"going on from {run.out / 'last.pt'}, step {run.step}" +
+                    "".join(f"; --{k} is {v} now" for k, v in changed_flags(run.args, saved).items()))
     for record in run.history:
         run.ranks.print(summary(record))
 
@@ -812,8 +831,10 @@ def start(argv: list | None) -> None:
             return
         out = prepare_folder(args, ranks)
         began = time.perf_counter()
-        run = build(args, ranks, codec, found, out)
-        restore(run)
+        saved = read_checkpoint(args, out)
+        run = build(args, ranks, codec, found, out, saved)
+        if saved is not None:
+            restore(run, saved)
         if ranks.is_main:
             write_config(run)
         run_epochs(run)

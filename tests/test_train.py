@@ -161,6 +161,16 @@ def test_resume_equals_the_uninterrupted_run(finished, tmp_path, monkeypatch):
         [(r["stage"], r["step"], r.get("ce")) for r in lines(whole)]
 
 
+def test_resume_keeps_the_vocabulary_of_the_checkpoint(finished, tmp_path, monkeypatch):
+    """Captions that changed since the start must not give the ids of text another meaning."""
+    import shutil
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(train, "sample_captions", lambda *a: ["entirely other captions"] * 50)
+    assert run(tmp_path / "run", "--epochs", "3") == 0
+    assert torch.equal(saved(tmp_path / "run")["assets"]["text"], saved(finished)["assets"]["text"])
+    assert saved(tmp_path / "run")["step"] == 9
+
+
 def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
     before = (finished / "last.pt").read_bytes()
     assert run(finished) == 0
