@@ -133,6 +133,16 @@ def fit_sentencepiece(captions, vocab: int = 2000) -> bytes:
     return out.getvalue()
 
 
+def pack(content: bytes) -> Tensor:
+    """Bytes as a uint8 tensor [n], as files keep them: they hold plain tensors and plain data only."""
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+def unpack(tensor: Tensor) -> bytes:
+    """What `pack` was given."""
+    return bytes(tensor.tolist())
+
+
 def vocabulary_size(pieces: bytes) -> int:
     """Number of pieces of a serialised sentencepiece model."""
     return sentencepiece.SentencePieceProcessor(model_proto=pieces).vocab_size()
@@ -306,17 +316,17 @@ def training_attributes(meta: dict, names: list, seed: int, step: int, index: in
     return drop_conditions(attributes, generator(seed, DROP_STREAM, step, index), cfg_dropout, attribute_dropout)
 
 
-def main() -> None:
+def main(argv: list | None = None) -> None:
     parser = argparse.ArgumentParser(description="Shows how a text becomes pieces and ids.")
     parser.add_argument("text")
     parser.add_argument("--run", help="run folder whose vocabulary to use; without it one is fitted to toy captions")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.run:
         from pathlib import Path
         path = Path(args.run, "best.pt")
         if not path.is_file():
             sys.exit(f"conditioning.py: {path} is missing: give the folder of a run that has finished an epoch")
-        pieces = torch.load(path, map_location="cpu", weights_only=True)["assets"]["text"]
+        pieces = unpack(torch.load(path, map_location="cpu", weights_only=True)["assets"]["text"])
     else:
         import toy
         pieces = fit_sentencepiece(toy.draw(0, 0, i)[1] for i in range(2000))

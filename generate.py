@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tokenizer
-from conditioning import Conditioner, ConditionerConfig
+from conditioning import Conditioner, ConditionerConfig, unpack
 from model import Cache, Conditions, ModelConfig, MusicGen
 
 FORMAT = "nanomusicgen-1"                                            # of best.pt
@@ -154,7 +154,7 @@ def build_model(data: dict) -> MusicGen:
     config = ModelConfig(**data["model_config"])
     conditioner = None
     if data["conditioner_config"] is not None:
-        assets = {name: bytes(t.tolist()) for name, t in data["assets"].items()}
+        assets = {name: unpack(t) for name, t in data["assets"].items()}
         conditioner = Conditioner(ConditionerConfig(**data["conditioner_config"]), config.dim, assets)
     model = MusicGen(config, conditioner)
     model.load_state_dict(data["model"])

@@ -132,13 +132,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def derive(args: argparse.Namespace, world: int) -> list:
-    """Fills in the flags left out, in place, and returns a line of reason for each."""
-    notes = []
+    """Fills in the flags left out, in place, and returns lines that say what was chosen, by reason."""
+    notes = {}
 
     def fill(name, value, reason):
         if getattr(args, name) is None:
             setattr(args, name, value)
-            notes.append(f"--{name} {value} ({reason})")
+            shown = " ".join(value) if isinstance(value, list) else value
+            notes[reason] = f"{notes.get(reason, f'{reason}:')} --{name} {shown}"
 
     kind = "toy" if args.dataset == "toy" else "audio"
     if args.overfit_one_batch:
@@ -155,7 +156,7 @@ def derive(args: argparse.Namespace, world: int) -> list:
     fill("micro_batch_size", max(1, args.batch_size // world), "the rank's whole share")
     fill("log_every", max(1, args.updates_per_epoch // 10), "a tenth of an epoch")
     fill("out", f"runs/{Path(args.cache or args.dataset).resolve().stem if kind != 'toy' else 'toy'}", "by dataset")
-    return notes
+    return list(notes.values())
 
 
 def check(args: argparse.Namespace, world: int) -> None:
@@ -344,7 +345,7 @@ def build_conditioner(args: argparse.Namespace, train_set, dim: int, ranks: Rank
     if args.no_text:
         return None
     if saved is not None:                                            # captions may have changed since
-        pieces = bytes(saved["assets"]["text"].tolist())
+        pieces = conditioning.unpack(saved["assets"]["text"])
     else:
         pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
     config = ConditionerConfig(fuse=parse_fuse(args.fuse), text_vocab=conditioning.vocabulary_size(pieces))
@@ -612,7 +613,7 @@ def deployment(run: Run, values: dict) -> dict:
 def stored_assets(model: MusicGen) -> dict:
     """What the conditioners need beside weights, {name: bytes as a uint8 tensor}: no file holds more than plain tensors."""
     assets = {} if model.conditioner is None else model.conditioner.assets
-    return {name: torch.tensor(list(content), dtype=torch.uint8) for name, content in assets.items()}
+    return {name: conditioning.pack(content) for name, content in assets.items()}
 
 
 @contextlib.contextmanager
@@ -826,7 +827,7 @@ def start(argv: list | None) -> None:
         found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
         codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device)
         config, T = model_config(args, codec), segment_frames(args, codec)
-        ranks.print("chosen: " + "; ".join(notes), *estimate(args, config, T, world))
+        ranks.print(*notes, *estimate(args, config, T, world))
         if args.dry_run:
             return
         out = prepare_folder(args, ranks)

@@ -112,6 +112,13 @@ def test_generate_longer_and_continued(finished, tmp_path):
     assert generate.main([*flags, "--unconditional", "--continue", str(tmp_path / "000.wav"), "--seconds", "4"]) == 2
 
 
+def test_pieces_of_a_text_with_the_vocabulary_of_a_run(finished, capsys):
+    import conditioning
+    conditioning.main(["a slow organ", "--run", str(finished)])
+    out = capsys.readouterr().out.splitlines()
+    assert "pieces in the vocabulary" in out[0] and "organ" in out[1] and out[2].endswith(" 1")
+
+
 def test_python_api_of_the_readme(finished):
     from generate import MusicGenerator
     music = MusicGenerator.load(finished)
