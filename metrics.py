@@ -35,17 +35,12 @@ def hear(wav: Tensor, sample_rate: int) -> list:
 
 def round_trip(clips: list, codec) -> Tensor:
     """Toy clips as rendered, through the codec and back: [B,C,N] at the codec's rate."""
-    out = []
+    out, device = [], next(codec.parameters()).device
     for start in range(0, len(clips), 16):
         wav = torch.from_numpy(np.stack([toy.render(c) for c in clips[start:start + 16]]))[:, None]
         wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate).expand(-1, codec.channels, -1)
-        out.append(codec.decode(codec.encode(wav.to(codec_device(codec)))).cpu())
+        out.append(codec.decode(codec.encode(wav.to(device))).cpu())
     return torch.cat(out)
-
-
-def codec_device(codec) -> torch.device:
-    """Where a codec's weights lie."""
-    return next(codec.parameters()).device
 
 
 def adherence(wav: Tensor, clips: list, codec, seed: int = 0) -> dict:
