@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -466,6 +467,12 @@ def fetch(dataset, epoch: int, share: int, first: int) -> list[Example] | ValueE
         return e
 
 
+def leave_signals(worker: int) -> None:
+    """In a loading process: a signal to the whole group is the main process's business, which ends this one in its time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
             workers: int = 0) -> Iterator[list[Example]]:
     """This rank's examples of updates start..stop-1 of an epoch; no example depends on ranks, workers or the start.
@@ -476,7 +483,7 @@ def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, rank: i
     share = batch_size // world
     loader = torch.utils.data.DataLoader(
         [update * batch_size + rank * share for update in range(start, stop)], batch_size=None, num_workers=workers,
-        collate_fn=functools.partial(fetch, dataset, epoch, share),
+        collate_fn=functools.partial(fetch, dataset, epoch, share), worker_init_fn=leave_signals,
         generator=torch.Generator())                            # without, it draws from the global generator
     for examples in loader:
         if isinstance(examples, ValueError):

@@ -43,12 +43,11 @@ def round_trip(clips: list, codec) -> Tensor:
     return torch.cat(out)
 
 
-def adherence(wav: Tensor, clips: list, codec, seed: int = 0) -> dict:
-    """Caption adherence of generated clips [B,C,N] asked to be `clips`: {attribute: {generated, ceiling, shuffled,
-    chance, none, reach}}, with the lists of what was heard under "heard"."""
-    assert len(wav) == len(clips), f"{len(wav)} clips generated, {len(clips)} asked"
+def adherence(heard: list, clips: list, codec, seed: int = 0) -> dict:
+    """Caption adherence, from what was heard in clips asked to be `clips`: {attribute: {generated, ceiling, shuffled,
+    chance, none, reach}}, with the list of what was heard under "heard"."""
+    assert len(heard) == len(clips), f"{len(heard)} clips generated, {len(clips)} asked"
     asked = [c.attributes() for c in clips]
-    heard = hear(wav, codec.sample_rate)
     order = np.random.default_rng(seed).permutation(len(asked))
     generated, shuffled = toy.accuracy(heard, asked), toy.accuracy(heard, [asked[i] for i in order])
     ceiling = toy.accuracy(hear(round_trip(clips, codec), codec.sample_rate), asked)
@@ -72,14 +71,18 @@ def adherence_table(result: dict, title: str) -> str:
     return "\n".join(lines)
 
 
-def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, **settings) -> dict:
+def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, ranks=None, **settings) -> dict:
     """`adherence` of n clips that a generate.MusicGenerator makes for toy captions of a split.
 
-    The captions start at index 100,000, far from those that validation reads."""
+    The captions start at index 100,000, far from those that validation reads. ranks: a ranks.Ranks that shares the batches
+    out; each has a seed of its own, so that their number changes nothing."""
     drawn = [toy.draw(seed, 0, 100_000 + i, split) for i in range(n)]
-    wavs = [music.generate([text for _, text in drawn[i:i + batch]], toy.CLIP_SECONDS, seed=seed + i, **settings)
-            for i in range(0, n, batch)]
-    return adherence(torch.cat(wavs), [clip for clip, _ in drawn], music.codec, seed)
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    mine = [(i, hear(music.generate([text for _, text in drawn[i:i + batch]], toy.CLIP_SECONDS, seed=seed + i, **settings),
+                     music.codec.sample_rate))
+            for i in range(rank * batch, n, batch * world)]
+    parts = sorted(part for share in (ranks.gather(mine) if ranks else [mine]) for part in share)
+    return adherence([h for _, heard in parts for h in heard], [clip for clip, _ in drawn], music.codec, seed)
 
 
 def fit_analyser(codec, clips: int = 6000) -> toy.Analyser:

@@ -104,13 +104,33 @@ def sinusoid(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tenso
     return torch.cat([phase.cos(), phase.sin()], -1)
 
 
+def mix(x: Tensor) -> Tensor:
+    """Scrambles int32 numbers: xor-shift and multiply, twice (the constants are Wellons' "lowbias32")."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
+    """Zeroes elements of x [B,S,D] with probability p and scales the others by 1/(1-p); keys [B] int32, one a sample.
+
+    What is dropped is a hash of (key, site, place): no generator's state, so it does not depend on the ranks and
+    micro-batches a batch was split into, nor on a restart, and recomputing a layer drops the same. No keys, no dropout."""
+    if keys is None or p == 0:
+        return x
+    place = torch.arange(x[0].numel(), device=x.device, dtype=torch.int32).view(x.shape[1:])             # [S, D]
+    start = mix(keys + (site * 0x9E3779B1 & 0x7FFFFFFF))                                                 # [B]
+    kept = (mix(place + start[:, None, None]) & 0xFFFFFF) >= int(p * (1 << 24))                          # [B, S, D]
+    return x * kept / (1 - p)
+
+
 class Attention(nn.Module):
     """Multi-head attention with one packed projection: rows q | k | v of in_proj_weight [3D, D], no biases."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         assert dim % num_heads == 0, f"width {dim} does not divide into {num_heads} heads"
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
@@ -120,8 +140,7 @@ class Attention(nn.Module):
         return x.view(B, S, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))                                              # [B, S, D]
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
@@ -151,26 +170,26 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, hidden = config.dim, config.dim * config.hidden_scale
-        self.self_attn = Attention(D, config.num_heads, config.dropout)
+        self.p = config.dropout
+        self.self_attn = Attention(D, config.num_heads)
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.linear1, self.linear2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
         if config.cross_attention:
-            self.cross_attention = Attention(D, config.num_heads, config.dropout)
+            self.cross_attention = Attention(D, config.num_heads)
             self.norm_cross = nn.LayerNorm(D)
 
     def forward(self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None,
-                cache: Cache | None = None, index: int = 0) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.norm1(x), mask, cache, index))                         # [B, S, D]
+                cache: Cache | None = None, index: int = 0, keys: Tensor | None = None) -> Tensor:
+        x = x + dropout(self.self_attn(self.norm1(x), mask, cache, index), self.p, keys, 4 * index)     # [B, S, D]
         if source is not None or (cache is not None and cache.cross[index] is not None):
             keys_values = cache.cross[index] if cache is not None else None
             if keys_values is None:
                 keys_values = self.cross_attention.keys_values(source)
                 if cache is not None:
                     cache.cross[index] = keys_values
-            x = x + self.dropout(self.cross_attention.cross(self.norm_cross(x), keys_values, source_mask))
-        hidden = self.dropout(F.gelu(self.linear1(self.norm2(x))))                                      # [B, S, 4D]
-        return x + self.dropout(self.linear2(hidden))
+            x = x + dropout(self.cross_attention.cross(self.norm_cross(x), keys_values, source_mask), self.p, keys, 4 * index + 1)
+        hidden = dropout(F.gelu(self.linear1(self.norm2(x))), self.p, keys, 4 * index + 2)              # [B, S, 4D]
+        return x + dropout(self.linear2(hidden), self.p, keys, 4 * index + 3)
 
 
 class Transformer(nn.Module):
@@ -181,12 +200,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.checkpointing = False
 
-    def forward(self, x, mask, source, source_mask, cache=None):
+    def forward(self, x, mask, source, source_mask, cache=None, keys=None):
         for i, layer in enumerate(self.layers):
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, mask, source, source_mask, use_reentrant=False)
+                x = checkpoint(layer, x, mask, source, source_mask, None, i, keys, use_reentrant=False)
             else:
-                x = layer(x, mask, source, source_mask, cache, i)
+                x = layer(x, mask, source, source_mask, cache, i, keys)
         return x
 
 
@@ -226,10 +245,12 @@ class MusicGen(nn.Module):
                 if weight.dim() == 2:
                     init(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
 
-    def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None,
+               keys: Tensor | None = None) -> Tensor:
         """Codes in the pattern, seq [B,K,S] -> [B,S,D], normalised, ready for the heads.
 
-        With a cache only the new steps are given; conditions are then read from the first call and ignored later."""
+        With a cache only the new steps are given; conditions are then read from the first call and ignored later.
+        keys [B] int32: see `dropout`; without them nothing is dropped."""
         B, K, S = seq.shape
         assert K == self.config.K, f"{K} codebooks, the model has {self.config.K}"
         x = sum(table(codes) for table, codes in zip(self.emb, seq.unbind(1)))                          # [B, S, D]
@@ -247,7 +268,7 @@ class MusicGen(nn.Module):
             cache.P, cache.prefix_mask, cache.source_mask, cache.summed = P, prefix_mask, source_mask, summed
         x = x + sinusoid(self._positions(B, start, x.shape[1], P, prefix_mask, x.device), self.config.dim)
         mask = self._self_mask(start, x.shape[1], P, prefix_mask, x.device)
-        x = self.transformer(x, mask, None if start else c.cross, source_mask, cache)
+        x = self.transformer(x, mask, None if start else c.cross, source_mask, cache, keys)
         if cache is not None:
             cache.length += x.shape[1]
         return self.out_norm(x[:, -S:])                                                                 # [B, S, D]
@@ -290,17 +311,17 @@ class MusicGen(nn.Module):
         pattern = self.config.layout(codes.shape[2])
         return pattern.revert_logits(self.logits(pattern.build(codes, self.special), conditions))
 
-    def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None) -> Tensor:
+    def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None, keys: Tensor | None = None) -> Tensor:
         """Cross-entropy summed over the valid targets of each codebook: [K] float32, to be divided by `count_targets`.
 
         codes [B,K,T]; frame_mask [B,T] False where a clip is padding (read as the special token, masked from the loss);
-        inputs: what the conditioner's `prepare` gave. The targets are shifted to the sequence: no logits are gathered."""
+        inputs: what the conditioner's `prepare` gave; keys [B] int32: dropout's, one a sample. The targets are shifted to the sequence: no logits are gathered."""
         conditions = self.conditioner(inputs) if self.conditioner is not None else None
         pattern = self.config.layout(codes.shape[2])
         targets = pattern.targets(codes, frame_mask, IGNORE)                                            # [B, K, S-1]
         if frame_mask is not None:
             codes = codes.masked_fill(~frame_mask[:, None], self.special)
-        x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions)                       # [B, S-1, D]
+        x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions, keys=keys)            # [B, S-1, D]
         return torch.stack([F.cross_entropy(head(x).flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE,
                                             reduction="sum")
                             for head, target in zip(self.linears, targets.unbind(1))])                  # [K]

@@ -18,29 +18,30 @@ Legend: B batch, K codebooks, T frames.
 import argparse
 import contextlib
 import copy
-import datetime
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoint
 import conditioning
 import data
 import generate
 import metrics
+import ranks as several
 import tokenizer
 import toy
+from checkpoint import Stop, Stopped
 from conditioning import Conditioner, ConditionerConfig
 from model import SIZES, ModelConfig, MusicGen, count_parameters, decay_groups, flops_per_step
+from ranks import Ranks
 
 REFERENCE_RUN = Path(__file__).parent / "assets" / "reference_run.jsonl"
 PRESETS = {                                                          # defaults that depend on what is trained on
@@ -54,7 +55,9 @@ PRESETS = {                                                          # defaults 
                   evaluate_every=25, generate_every=25),
 }
 NEUTRAL = {"out", "device", "workers", "resume", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
-           "micro_batch_size", "parallel", "checkpointing", "epochs", "eval_samples", "generate_samples"}   # may change on resume
+           "micro_batch_size", "parallel", "zero", "cpu_offload", "sharded_checkpoint", "save_minutes", "timeout", "checkpointing",
+           "epochs", "eval_samples", "generate_samples", "plan_gpus", "plan_tflops"}                        # may change on resume
+DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,11 +115,16 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     g.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of autocast (default: by device)")
     g.add_argument("--compile", action="store_true", help="torch.compile the layers")
-    g.add_argument("--parallel", default="ddp", choices=("ddp",), help="how several ranks share the work")
+    g.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"), help="several ranks: whole models, or shards (FSDP2)")
+    g.add_argument("--zero", type=int, default=3, choices=(2, 3), help="fsdp: 3 gathers a layer twice a step, 2 keeps it gathered")
+    g.add_argument("--cpu_offload", action="store_true", help="fsdp: shards and the optimiser live in the host's memory")
+    g.add_argument("--timeout", type=float, default=10.0, help="minutes a rank waits for the others before the job fails")
     g = new("run")
     g.add_argument("--out", default=None, help="run folder (default: runs/ and the name of the dataset)")
     g.add_argument("--seed", type=int, default=0, help="of weights, data, dropouts and samples")
     g.add_argument("--resume", default="auto", choices=("auto", "never"), help="auto: go on from the folder's checkpoint")
+    g.add_argument("--save_minutes", type=float, default=10.0, help="checkpoint within an epoch; 0: after every update")
+    g.add_argument("--sharded_checkpoint", action="store_true", help="all ranks write their shards, nothing is gathered")
     g.add_argument("--log_every", type=int, default=None, help="updates between log lines (default: a tenth of an epoch)")
     g.add_argument("--valid_samples", type=int, default=None, help="segments in validation")
     g.add_argument("--evaluate_every", type=int, default=None, help="epochs between evaluations; 0: only at the end")
@@ -128,6 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--top_k", type=int, default=None, help="sampling from the k likeliest codes; 0 is all; stored likewise")
     g.add_argument("--top_p", type=float, default=0.0, help="sampling from the likeliest codes of this mass; 0 is off; stored likewise")
     g.add_argument("--dry_run", action="store_true", help="print the estimate of memory and time, then stop")
+    g.add_argument("--plan_gpus", type=int, nargs="+", default=None, help="dry run: for so many GPUs instead of this machine")
+    g.add_argument("--plan_tflops", type=float, default=990.0, help="dry run: peak of one of them (default: H100, bfloat16)")
     return parser
 
 
@@ -170,10 +180,10 @@ def check(args: argparse.Namespace, world: int) -> None:
         if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name} {value}: at least 1")
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "workers", "evaluate_every", "generate_every", "seed",
-                 "generate_samples"):
+                 "generate_samples", "save_minutes"):
         if not (value := getattr(args, name)) >= 0:
             raise ValueError(f"--{name} {value}: at least 0")
-    for name in ("lr", "text_lr", "segment_seconds"):
+    for name in ("lr", "text_lr", "segment_seconds", "timeout", "plan_tflops"):
         if not 0 < (value := getattr(args, name)) < 1e4:
             raise ValueError(f"--{name} {value}: more than 0")
     if args.batch_size % world:
@@ -187,6 +197,10 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError("--dtype float16 needs a GPU: take float32 or bfloat16")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: no GPU is visible here; take --device cpu")
+    if args.cpu_offload and args.parallel != "fsdp":
+        raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
+    if any(n < 1 for n in args.plan_gpus or ()):
+        raise ValueError(f"--plan_gpus {min(args.plan_gpus)}: at least 1")
     if args.emb_std is not None and not 0 < args.emb_std < 100:
         raise ValueError(f"--emb_std {args.emb_std}: more than 0")
     generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
@@ -202,67 +216,49 @@ def parse_fuse(entries: list) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ranks
-
-
-@dataclass
-class Ranks:
-    """This process among all: torchrun's environment, or a single one."""
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def print(self, *lines) -> None:
-        """Prints on rank 0 only."""
-        if self.is_main:
-            print(*lines, sep="\n", flush=True)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
-
-def setup_ranks(args: argparse.Namespace) -> Ranks:
-    """Joins the process group that torchrun announced (NCCL on GPU, gloo on CPU)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
-    return Ranks(rank, world, device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # estimate
 
 
-def estimate(args: argparse.Namespace, config: ModelConfig, T: int, world: int) -> list:
-    """Lines on memory and time, from shapes alone. Activations: about 20 D floats a layer and step are kept for backward
-    (28 D with cross-attention), and three of the logits' size."""
-    N, S, B = count_parameters(config), config.layout(T).S_valid - 1, args.micro_batch_size
+@dataclass
+class Plan:
+    """What a run would take: parameters, GiB a rank by what for, FLOPs an update and rank, seconds in all."""
+    parameters: int
+    memory: dict
+    flops: float
+    seconds: float
+
+
+def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, speed: float) -> Plan:
+    """Memory and time from shapes alone, at half of `speed` (peak FLOP/s of a rank).
+
+    Activations: about 20 D numbers a layer and step are kept for backward (28 D with cross-attention), and three of the
+    logits' size in float32. Sharded: all but activations over the ranks, and two layers gathered (ZeRO-3) or all (ZeRO-2)."""
+    N, S, B = count_parameters(config), config.layout(T).S_valid - 1, min(args.micro_batch_size, max(1, args.batch_size // world))
     bytes_each = 4 if args.dtype == "float32" else 2
     per_layer = (28 if config.cross_attention else 20) * config.dim
     kept = config.num_layers * (config.dim if args.checkpointing else per_layer) + (per_layer if args.checkpointing else 0)
-    activations = B * S * (kept * bytes_each + 3 * config.K * config.card * 4)
-    parts = dict(weights=4 * N, gradients=4 * N, optimiser=8 * N, EMA=4 * N, activations=activations)
-    total = sum(parts.values())
+    sharded = args.parallel == "fsdp" and world > 1
+    share = world if sharded else 1
+    memory = dict(weights=4 * N / share, gradients=4 * N / share, optimiser=8 * N / share, EMA=4 * N / share,
+                  gathered=sharded * bytes_each * N * (1 if args.zero == 2 else 2 / config.num_layers),
+                  activations=B * S * (kept * bytes_each + 3 * config.K * config.card * 4))
     flops = 3 * flops_per_step(config, S, 16) * args.batch_size / world * (4 / 3 if args.checkpointing else 1)
-    speed = machine_flops(args)
-    seconds = flops / (0.5 * speed) * args.epochs * args.updates_per_epoch
-    return [f"model: {N / 1e6:.1f}M parameters without text encoder; a clip is {T} frames = {S} steps ({args.pattern})",
-            "memory a rank, about: " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items()) +
-            f" = {total / 2**30:.2f} GiB",
-            f"time, about: {flops / 1e9:.0f} GFLOP an update and rank at half of {speed / 1e9:.0f} GFLOP/s = "
-            f"{duration(seconds)} for {args.epochs} epochs of {args.updates_per_epoch} updates"]
+    return Plan(N, {k: v / 2**30 for k, v in memory.items() if v}, flops, flops / (0.5 * speed) * args.epochs * args.updates_per_epoch)
+
+
+def estimate(args: argparse.Namespace, config: ModelConfig, T: int, world: int) -> list:
+    """Lines on memory and time of this run; with --plan_gpus of the same run on so many GPUs."""
+    cases = [(n, args.plan_tflops * 1e12) for n in args.plan_gpus] if args.plan_gpus else [(world, machine_flops(args))]
+    lines = []
+    for world, speed in cases:
+        p = plan(args, config, T, world, speed)
+        lines += [f"model: {p.parameters / 1e6:.1f}M parameters without text encoder; a clip is {T} frames = "
+                  f"{config.layout(T).S_valid} steps ({args.pattern})"] if not lines else []
+        lines += [f"memory a rank ({world} in all), about: " + ", ".join(f"{k} {v:.2f}" for k, v in p.memory.items()) +
+                  f" = {sum(p.memory.values()):.2f} GiB",
+                  f"time, about: {p.flops / 1e9:.0f} GFLOP an update and rank at half of {speed / 1e9:.0f} GFLOP/s = "
+                  f"{duration(p.seconds)} for {args.epochs} epochs of {args.updates_per_epoch} updates"]
+    return lines
 
 
 def machine_flops(args: argparse.Namespace) -> float:
@@ -298,9 +294,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes in the weights as they are now."""
+        """Takes in the weights as they are now; where they are sharded, each rank its own part."""
         self.count = self.count * self.decay + 1
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 / self.count)
+        mine, new = (several.local(m.parameters()) for m in (self.model, model))
+        torch._foreach_lerp_(mine, new, 1 / self.count)
 
 
 @dataclass
@@ -317,13 +314,20 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     out: Path
-    step: int = 0
+    stop: Stop
+    history: list                                                    # records of the finished stages
+    sums: Tensor                                                     # [2, 2, K] loss and targets: of the epoch, since the last line
+    step: int = 0                                                    # updates done
+    epoch: int = 0                                                   # epochs done with all their stages
     skipped: int = 0                                                 # updates skipped, in all
     skipped_in_a_row: int = 0
     best_ce: float = math.inf
-    best_state: dict | None = None
-    history: list = None
+    best: dict | None = None                                         # averaged weights of the best epoch, sharded as the model is
+    best_values: dict | None = None                                  # and what validation said of them
     valid_batches: list | None = None                                # [(codes, frame mask, attributes)] kept on the host
+    saved_at: float = 0.0                                            # time.monotonic of the last checkpoint
+    unwritten: tuple = ()                                            # files that a full disk has kept from being written
+    held: object = None                                              # the lock on the run folder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -334,10 +338,13 @@ class Run:
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.ranks.device.type, self.dtype)
 
     def log(self, record: dict) -> None:
-        """Appends a line to log.jsonl."""
+        """Appends a line to log.jsonl; a disk that is full does not end the run."""
         if self.ranks.is_main:
-            with open(self.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
+            try:
+                with open(self.out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(record) + "\n")
+            except OSError as error:
+                print(f"a line of {self.out / 'log.jsonl'} was not written ({error})", file=sys.stderr, flush=True)
 
 
 def build_conditioner(args: argparse.Namespace, train_set, dim: int, ranks: Ranks, saved: dict | None) -> Conditioner | None:
@@ -382,21 +389,23 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
     found: the dataset's name or what scanning it gave; saved: the checkpoint that `restore` will go on from."""
     train_set, valid_set = open_data(args, found, codec, ranks)
     torch.manual_seed(args.seed)
-    config = model_config(args, codec)
-    model = MusicGen(config, build_conditioner(args, train_set, config.dim, ranks, saved)).to(ranks.device)
+    config, dtype = model_config(args, codec), getattr(torch, args.dtype)
+    sharded = args.parallel == "fsdp" and ranks.world > 1
+    model = MusicGen(config, build_conditioner(args, train_set, config.dim, ranks, saved))
+    model = model if sharded else model.to(ranks.device)             # sharding moves a layer at a time
     model.transformer.checkpointing = args.checkpointing
     ema = Ema(model, args.ema_decay)
     if args.compile:
         for layer in model.transformer.layers:
             layer.compile()
-    wrapped = model
-    if ranks.world > 1:
-        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    if sharded:
+        for each in (model, ema.model):
+            several.shard(each, ranks, dtype, args.zero, args.cpu_offload)
+    wrapped = several.wrap(model, ranks, args.parallel)
     optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, (args.beta1, args.beta2), fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
-    torch.manual_seed(args.seed + 1 + ranks.rank)                    # dropout differs between ranks
-    return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, history=[])
+    sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)
+    return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, Stop(), [], sums)
 
 
 def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
@@ -443,19 +452,21 @@ def to_codes(run: Run, batch: data.Batch) -> tuple[Tensor, Tensor]:
 
 
 def micro_batches(run: Run, examples: list) -> list:
-    """A rank's share of an update as [(codes [b,K,T], frame mask [b,T], prepared conditions)]."""
+    """A rank's share of an update as [(codes [b,K,T], frame mask [b,T], prepared conditions, dropout keys [b])]."""
     args = run.args
     codes, mask = to_codes(run, data.collate(examples))
-    attributes = []
+    attributes, keys, step = [], None, 0 if args.overfit_one_batch else run.step
+    if args.dropout > 0:
+        draws = [conditioning.generator(args.seed, DROPOUT_STREAM, step, e.index).integers(2**31) for e in examples]
+        keys = torch.tensor(draws, dtype=torch.int32, device=run.ranks.device)                          # [B]
     if run.model.conditioner is not None:
         merge = dict(merge_text_p=args.merge_text_p, drop_desc_p=args.drop_desc_p, keep_other_p=args.keep_other_p)
-        step = 0 if args.overfit_one_batch else run.step
         attributes = [conditioning.training_attributes(
             e.meta, run.model.conditioner.names, args.seed, step, e.index, args.cfg_dropout, {"text": args.text_dropout},
             args.word_dropout, merge) for e in examples]
-    return [(codes[i:i + args.micro_batch_size], mask[i:i + args.micro_batch_size],
-             prepare(run.model, attributes[i:i + args.micro_batch_size], run.ranks.device))
-            for i in range(0, len(examples), args.micro_batch_size)]
+    parts = [slice(i, i + args.micro_batch_size) for i in range(0, len(examples), args.micro_batch_size)]
+    return [(codes[p], mask[p], prepare(run.model, attributes[p], run.ranks.device), None if keys is None else keys[p])
+            for p in parts]
 
 
 def prepare(model: MusicGen, attributes: list, device) -> dict | None:
@@ -468,22 +479,22 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     args, model = run.args, run.model
     for group in run.optimizer.param_groups:
         group["lr"] = lr_at(run.step, args) * group["lr_scale"]
-    counts = run.ranks.sum(sum(model.count_targets(mask) for _, mask, _ in micros)).clamp_min(1)        # [K]
+    counts = run.ranks.sum(sum(model.count_targets(mask) for _, mask, _, _ in micros)).clamp_min(1)     # [K]
     sums = torch.zeros(model.config.K, device=run.ranks.device)
-    for i, (codes, mask, inputs) in enumerate(micros):
-        last = i == len(micros) - 1                                  # gradients meet once an update
-        with contextlib.nullcontext() if last or run.ranks.world == 1 else run.wrapped.no_sync():
+    for i, micro in enumerate(micros):
+        with several.synchronised(run.wrapped, last=i == len(micros) - 1):
             with run.autocast():
-                part = run.wrapped(codes, mask, inputs)                                                 # [K]
-            loss = (part / counts).mean() * run.ranks.world          # DDP averages over ranks: undo its division
+                part = run.wrapped(*micro)                                                              # [K]
+            loss = (part / counts).mean() * run.ranks.world          # gradients are averaged over ranks: undo the division
             run.scaler.scale(loss).backward()
         sums += part.detach()
     run.scaler.unscale_(run.optimizer)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    norm = float(several.whole(norm))
     if math.isfinite(norm) or run.scaler.is_enabled():               # the scaler itself skips what is not finite
         run.scaler.step(run.optimizer)
         run.scaler.update()
-    count_skipped(run, norm)
+    count_skipped(run, norm, sums)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     if run.step % args.ema_every == 0:
@@ -491,17 +502,36 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     return sums, counts, norm
 
 
-def count_skipped(run: Run, norm: float) -> None:
-    """Counts updates whose gradients were not finite; stops after `--max_skipped` of them in a row."""
+def count_skipped(run: Run, norm: float, sums: Tensor) -> None:
+    """Counts updates whose gradients were not finite, and says where. Every rank sees the same norm.
+
+    Errors: FloatingPointError after `--max_skipped` in a row, or at once if a weight itself is not finite."""
     if math.isfinite(norm):
         run.skipped_in_a_row = 0
         return
     run.skipped += 1
     run.skipped_in_a_row += 1
+    weights, losses, gradients = (found_first(run.ranks, name) for name in (
+        first_bad(run.model.named_parameters()),
+        next((f"loss of codebook {k}" for k, x in enumerate(sums.tolist(), 1) if not math.isfinite(x)), None),
+        first_bad((name, p.grad) for name, p in run.model.named_parameters() if p.grad is not None)))
+    where = f"step {run.step + 1}: gradients not finite; first in " + "; ".join(filter(None, (losses, gradients)))
+    if weights:
+        raise FloatingPointError(f"step {run.step + 1}: weights not finite; first in {weights}; go on from an earlier checkpoint")
     if run.skipped_in_a_row >= run.args.max_skipped:
-        bad = next((n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none")
-        raise FloatingPointError(f"step {run.step}, rank {run.ranks.rank}: gradients not finite {run.skipped_in_a_row} times "
-                                 f"in a row, first in {bad}; try a lower --lr or --dtype float32")
+        raise FloatingPointError(f"{where}; {run.skipped_in_a_row} times in a row; try a lower --lr or --dtype float32")
+    if not run.scaler.is_enabled() or run.skipped_in_a_row > 1:      # a scaler that looks for its scale is nothing to report
+        run.ranks.print(f"{where}; this update is skipped")
+
+
+def first_bad(named) -> str | None:
+    """The first name whose tensor (this rank's part of it) is not finite."""
+    return next((name for name, x in named if not several.local([x.detach()])[0].isfinite().all()), None)
+
+
+def found_first(ranks: Ranks, name: str | None) -> str | None:
+    """The first rank that found something, with it: "NAME (rank 1)"."""
+    return next((f"{found} (rank {rank})" for rank, found in enumerate(ranks.gather(name)) if found), None)
 
 
 def figures(sums: Tensor, counts: Tensor) -> dict:
@@ -521,50 +551,64 @@ def show(values: dict) -> str:
 
 
 def train_stage(run: Run) -> dict:
-    """The rest of an epoch's updates; a log line every `--log_every`."""
-    args, ranks = run.args, run.ranks
-    epoch, start = divmod(run.step, args.updates_per_epoch)
+    """The rest of an epoch's updates; a log line every `--log_every`, a checkpoint every `--save_minutes`.
+
+    Errors: Stopped, after a checkpoint, where a signal asked any rank to end."""
+    args, ranks, epoch = run.args, run.ranks, run.epoch
+    start = run.step - epoch * args.updates_per_epoch
     run.wrapped.train()
-    data_epoch = 0 if args.overfit_one_batch else epoch
-    loader = data.batches(run.train_set, data_epoch, start, args.updates_per_epoch, args.batch_size, ranks.rank, ranks.world,
-                          args.workers)
+    loader = data.batches(run.train_set, 0 if args.overfit_one_batch else epoch, start, args.updates_per_epoch, args.batch_size,
+                          ranks.rank, ranks.world, args.workers)
     fixed = micro_batches(run, next(loader)) if args.overfit_one_batch else None
-    K, T, norm = run.model.config.K, segment_frames(args, run.codec), 0.0
-    epoch_sums, window_sums = (torch.zeros(2, K, device=ranks.device, dtype=torch.float64) for _ in range(2))
     began = marked = time.perf_counter()
+    timed = 0                                                        # updates since `marked`
     for position in tqdm(range(start + 1, args.updates_per_epoch + 1), f"epoch {epoch + 1}", leave=False,
                          disable=not (ranks.is_main and sys.stderr.isatty())):
         sums, counts, norm = update(run, fixed or micro_batches(run, next(loader)))
-        window_sums += torch.stack([sums, counts / ranks.world])     # counts are of all ranks already
-        if position % args.log_every and position != args.updates_per_epoch:
-            continue
-        updates = (position - start - 1) % args.log_every + 1
-        seconds = (time.perf_counter() - marked) / updates
-        epoch_sums += window_sums
-        values = figures(*ranks.sum(window_sums))
-        record = dict(kind="step", stage="train", epoch=epoch + 1, step=run.step, **values, grad_norm=norm,
-                      lr=lr_at(run.step - 1, args), seconds=seconds, frames_per_second=args.batch_size * T / seconds,
-                      skipped=run.skipped)
-        run.log(record)
-        ranks.print(f"epoch {epoch + 1} step {run.step} | {show(values)} | norm {norm:.2f} | lr {record['lr']:.1e} | "
+        run.sums += torch.stack([sums, counts / ranks.world])        # counts are of all ranks already
+        timed += 1
+        last = position == args.updates_per_epoch
+        if last or position % args.log_every == 0:
+            log_step(run, norm, (time.perf_counter() - marked) / timed)
+            marked, timed = time.perf_counter(), 0
+        stop, due = ranks.any(run.stop.requested is not None, time.monotonic() - run.saved_at >= 60 * args.save_minutes)
+        if not last and (stop or due):                               # the end of an epoch has its own checkpoint
+            commit(run)
+            if stop:
+                raise Stopped(run.stop.requested)
+    values = figures(*ranks.sum(run.sums[0].clone()))
+    run.sums.zero_()
+    return values | dict(skipped=run.skipped, seconds=time.perf_counter() - began)
+
+
+def log_step(run: Run, norm: float, seconds: float) -> None:
+    """The line of the updates since the last one, on the console and in log.jsonl."""
+    args, frames = run.args, segment_frames(run.args, run.codec)
+    values = figures(*run.ranks.sum(run.sums[1].clone()))
+    run.sums[1].zero_()
+    record = dict(kind="step", stage="train", epoch=run.epoch + 1, step=run.step, **values, grad_norm=norm,
+                  lr=lr_at(run.step - 1, args), seconds=seconds, frames_per_second=args.batch_size * frames / seconds,
+                  skipped=run.skipped)
+    run.log(record)
+    run.ranks.print(f"epoch {run.epoch + 1} step {run.step} | {show(values)} | norm {norm:.2f} | lr {record['lr']:.1e} | "
                     f"{seconds * 1000:.0f} ms | {record['frames_per_second'] / 1000:.1f}k frames/s" +
                     (f" | skipped {run.skipped}" if run.skipped else ""))
-        window_sums.zero_()
-        marked = time.perf_counter()
-    return figures(*ranks.sum(epoch_sums)) | dict(skipped=run.skipped, seconds=time.perf_counter() - began)
 
 
 def load_valid(run: Run) -> list:
-    """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, attributes)]."""
+    """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, attributes)].
+
+    Which segments it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
     if run.valid_batches is None:
         args, ranks = run.args, run.ranks
-        size = args.micro_batch_size * ranks.world
-        updates = math.ceil(args.valid_samples / size)
         source = run.train_set if args.overfit_one_batch else run.valid_set
         run.valid_batches = []
-        for examples in data.batches(source, 0, 0, updates, size, ranks.rank, ranks.world, args.workers):
-            codes, mask = to_codes(run, data.collate(examples))
-            run.valid_batches.append((codes.cpu(), mask.cpu(), [{"text": conditioning.describe(e.meta)} for e in examples]))
+        for examples in data.batches(source, 0, 0, math.ceil(args.valid_samples / args.batch_size), args.batch_size, ranks.rank,
+                                     ranks.world, args.workers):
+            for i in range(0, len(examples), args.micro_batch_size):
+                part = examples[i:i + args.micro_batch_size]
+                codes, mask = to_codes(run, data.collate(part))
+                run.valid_batches.append((codes.cpu(), mask.cpu(), [{"text": conditioning.describe(e.meta)} for e in part]))
     return run.valid_batches
 
 
@@ -589,25 +633,30 @@ def valid_stage(run: Run) -> dict:
 
 def keep_best(run: Run, values: dict) -> None:
     """Keeps the averaged weights, and writes best.pt, if the validation loss is the lowest so far."""
-    if not values["ce"] < run.best_ce:
-        return
-    run.best_ce = values["ce"]
-    run.best_state = {k: v.detach().cpu().clone() for k, v in run.ema.model.state_dict().items()}
-    if run.ranks.is_main:
-        write(run.out / "best.pt", deployment(run, values))
+    if values["ce"] < run.best_ce:
+        run.best_ce, run.best_values = values["ce"], values
+        run.best = {name: several.copy_of(p) for name, p in run.ema.model.named_parameters()}
+        write_best(run)
 
 
-def deployment(run: Run, values: dict) -> dict:
-    """The content of best.pt: plain tensors and plain data, all that generating takes but the codec."""
+def write_best(run: Run) -> None:
+    """Writes best.pt; where the disk is full it says so, and the next checkpoint tries again."""
+    content = deployment(run)
+    note_written(run, "best.pt", attempt(checkpoint.write, run.out / "best.pt", content) if run.ranks.is_main else None)
+
+
+def deployment(run: Run) -> dict:
+    """The content of best.pt: plain tensors and plain data, all that generating takes but the codec. All ranks call it."""
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
-    return dict(format=generate.FORMAT, model=run.best_state, model_config=asdict(model.config),
+    weights = run.best or dict(run.ema.model.named_parameters())     # none yet where every validation was not finite
+    return dict(format=generate.FORMAT, model=several.gather_state(weights), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
                 codec=dict(name=codec.name, K=codec.K, fingerprint=codec.fingerprint),
                 segment_frames=segment_frames(args, codec),
                 sampling=asdict(generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p)),
-                metrics=dict(values), step=run.step, args=vars(args))
+                metrics=dict(run.best_values or {}), step=run.step, args=vars(args))
 
 
 def stored_assets(model: MusicGen) -> dict:
@@ -616,103 +665,138 @@ def stored_assets(model: MusicGen) -> dict:
     return {name: conditioning.pack(content) for name, content in assets.items()}
 
 
-@contextlib.contextmanager
-def best_weights(run: Run):
-    """The averaged model holding the best weights for the while; it gets its own back whatever happens."""
-    own = {k: v.detach().clone() for k, v in run.ema.model.state_dict().items()}
-    try:
-        if run.best_state is not None:                               # none yet where every validation was not finite
-            run.ema.model.load_state_dict(run.best_state)
-        yield run.ema.model
-    finally:
-        run.ema.model.load_state_dict(own)
+def best_music(run: Run) -> generate.MusicGenerator:
+    """The best weights as a whole model on every rank, with the run's sampling settings. All ranks call it."""
+    content = deployment(run)
+    return generate.MusicGenerator(generate.build_model(content).to(run.ranks.device), run.codec, content["segment_frames"],
+                                   generate.Sampling(**content["sampling"]), run.dtype)
 
 
 def evaluate_stage(run: Run) -> dict:
     """What captions are worth to the loss; on the toy set, how well generated clips follow them."""
-    began, result = time.perf_counter(), {}
-    with best_weights(run) as model:
-        result |= mean_loss(run, model)
-        if model.conditioner is not None:
-            result["ce_no_text"] = mean_loss(run, model, lambda a: [dict.fromkeys(x) for x in a])["ce"]
-            result["ce_shuffled_text"] = mean_loss(run, model, lambda a: a[1:] + a[:1])["ce"]
-            run.ranks.print(f"evaluate: ce {result['ce']:.4f} with captions, {result['ce_no_text']:.4f} without, "
-                            f"{result['ce_shuffled_text']:.4f} with those of other clips")
-        if run.args.dataset == "toy" and run.ranks.is_main and not run.args.no_text:
-            result["adherence"] = toy_adherence(run, model)
+    began, music = time.perf_counter(), best_music(run)
+    model, result = music.model, mean_loss(run, music.model)
+    if model.conditioner is not None:
+        result["ce_no_text"] = mean_loss(run, model, lambda a: [dict.fromkeys(x) for x in a])["ce"]
+        result["ce_shuffled_text"] = mean_loss(run, model, lambda a: a[1:] + a[:1])["ce"]
+        run.ranks.print(f"evaluate: ce {result['ce']:.4f} with captions, {result['ce_no_text']:.4f} without, "
+                        f"{result['ce_shuffled_text']:.4f} with those of other clips")
+        if run.args.dataset == "toy":
+            result["adherence"] = toy_adherence(run, music)
     return result | dict(seconds=time.perf_counter() - began)
 
 
-def toy_adherence(run: Run, model: MusicGen) -> dict:
+def toy_adherence(run: Run, music: generate.MusicGenerator) -> dict:
     """Caption adherence on combinations of values seen in training and on those held out; prints both tables."""
     args, result = run.args, {}
-    music = generate.MusicGenerator(model, run.codec, segment_frames(args, run.codec),
-                                    generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p), run.dtype)
     for split, title in (("valid", "combinations seen in training"), ("heldout", "combinations held out")):
-        table = metrics.toy_captions(music, split, args.eval_samples, args.seed)
-        print(metrics.adherence_table(table, f"{args.eval_samples} clips, {title}"), flush=True)
+        table = metrics.toy_captions(music, split, args.eval_samples, args.seed, ranks=run.ranks)
+        run.ranks.print(metrics.adherence_table(table, f"{args.eval_samples} clips, {title}"))
         result[split] = {k: v for k, v in table.items() if k != "heard"}
     return result
 
 
 def generate_stage(run: Run, epoch: int) -> dict:
     """Writes samples for fixed captions of the validation set, wav and json, under samples/epoch_NNNN."""
-    args, began = run.args, time.perf_counter()
+    args, began, music = run.args, time.perf_counter(), best_music(run)
     if not run.ranks.is_main or args.generate_samples == 0:
         return {}
     texts = [a["text"] for _, _, attributes in load_valid(run) for a in attributes][:args.generate_samples]
     folder = run.out / "samples" / f"epoch_{epoch:04d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sampling = generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
-    with best_weights(run) as model:
-        music = generate.MusicGenerator(model, run.codec, segment_frames(args, run.codec), sampling, run.dtype)
-        prompts = texts if model.conditioner is not None else [None] * len(texts)
-        wavs = music.generate(prompts, args.segment_seconds, seed=args.seed)
-    for i, (text, wav) in enumerate(zip(prompts, wavs)):
-        tokenizer.write_audio(folder / f"{i:03d}.wav", wav, run.codec.sample_rate)
-        record = dict(prompt=text, seed=args.seed, epoch=epoch, seconds=args.segment_seconds, **asdict(sampling))
-        (folder / f"{i:03d}.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {folder / f'{i:03d}.wav'}: {text}", flush=True)
+    prompts = texts if music.model.conditioner is not None else [None] * len(texts)
+    wavs = music.generate(prompts, args.segment_seconds, seed=args.seed)
+    record = dict(seed=args.seed, epoch=epoch, seconds=args.segment_seconds, **asdict(music.sampling))
+    note_written(run, "samples", attempt(write_samples, folder, prompts, wavs, run.codec.sample_rate, record), shared=False)
     return dict(samples=len(texts), folder=str(folder), seconds=time.perf_counter() - began)
+
+
+def write_samples(folder: Path, prompts: list, wavs: Tensor, sample_rate: int, record: dict) -> None:
+    """Audio [B,C,N] and its settings as NNN.wav and NNN.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (text, wav) in enumerate(zip(prompts, wavs)):
+        tokenizer.write_audio(folder / f"{i:03d}.wav", wav, sample_rate)
+        (folder / f"{i:03d}.json").write_text(json.dumps(dict(prompt=text, **record), indent=1) + "\n")
+        print(f"wrote {folder / f'{i:03d}.wav'}: {text}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
 
-def write(path: Path, content: dict) -> None:
-    """Writes beside, flushes to disk, then swaps in: at no moment is there less than one whole file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+def attempt(action, *arguments) -> str | None:
+    """Does something that writes to the disk; what went wrong, or None."""
+    try:
+        action(*arguments)
+    except (OSError, RuntimeError) as error:                         # soundfile and torch report a full disk as the latter
+        return checkpoint.one_line(error)
+    return None
+
+
+def note_written(run: Run, name: str, problem: str | None, shared: bool = True) -> None:
+    """Remembers on every rank (`shared`) what could not be written on any, and says so."""
+    problem = next(filter(None, run.ranks.gather(problem)), None) if shared else problem
+    if problem:
+        run.ranks.print(f"{name} was not written: {problem}; the one before is kept and the run goes on")
+    run.unwritten = tuple(n for n in run.unwritten if n != name) + ((name,) if problem else ())
+
+
+def tensors(run: Run) -> dict:
+    """Every tensor that resuming takes, as it lies on this rank: {"model/out_norm.weight": tensor, "optimizer/exp_avg/..": ..}."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    found = {f"model/{name}": p for p, name in names.items()}
+    found |= {f"ema/{name}": p for name, p in run.ema.model.named_parameters()}
+    found |= {f"best/{name}": x for name, x in (run.best or {}).items()}
+    return found | {f"optimizer/{key}/{names[p]}": x for p, state in run.optimizer.state.items() for key, x in state.items()}
 
 
 def commit(run: Run) -> None:
-    """Writes last.pt; the one before becomes last.prev.pt."""
-    if not run.ranks.is_main:
-        return
-    last = run.out / "last.pt"
-    if last.exists():
-        shutil.copyfile(last, run.out / "last.prev.pt.tmp")
-        os.replace(run.out / "last.prev.pt.tmp", run.out / "last.prev.pt")
-    write(last, dict(
-        format=generate.FORMAT, args=vars(run.args), model=run.model.state_dict(), ema=run.ema.model.state_dict(),
-        ema_count=run.ema.count, optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(), step=run.step,
-        skipped=run.skipped, best_ce=run.best_ce, best_state=run.best_state, history=run.history,
-        assets=stored_assets(run.model), rng=torch.get_rng_state()))
+    """Writes last.pt; the one before becomes last.prev.pt. A disk that is full keeps both, and the next save tries again."""
+    if "best.pt" in run.unwritten:
+        write_best(run)
+    run.saved_at = time.monotonic()
+    every, shards, problem = tensors(run), None, None
+    sums = run.ranks.sum(run.sums.clone())
+    if run.args.sharded_checkpoint:
+        try:
+            shards, whole = checkpoint.save_shards(run.out, every, run.ranks), None
+        except OSError as error:
+            problem = str(error)
+    else:
+        whole = several.gather_state(every, keep=run.ranks.is_main)
+    if run.ranks.is_main and problem is None:
+        content = dict(
+            format=generate.FORMAT, args=vars(run.args), step=run.step, epoch=run.epoch, ema_count=run.ema.count,
+            scaler=run.scaler.state_dict(), skipped=run.skipped, skipped_in_a_row=run.skipped_in_a_row, best_ce=run.best_ce,
+            best_values=run.best_values, history=run.history, sums=sums.cpu(), data=run.train_set.describe(),
+            log_bytes=log_size(run), assets=stored_assets(run.model), names=list(every), tensors=whole, shards=shards)
+        problem = attempt(checkpoint.write, run.out / checkpoint.LAST, content, run.out / checkpoint.PREVIOUS)
+        checkpoint.drop_unnamed_shards(run.out)
+    note_written(run, checkpoint.LAST, problem)
 
 
-def read_checkpoint(args: argparse.Namespace, out: Path) -> dict | None:
-    """The folder's last.pt, if there is one to go on from.
+def log_size(run: Run) -> int:
+    """Bytes of log.jsonl, for `restore` to cut off what comes after."""
+    path = run.out / "log.jsonl"
+    return path.stat().st_size if path.exists() else 0
 
-    Errors: ValueError if its flags differ in what matters, naming the differences."""
-    path = out / "last.pt"
-    if not path.is_file():
+
+def read_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict | None:
+    """The folder's newest whole checkpoint, if there is one to go on from. Rank 0 chooses it.
+
+    Errors: ValueError if its flags differ in what matters, naming the differences, or if none that is there can be read."""
+    name, lines, problem = None, [], None
+    if ranks.is_main:
+        try:
+            name, lines = checkpoint.newest(out, generate.FORMAT)
+        except ValueError as error:
+            problem = str(error)
+    name, lines, problem = ranks.first((name, lines, problem))
+    ranks.print(*lines)
+    if problem:
+        raise ValueError(problem)
+    if name is None:
         return None
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = checkpoint.read(out / name)
     if refused := [f"--{k} {saved['args'][k]} there, {v} now" for k, v in changed_flags(args, saved).items()
                    if k not in NEUTRAL]:
         raise ValueError(f"{out} holds another run: {'; '.join(refused)}. Give the same flags, or another --out")
@@ -726,30 +810,43 @@ def changed_flags(args: argparse.Namespace, saved: dict) -> dict:
 
 def restore(run: Run, saved: dict) -> None:
     """Goes on from a checkpoint, and prints the epochs it holds."""
-    run.model.load_state_dict(saved["model"])
-    run.ema.model.load_state_dict(saved["ema"])
-    run.ema.count = saved["ema_count"]
-    run.optimizer.load_state_dict(saved["optimizer"])
+    allocate(run, saved["names"])
+    if saved["shards"]:
+        checkpoint.load_shards(run.out, saved["shards"], tensors(run), run.ranks)
+    else:
+        several.fill(tensors(run), saved["tensors"])
     run.scaler.load_state_dict(saved["scaler"])
-    run.step, run.skipped, run.history = saved["step"], saved["skipped"], saved["history"]
-    run.best_ce, run.best_state = saved["best_ce"], saved["best_state"]
-    if run.ranks.world == 1:
-        torch.set_rng_state(saved["rng"])
+    run.ema.count, run.step, run.epoch, run.history = (saved[k] for k in ("ema_count", "step", "epoch", "history"))
+    run.skipped, run.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+    run.best_ce, run.best_values = saved["best_ce"], saved["best_values"]
     if run.ranks.is_main:
-        rewind_log(run.out / "log.jsonl", run.step)
-    run.ranks.print(f"going on from {run.out / 'last.pt'}, step {run.step}" +
-                    "".join(f"; --{k} is {v} now" for k, v in changed_flags(run.args, saved).items()))
+        run.sums.copy_(saved["sums"])                                # of all ranks: one has them, the sum is the same
+        cut_log(run.out / "log.jsonl", saved["log_bytes"])
+    changed = "".join(f"; --{k} is {v} now" for k, v in changed_flags(run.args, saved).items())
+    run.ranks.print(f"going on from step {run.step}{changed}")
+    if (now := run.train_set.describe()) != saved["data"]:
+        run.ranks.print(f"the data are not what they were: {saved['data']} then, {now} now")
     for record in run.history:
         run.ranks.print(summary(record))
 
 
-def rewind_log(path: Path, step: int) -> None:
-    """Drops the lines of log.jsonl that a killed run wrote after its last checkpoint: they will be written again."""
-    if path.is_file():
-        kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+def allocate(run: Run, names: list) -> None:
+    """Makes the tensors that a checkpoint has and a new run has not yet: the optimiser's and the best weights."""
+    params = dict(run.model.named_parameters())
+    for name in names:
+        group, _, rest = name.partition("/")
+        if group == "optimizer":
+            key, _, rest = rest.partition("/")
+            like = params[rest]
+            run.optimizer.state[like][key] = torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
+    if any(name.startswith("best/") for name in names):
+        run.best = {name: several.copy_of(p) for name, p in run.ema.model.named_parameters()}
+
+
+def cut_log(path: Path, size: int) -> None:
+    """Drops what a killed run wrote to log.jsonl after its last checkpoint: it will be written again."""
+    if path.is_file() and path.stat().st_size > size:
+        os.truncate(path, size)
 
 
 def summary(record: dict) -> str:
@@ -785,10 +882,10 @@ def compare_with_reference(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prepare_folder(args: argparse.Namespace, ranks: Ranks) -> Path:
+def prepare_folder(args: argparse.Namespace) -> Path:
     """The run folder, made if need be. Errors: ValueError where it cannot be, or holds a run not to be gone on with."""
     out = Path(args.out)
-    if args.resume == "never" and (out / "last.pt").exists():
+    if args.resume == "never" and checkpoint.exists(out):
         raise ValueError(f"--resume never, but {out} holds a run: give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -802,48 +899,52 @@ def prepare_folder(args: argparse.Namespace, ranks: Ranks) -> Path:
 def run_epochs(run: Run) -> None:
     """The protocol: train, valid, keep_best, evaluate, generate, commit."""
     args = run.args
-    while run.step < args.epochs * args.updates_per_epoch:
-        epoch = run.step // args.updates_per_epoch + 1
+    while run.epoch < args.epochs:
+        epoch = run.epoch + 1
         final = epoch == args.epochs
-        finish_stage(run, "train", epoch, train_stage(run))
+        if run.step < epoch * args.updates_per_epoch:                # else a run was killed after this epoch's training
+            with run.stop.hold():
+                finish_stage(run, "train", epoch, train_stage(run))
+                commit(run)
         keep_best(run, finish_stage(run, "valid", epoch, valid_stage(run)))
         if final or (args.evaluate_every and epoch % args.evaluate_every == 0):
             finish_stage(run, "evaluate", epoch, evaluate_stage(run))
         if final or (args.generate_every and epoch % args.generate_every == 0):
             finish_stage(run, "generate", epoch, generate_stage(run, epoch))
-        commit(run)
-        if run.ranks.world > 1:
-            dist.barrier()
+        with run.stop.hold():
+            run.epoch = epoch
+            commit(run)
+    if run.unwritten:
+        raise OSError(f"the run is finished, but could not be written: {', '.join(run.unwritten)}; make room and start it again")
 
 
-def start(argv: list | None) -> None:
-    """From flags to the end of the run."""
-    args = build_parser().parse_args(argv)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    notes = derive(args, world)
-    check(args, world)
-    ranks = setup_ranks(args)
-    try:
-        found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
-        codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device)
-        config, T = model_config(args, codec), segment_frames(args, codec)
-        ranks.print(*notes, *estimate(args, config, T, world))
-        if args.dry_run:
-            return
-        out = prepare_folder(args, ranks)
-        began = time.perf_counter()
-        saved = read_checkpoint(args, out)
-        run = build(args, ranks, codec, found, out, saved)
-        if saved is not None:
-            restore(run, saved)
-        if ranks.is_main:
-            write_config(run)
-        run_epochs(run)
-        ranks.print(f"finished: {duration(time.perf_counter() - began)}, best valid ce {run.best_ce:.4f}; {out / 'best.pt'}")
-        compare_with_reference(run)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks) -> Run | None:
+    """Everything before the first update: the same on every rank, its errors too. None after a dry run."""
+    found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
+    codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device)
+    config, T = model_config(args, codec), segment_frames(args, codec)
+    ranks.print(*notes, *estimate(args, config, T, ranks.world))
+    if args.dry_run:
+        return None
+    out = prepare_folder(args)
+    held = checkpoint.lock(out) if ranks.is_main else None
+    saved = read_checkpoint(args, ranks, out)
+    run = build(args, ranks, codec, found, out, saved)
+    run.held, run.saved_at = held, time.monotonic()
+    if saved is not None:
+        restore(run, saved)
+    if ranks.is_main:
+        write_config(run)
+    return run
+
+
+def train(run: Run) -> None:
+    """From the first update to the end of the run."""
+    began = time.perf_counter()
+    run.stop.install()
+    run_epochs(run)
+    run.ranks.print(f"finished: {duration(time.perf_counter() - began)}, best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
+    compare_with_reference(run)
 
 
 def write_config(run: Run) -> None:
@@ -857,15 +958,43 @@ def write_config(run: Run) -> None:
 
 
 def main(argv: list | None = None) -> int:
-    """Runs; a user's mistake is one line and exit code 2."""
+    """Runs -> exit code: 0; 2 and one line for a mistake of the user; 1 for what went wrong on the way."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    who = f"train.py, rank {rank}" if world > 1 else "train.py"
+    debug = os.environ.get("DEBUG")                                  # DEBUG=1 shows where an error was raised
+    args, run, code = build_parser().parse_args(argv), None, 0
     try:
-        start(argv)
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("DEBUG"):                                  # DEBUG=1 shows where it was raised
+        notes = derive(args, world)
+        check(args, world)
+        run = prepare_run(args, notes, several.setup(args.device, args.timeout))
+        if run is not None:
+            train(run)
+    except Stopped as signal:
+        print(f"{who}: stopped by {signal} after update {run.step}; the same command goes on from there", flush=True)
+        code = 1 if run.unwritten else 0
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        mistake = isinstance(error, ValueError)
+        if debug or (text := explain(error)) is None:
             raise
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        if run is not None or rank == 0 or not mistake:              # before the start every rank makes the same mistake
+            print(f"{'train.py' if run is None and mistake else who}: {text}", file=sys.stderr, flush=True)
+        code = 2 if mistake else 1
+    if world > 1:
+        several.leave(code)
+    return code
+
+
+def explain(error: Exception) -> str | None:
+    """One line on what ended a run; None for what is no mistake of the user or of the machine, but ours."""
+    if not isinstance(error, RuntimeError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or --parallel fsdp"
+    if several.lost(error):
+        return f"lost the other ranks ({checkpoint.one_line(error)}); the same command goes on from the last checkpoint"
+    if "DataLoader worker" in str(error):
+        return f"a process that loads data died ({checkpoint.one_line(error)}); the same command goes on from the last checkpoint"
+    return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""Checkpoints that outlive crashes, full disks and other numbers of ranks; and how a run is stopped.
+
+    last.pt.tmp ─fsync─► last.pt ─(at the next save)─► last.prev.pt
+
+The new file is whole on the disk before anything is renamed, so that at every moment one of the two is whole. What is
+read is checked first: the container that torch.save writes (a zip file) has a CRC-32 of every tensor. A damaged last.pt
+is put aside and the one before is taken. Files hold plain tensors and plain data and are read with weights_only=True: a
+foreign pickle executes nothing.
+
+With --sharded_checkpoint the tensors lie beside it, written by all ranks through torch.distributed.checkpoint:
+
+    last.pt ─ names ─► last.shards.0/          at most three folders; the one that neither last.pt nor last.prev.pt
+    last.prev.pt ────► last.shards.1/          names is free for the next save
+"""
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+LAST, PREVIOUS, DAMAGED = "last.pt", "last.prev.pt", "last.damaged.pt"
+PATIENCE = 2.0                                                       # seconds in which further signals are the same request
+UNREADABLE = (RuntimeError, ValueError, EOFError, LookupError, OSError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one file
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Writes a file beside, flushes it to the disk, then swaps it in; what stood there becomes `previous`.
+
+    Errors: OSError if the disk is full or the folder may not be written to; what stood there is then untouched."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:                         # torch reports a failed write as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path} could not be written ({reason})") from None
+    if previous is not None and path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def read(path: Path) -> dict:
+    """The content of a file that `write` made, mapped into memory, after its checksums were found right.
+
+    Errors: one of UNREADABLE."""
+    with zipfile.ZipFile(path) as container:
+        if (bad := container.testzip()) is not None:
+            raise ValueError(f"checksum of {bad} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the newest checkpoint of a run
+
+
+def exists(folder: Path) -> bool:
+    """Whether a run folder holds a checkpoint."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def newest(folder: Path, format: str) -> tuple[str | None, list]:
+    """Which checkpoint of a folder to go on from: (its name or None, lines on what was damaged).
+
+    A damaged last.pt is renamed where the one before is whole, so that the next save does not push that one out.
+    Errors: ValueError if there are checkpoints and none can be read: a run must not start over in their place."""
+    lines = []
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            content = read(path)
+            if content["format"] != format:
+                raise ValueError(f"its format is {content['format']!r}, not {format!r}")
+            check_shards(folder, content)
+        except UNREADABLE as error:
+            lines.append(f"{path} cannot be used: {one_line(error)}")
+            continue
+        if lines:
+            os.replace(folder / LAST, folder / DAMAGED)
+            lines.append(f"going back to {path}; the damaged one is kept as {folder / DAMAGED}")
+        return name, lines
+    if lines:
+        raise ValueError(f"{'; '.join(lines)}. Give another --out, or move the damaged files away to start over")
+    return None, []
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence of an error, with its kind."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.split('. ')[0][:200]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tensors written by all ranks
+
+
+class PlainReader(FileSystemReader):
+    """Reads torch.distributed.checkpoint's table of contents, a pickle, without executing anything: only its own classes."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            if module.startswith("torch.distributed.checkpoint.") and name.isidentifier() or (module, name) in {
+                    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "Path")} or (
+                    module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path, ".metadata"), "rb") as f:
+            metadata = self.Unpickler(f).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def crc(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def named_shards(folder: Path) -> set:
+    """The shard folders that the readable checkpoints of a run folder name."""
+    names = set()
+    for name in (LAST, PREVIOUS):
+        with contextlib.suppress(*UNREADABLE):
+            names.add((torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True).get("shards") or {}).get("folder"))
+    return names - {None}
+
+
+def save_shards(folder: Path, tensors: dict, ranks) -> dict:
+    """All ranks write their parts of {name: tensor} into a free shard folder -> {"folder", "files": {name: CRC-32}}.
+
+    Errors: OSError on every rank if any could not write."""
+    def free() -> str:
+        taken = named_shards(folder)
+        name = next(n for n in ("last.shards.0", "last.shards.1", "last.shards.2") if n not in taken)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        return name
+
+    name = ranks.first(free() if ranks.is_main else None)
+    try:
+        dcp.save(tensors, storage_writer=FileSystemWriter(folder / name), no_dist=ranks.world == 1)
+    except dcp.api.CheckpointException as error:                     # dcp tells every rank
+        raise OSError(f"{folder / name} could not be written ({one_line(next(iter(error.failures.values()))[0])})") from None
+    mine = sorted(p for p in (folder / name).iterdir())[ranks.rank::ranks.world]
+    files = {}
+    for part in ranks.gather({p.name: crc(p) for p in mine}):
+        files |= part
+    sync_folder(folder)
+    return dict(folder=name, files=files)
+
+
+def check_shards(folder: Path, content: dict) -> None:
+    """Refuses a checkpoint whose shards are missing or damaged. Errors: one of UNREADABLE."""
+    shards = content.get("shards")
+    for name, value in (shards["files"] if shards else {}).items():
+        if crc(folder / shards["folder"] / name) != value:
+            raise ValueError(f"checksum of {shards['folder']}/{name} is wrong")
+
+
+def load_shards(folder: Path, shards: dict, tensors: dict, ranks) -> None:
+    """Fills {name: tensor} in place from a shard folder, for any number of ranks and any sharding."""
+    dcp.load(tensors, storage_reader=PlainReader(folder / shards["folder"]), no_dist=ranks.world == 1)
+
+
+def drop_unnamed_shards(folder: Path) -> None:
+    """Removes shard folders that no checkpoint names."""
+    taken = named_shards(folder)
+    for path in folder.glob("last.shards.?"):
+        if path.name not in taken:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run a folder, and its end
+
+
+def lock(folder: Path):
+    """Keeps a run folder for this process as long as the result lives; the system lets go of it when the process dies.
+
+    Errors: ValueError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:                                              # not on this system: nothing to guard with
+        return None
+    handle = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ValueError(f"{folder} is in use by another process: wait for it, or give another --out") from None
+    except OSError:                                                  # a file system without locks
+        pass
+    return handle
+
+
+class Stopped(BaseException):
+    """The run was asked to end, and has saved what it had."""
+
+
+class Stop:
+    """SIGTERM and SIGINT: noted while an update or a save is under way, else the end at once: all is saved then.
+
+    Another signal after `PATIENCE` ends the process whatever it is doing; torchrun passes on what the terminal sent already."""
+
+    def __init__(self):
+        self.requested: str | None = None
+        self.when = 0.0
+        self.held = False
+        self.pid = os.getpid()
+
+    def install(self) -> None:
+        """From now on. Not in a thread, where Python forbids it."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):
+                signal.signal(number, self)
+
+    def __call__(self, number, frame) -> None:
+        again, now = self.requested is not None, time.monotonic()
+        if os.getpid() != self.pid or (again and now - self.when > PATIENCE):      # a loader's process; no patience left
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if again:
+            return
+        self.requested, self.when = signal.Signals(number).name, now
+        if not self.held:
+            raise Stopped(self.requested)
+
+    @contextlib.contextmanager
+    def hold(self):
+        """While this lasts a signal waits; afterwards it is obeyed."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        if self.requested:
+            raise Stopped(self.requested)

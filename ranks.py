@@ -1,0 +1,184 @@
+"""Several processes as one: torchrun's process group, DDP and FSDP2, and weights that lie in shards.
+
+    ddp     every rank holds the whole model; gradients are averaged                              (fits one device)
+    fsdp    every rank holds 1/world of each tensor, and gathers a layer while it computes        (ZeRO, Rajbhandari et al. 2019)
+            --zero 3 lets go of a gathered layer after its forward pass, --zero 2 keeps it until its backward pass is done
+
+          rank 0        rank 1                      gathered for a layer's forward        gradients
+    w   [rows 0..n/2] [rows n/2..n]    ─all-gather─►  [rows 0..n]   ─ backward ─►  reduce-scatter ─► [rows 0..n/2] [..]
+
+Sharded tensors are DTensors. `whole` makes one plain again and `share` takes a rank's part, so that everything that is
+written is plain tensors: files do not know how many ranks made them.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@dataclass
+class Ranks:
+    """This process among all: torchrun's environment, or a single one."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *lines) -> None:
+        """Prints on rank 0 only."""
+        if self.is_main and lines:
+            print(*lines, sep="\n", flush=True)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, *flags: bool) -> list:
+        """For each flag whether it is up on any rank: the same answer everywhere. On the host, so that no GPU is waited for."""
+        return [bool(n) for n in self.sum(torch.tensor([int(f) for f in flags], dtype=torch.int64))]
+
+    def gather(self, value) -> list:
+        """The plain values of all ranks, in their order."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, value):
+        """Rank 0's value on every rank."""
+        return self.gather(value)[0]
+
+
+def setup(device: str, timeout_minutes: float) -> Ranks:
+    """Joins the process group that torchrun announced: NCCL between GPUs, gloo between hosts' memory.
+
+    timeout_minutes: a collective that waits longer for a rank ends the job."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=timeout_minutes))
+    return Ranks(rank, world, device)
+
+
+def leave(code: int) -> None:
+    """Ends this process at once. Taking a gloo group down in the interpreter hangs now and then (torch 2.11: the last
+    reference to it waits, holding the interpreter's lock, for a thread that wants that lock)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models of several ranks
+
+
+def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype, zero: int, cpu_offload: bool) -> None:
+    """Shards a MusicGen over the ranks in place, a group of tensors a layer: what is gathered and let go of together.
+
+    Layers are gathered in `dtype`; the rest (embeddings, heads, text encoder) in float32. Gradients always meet in
+    float32. The activations between layers keep their own type: autocast rules them, as without sharding."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if cpu_offload else OffloadPolicy()
+    common = dict(mesh=mesh, reshard_after_forward=zero == 3, offload_policy=offload)
+    low = None if dtype == torch.float32 else dtype
+    for layer in model.transformer.layers:
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False), **common)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False), **common)
+
+
+def wrap(model: nn.Module, ranks: Ranks, parallel: str) -> nn.Module:
+    """What training calls: DDP around a model that every rank holds; the model itself where it is sharded or alone."""
+    if ranks.world == 1 or parallel == "fsdp":
+        return model
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+@contextlib.contextmanager
+def synchronised(wrapped: nn.Module, last: bool):
+    """A micro-batch: gradients meet in the last of an update only."""
+    if hasattr(wrapped, "set_requires_gradient_sync"):               # FSDP2
+        wrapped.set_requires_gradient_sync(last)
+        wrapped.set_is_last_backward(last)
+        yield
+    elif last or not hasattr(wrapped, "no_sync"):
+        yield
+    else:
+        with wrapped.no_sync():
+            yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tensors of several ranks
+
+
+def local(tensors) -> list:
+    """The rank's own parts of tensors, as plain tensors that share their memory."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor in full, detached. All ranks must call it together; where nothing is sharded it is the tensor itself."""
+    x = x.detach()
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def share(full: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `whole`: a plain tensor laid out as `like` is, of its type and on its device."""
+    full = full.to(device=like.device, dtype=like.dtype)
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)    # every rank read the same file
+
+
+def copy_of(x: Tensor) -> Tensor:
+    """A detached copy that stays: on the host, or a shard where it lies."""
+    return x.detach().clone() if isinstance(x, DTensor) or x.device.type == "cpu" else x.detach().cpu()
+
+
+def gather_state(state: dict, keep: bool = True) -> dict:
+    """{name: tensor} in full on the host. Every rank calls it; those that do not `keep` get an empty dict."""
+    full = {}
+    for name, x in state.items():
+        x = whole(x)
+        if keep:
+            full[name] = x.cpu()
+    return full
+
+
+@torch.no_grad()
+def fill(targets: dict, full: dict) -> None:
+    """Copies plain tensors into {name: tensor}, sharded or not. Errors: ValueError names what is missing, odd or of another shape."""
+    if odd := sorted(targets.keys() ^ full.keys()):
+        raise ValueError(f"the weights do not fit the model: {odd[0]} is {'missing' if odd[0] in targets else 'not known'} "
+                         f"({len(odd)} such)")
+    for name, x in targets.items():
+        if x.shape != full[name].shape:
+            raise ValueError(f"the weights do not fit the model: {name} is {list(full[name].shape)}, not {list(x.shape)}")
+        x.copy_(share(full[name], x))
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error says that another rank has gone or does not answer. gloo reports it as a plain RuntimeError."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout"))

@@ -1,0 +1,291 @@
+"""The fault campaign: runs are killed at random moments, and must end with the weights of the run that was left alone.
+
+    python tests/faults.py kills [--kills 100] [--terms 20]      kill -9 and SIGTERM, one process and one rank of two
+    python tests/faults.py equal                                 one process, DDP, FSDP, micro-batches, bfloat16: the same numbers
+    python tests/faults.py worlds                                saved with one number of ranks, gone on with another
+    python tests/faults.py disk                                  a full disk (a small tmpfs, needs root)
+
+Runs are forked from this process, which has everything imported: a start takes a second, and a killed child is as dead as
+any. tests/test_faults.py does all this in short.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import checkpoint
+import train
+
+torch.set_num_threads(1)
+TINY = ("--size debug --epochs 2 --updates_per_epoch 10 --batch_size 4 --segment_seconds 0.5 --valid_samples 4 --eval_samples 2 "
+        "--generate_samples 1 --generate_every 1 --dropout 0.1 --log_every 3 --timeout 1 --device cpu").split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def free_port() -> int:
+    """A port that nobody listens to now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(flags: list, world: int, log: Path) -> list:
+    """Forks the ranks of a training -> their process ids. What they print goes to `log`."""
+    port, pids = free_port(), []
+    for rank in range(world):
+        if (pid := os.fork()) == 0:
+            if world > 1:
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                                   MASTER_PORT=str(port))
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            code = 3                                                 # a traceback
+            try:
+                code = train.main(flags)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        pids.append(pid)
+    return pids
+
+
+def wait(pids: list, seconds: float = 300.0) -> list:
+    """Exit codes of processes (-9: killed). Errors: AssertionError if one is still alive after `seconds`."""
+    codes, deadline = {}, time.monotonic() + seconds
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(done[1])
+        if time.monotonic() > deadline:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise AssertionError(f"{len(pids) - len(codes)} of {len(pids)} ranks hung for {seconds} s")
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def complete(flags: list, world: int, log: Path) -> None:
+    """Runs a training to its end. Errors: AssertionError with what it printed."""
+    codes = wait(launch(flags, world, log))
+    assert set(codes) == {0}, f"exit codes {codes}: {log.read_text()[-2000:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# comparing runs
+
+
+def state(out: Path) -> dict:
+    """All tensors of a run's last checkpoint, and of best.pt."""
+    found = dict(checkpoint.read(out / "last.pt")["tensors"])
+    return found | {f"best.pt/{k}": v for k, v in torch.load(out / "best.pt", weights_only=True)["model"].items()}
+
+
+def largest_difference(a: dict, b: dict, prefix: str = "") -> float:
+    """Largest absolute difference of two sets of tensors with the same names."""
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:3]
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a if k.startswith(prefix))
+
+
+def curve(out: Path) -> list:
+    """The records of log.jsonl without what is timed."""
+    timed = ("seconds", "frames_per_second", "folder")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(out: Path, reference: Path, log_too: bool = True) -> None:
+    """Bit for bit: every tensor, and every line of the log."""
+    assert largest_difference(state(out), state(reference)) == 0, f"{out} differs from {reference}"
+    assert not log_too or curve(out) == curve(reference), f"log of {out} differs from {reference}"
+
+
+def saved_step(out: Path) -> int:
+    """The step that a start would go on from now; -1 without a checkpoint. The folder is left as it is."""
+    steps = [-1]
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        if (out / name).exists():
+            try:
+                steps.append(checkpoint.read(out / name)["step"])
+                break
+            except checkpoint.UNREADABLE:
+                continue
+    return steps[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kills
+
+
+def campaign(folder: Path, flags: list, world: int, kills: int, number: int, rng: random.Random) -> dict:
+    """Kills runs `kills` times (with signal `number`, one rank of several at random) until so many have hit; every run is
+    finished and compared. -> figures for the table."""
+    tally, runs, reference = Counter(), 0, folder / "reference"
+    began = time.monotonic()
+    complete(flags + ["--out", str(reference)], world, folder / "reference.log")
+    length = time.monotonic() - began
+    while tally["kills"] < kills:
+        out, log, before = folder / f"run{runs}", folder / f"run{runs}.log", -1
+        runs += 1
+        while True:
+            pids = launch(flags + ["--out", str(out)], world, log)
+            if tally["kills"] < kills:
+                time.sleep(rng.uniform(0, length))
+                tally["writing"] += strike(pids, out, world, number, rng, tally)
+            codes = wait(pids)
+            assert 3 not in codes, f"traceback in {log}: {log.read_text()[-3000:]}"
+            after = saved_step(out)
+            tally["lost"] += after < before
+            before = after
+            if set(codes) == {0} and (out / "best.pt").exists() and "finished:" in log.read_text():
+                break
+        assert_same_run(out, reference, log_too=world == 1)
+        tally["equal"] += 1
+    return dict(runs=runs, **tally)
+
+
+def strike(pids: list, out: Path, world: int, number: int, rng: random.Random, tally: Counter) -> bool:
+    """Signals one rank (SIGTERM: all, as torchrun does) if it still runs; whether a checkpoint was just being written."""
+    chosen = pids if number == signal.SIGTERM else [rng.choice(pids)]
+    alive = [pid for pid in chosen if Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"]
+    writing = (out / "last.pt.tmp").exists() or (out / "best.pt.tmp").exists()
+    for pid in alive:
+        os.kill(pid, number)
+    tally["kills"] += bool(alive)
+    return bool(alive) and writing
+
+
+def kills(args: argparse.Namespace) -> None:
+    """The table of kills."""
+    print(f"{'campaign':<34}{'hits':>6}{'in a write':>12}{'runs':>6}{'equal':>7}{'lost':>6}", flush=True)
+    every = ["--save_minutes", "0"]
+    cases = [("kill -9, one process", every, 1, args.kills * 6 // 10, signal.SIGKILL),
+             ("kill -9, one rank of two, DDP", every, 2, args.kills * 3 // 10, signal.SIGKILL),
+             ("kill -9, one rank of two, FSDP", every + ["--parallel", "fsdp"], 2, args.kills // 10, signal.SIGKILL),
+             ("SIGTERM, one process", ["--save_minutes", "60"], 1, args.terms * 3 // 4, signal.SIGTERM),
+             ("SIGTERM, two ranks, DDP", ["--save_minutes", "60"], 2, args.terms // 4, signal.SIGTERM)]
+    for i, (title, flags, world, hits, number) in enumerate(cases):
+        with tempfile.TemporaryDirectory() as folder:
+            result = campaign(Path(folder), TINY + flags, world, hits, number, random.Random(args.seed + i))
+        print(f"{title:<34}" + "".join(f"{result.get(k, 0):>{w}}" for k, w in (
+            ("kills", 6), ("writing", 12), ("runs", 6), ("equal", 7), ("lost", 6))), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same numbers
+
+
+LAYOUTS = (("one process", 1, []), ("one process, micro-batches of 1", 1, ["--micro_batch_size", "1"]),
+           ("DDP x2", 2, []), ("DDP x2, micro-batches of 1", 2, ["--micro_batch_size", "1"]),
+           ("FSDP x2, ZeRO-3", 2, ["--parallel", "fsdp"]), ("FSDP x2, ZeRO-2", 2, ["--parallel", "fsdp", "--zero", "2"]),
+           ("FSDP x2, micro-batches of 1", 2, ["--parallel", "fsdp", "--micro_batch_size", "1"]),
+           ("FSDP x2, checkpointing", 2, ["--parallel", "fsdp", "--checkpointing"]))
+
+
+def equal(args: argparse.Namespace) -> None:
+    """The table of layouts, each beside one process with the whole batch in the same precision."""
+    flags = TINY + ["--epochs", "1", "--updates_per_epoch", str(args.updates), "--batch_size", "8", "--log_every", "1",
+                    "--generate_samples", "0", "--lr", "2e-3"]
+    print(f"{'after ' + str(args.updates) + ' updates, dropout 0.1':<40}{'loss, largest':>15}{'weight, largest':>17}{'mean':>10}")
+    for dtype in ("float32", "bfloat16"):
+        with tempfile.TemporaryDirectory() as folder:
+            first = None
+            for i, (title, world, more) in enumerate(LAYOUTS):
+                out = Path(folder, str(i))
+                complete(flags + more + ["--dtype", dtype, "--out", str(out)], world, Path(folder, "log"))
+                first = first or out
+                a, b = ({k: v for k, v in state(o).items() if k.startswith("model/")} for o in (out, first))
+                losses = max(abs(x["ce"] - y["ce"]) for x, y in zip(curve(out), curve(first)) if x["kind"] == "step")
+                mean = sum(float((a[k] - b[k]).abs().sum()) for k in a) / sum(x.numel() for x in a.values())
+                print(f"{dtype + ', ' + title:<40}{losses:>15.1e}{largest_difference(a, b):>17.1e}{mean:>10.1e}", flush=True)
+
+
+def worlds(args: argparse.Namespace) -> None:
+    """Runs stopped after their first epoch with one layout and gone on with in another, beside one process all the way."""
+    layouts = dict(single=(1, []), ddp=(2, ["--parallel", "ddp"]), fsdp=(2, ["--parallel", "fsdp"]),
+                   sharded=(2, ["--parallel", "fsdp", "--sharded_checkpoint"]))
+    print(f"{'saved with':<12}{'gone on with':<14}{'loss, largest':>15}{'weight, largest':>17}")
+    with tempfile.TemporaryDirectory() as folder:
+        log, reference = Path(folder, "log"), Path(folder, "reference")
+        complete(TINY + ["--out", str(reference)], 1, log)
+        for i, (before, after) in enumerate((("fsdp", "single"), ("single", "ddp"), ("single", "fsdp"), ("ddp", "fsdp"),
+                                             ("sharded", "single"), ("sharded", "ddp"), ("single", "sharded"))):
+            out = Path(folder, str(i))
+            world, more = layouts[before]
+            stop_after(TINY + more + ["--save_minutes", "60", "--out", str(out)], world, log, out, 10)
+            world, more = layouts[after]
+            flags = [f for f in more if f != "--sharded_checkpoint"]           # so that the last checkpoint can be compared
+            complete(TINY + flags + ["--out", str(out)], world, log)
+            losses = max(abs(x["ce"] - y["ce"]) for x, y in zip(curve(out), curve(reference)) if x["kind"] == "step")
+            print(f"{before:<12}{after:<14}{losses:>15.1e}{largest_difference(state(out), state(reference), 'model/'):>17.1e}", flush=True)
+
+
+def stop_after(flags: list, world: int, log: Path, out: Path, step: int) -> None:
+    """Starts a training and ends it by SIGTERM once log.jsonl shows `step`."""
+    pids = launch(flags, world, log)
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() or not any(r["step"] >= step for r in curve(out)):
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.02)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    assert set(codes := wait(pids)) == {0}, f"exit codes {codes}: {log.read_text()[-2000:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a full disk
+
+
+def disk(args: argparse.Namespace) -> None:
+    """A run in a tmpfs too small for its second checkpoint; then the room is made and the same command goes on."""
+    folder = Path(tempfile.mkdtemp())
+    full = folder / "small"
+    full.mkdir()
+    complete(TINY + ["--out", str(folder / "reference")], 1, folder / "log")
+    size = (folder / "reference/last.pt").stat().st_size + (folder / "reference/best.pt").stat().st_size
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", full], check=True)
+    try:
+        code = wait(launch(TINY + ["--out", str(full / "run")], 1, folder / "full.log"))[0]
+        print((folder / "full.log").read_text())
+        print(f"full disk: exit code {code}; kept: {sorted(p.name for p in (full / 'run').iterdir())}, step {saved_step(full / 'run')}")
+        subprocess.run(["mount", "-o", f"remount,size={10 * size}", full], check=True)
+        complete(TINY + ["--out", str(full / "run")], 1, folder / "log")
+        assert_same_run(full / "run", folder / "reference", log_too=False)
+        print("room made, same command: the weights of the run that was left alone")
+    finally:
+        subprocess.run(["umount", full], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kills trainings and compares what they end with.")
+    parser.add_argument("what", choices=("kills", "equal", "worlds", "disk"))
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--terms", type=int, default=20)
+    parser.add_argument("--updates", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    {"kills": kills, "equal": equal, "worlds": worlds, "disk": disk}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
