@@ -241,11 +241,17 @@ class Stop:
         self.held = False
         self.pid = os.getpid()
 
-    def install(self) -> None:
-        """From now on. Not in a thread, where Python forbids it."""
+    def __enter__(self):
+        """Signals come here until the end. Not in a thread, where Python forbids it."""
+        self.before = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError):
-                signal.signal(number, self)
+                self.before[number] = signal.signal(number, self)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def __call__(self, number, frame) -> None:
         again, now = self.requested is not None, time.monotonic()

@@ -941,8 +941,8 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks) -> Run | No
 def train(run: Run) -> None:
     """From the first update to the end of the run."""
     began = time.perf_counter()
-    run.stop.install()
-    run_epochs(run)
+    with run.stop:
+        run_epochs(run)
     run.ranks.print(f"finished: {duration(time.perf_counter() - began)}, best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
     compare_with_reference(run)
 
@@ -979,6 +979,9 @@ def main(argv: list | None = None) -> int:
         if run is not None or rank == 0 or not mistake:              # before the start every rank makes the same mistake
             print(f"{'train.py' if run is None and mistake else who}: {text}", file=sys.stderr, flush=True)
         code = 2 if mistake else 1
+    finally:
+        if run is not None and run.held is not None:
+            run.held.close()
     if world > 1:
         several.leave(code)
     return code

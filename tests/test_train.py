@@ -26,6 +26,11 @@ def saved(out) -> dict:
     return torch.load(Path(out, "last.pt"), weights_only=True)
 
 
+def part(checkpoint: dict, group: str) -> dict:
+    """The tensors of a checkpoint that belong to "model", "ema", "best" or "optimizer"."""
+    return {name.removeprefix(f"{group}/"): x for name, x in checkpoint["tensors"].items() if name.startswith(f"{group}/")}
+
+
 def lines(out) -> list:
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
@@ -41,7 +46,7 @@ def assert_same_run(a, b) -> None:
     for x, y in zip(lines(a), lines(b), strict=True):
         if "ce" in x:
             assert x["ce"] == pytest.approx(y["ce"], abs=1e-5)
-    first, second = saved(a)["model"], saved(b)["model"]
+    first, second = (part(saved(out), "model") for out in (a, b))
     assert max(float((first[k] - second[k]).abs().mean()) for k in first) < 1e-6
     assert largest_difference(first, second) < 2e-3
 
@@ -86,8 +91,8 @@ def test_run_folder(finished):
 def test_best_holds_the_averaged_weights(finished):
     best, last = torch.load(finished / "best.pt", weights_only=True), saved(finished)
     assert last["best_ce"] == last["history"][3]["ce"]               # the loss fell: the second epoch is the best
-    assert largest_difference(best["model"], last["ema"]) == 0
-    assert largest_difference(best["model"], last["model"]) > 0
+    assert largest_difference(best["model"], part(last, "ema")) == 0
+    assert largest_difference(best["model"], part(last, "model")) > 0
 
 
 def test_generate_command(finished, tmp_path):
@@ -139,30 +144,34 @@ def test_two_ranks_equal_one(finished, tmp_path):
     assert_same_run(finished, tmp_path)
 
 
-def test_resume_equals_the_uninterrupted_run(finished, tmp_path, monkeypatch):
-    """Killed after the first commit and started again with the same command: the same bits, and the history printed."""
+@pytest.mark.parametrize("commits", (1, 2, 4))
+def test_resume_equals_the_uninterrupted_run(commits, tmp_path, monkeypatch, capsys):
+    """Killed after a commit (within an epoch, before its validation, after it) and started again: the same bits."""
     class Killed(Exception):
         pass
 
-    commit = train.commit
+    commit, left = train.commit, [commits]
 
     def commit_and_die(run):
         commit(run)
-        raise Killed
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
 
+    flags = ["--dropout", "0.1", "--updates_per_epoch", "2", "--save_minutes", "0", "--log_every", "2"]
     monkeypatch.setattr(train, "commit", commit_and_die)
     with pytest.raises(Killed):
-        run(tmp_path, "--dropout", "0.1")
+        run(tmp_path, *flags)
     monkeypatch.setattr(train, "commit", commit)
-    assert saved(tmp_path)["step"] == 3
-    with open(tmp_path / "log.jsonl", "a") as log:                   # as if it had been killed in the next epoch
+    assert (saved(tmp_path)["step"], saved(tmp_path)["epoch"]) == {1: (1, 0), 2: (2, 0), 4: (3, 1)}[commits]
+    with open(tmp_path / "log.jsonl", "a") as log:                   # as if it had been killed a little later
         log.write(json.dumps(dict(kind="step", stage="train", epoch=2, step=4, ce=99.0)) + "\n" + '{"kind": "st')
-    assert run(tmp_path, "--dropout", "0.1") == 0
+    assert run(tmp_path, *flags) == 0
+    assert "going on from step" in capsys.readouterr().out
     whole = tmp_path / "whole"
-    assert run(whole, "--dropout", "0.1") == 0
+    assert run(whole, *flags) == 0
     resumed, straight = saved(tmp_path), saved(whole)
-    for part in ("model", "ema", "best_state"):
-        assert largest_difference(resumed[part], straight[part]) == 0
+    assert largest_difference(resumed["tensors"], straight["tensors"]) == 0
     assert [r["ce"] for r in resumed["history"] if "ce" in r] == [r["ce"] for r in straight["history"] if "ce" in r]
     assert [(r["stage"], r["step"], r.get("ce")) for r in lines(tmp_path)] == \
         [(r["stage"], r["step"], r.get("ce")) for r in lines(whole)]
@@ -224,9 +233,38 @@ def test_gradients_not_finite(tmp_path, monkeypatch, capsys):
         return clip(parameters, *rest)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
-    assert run(tmp_path, "--max_skipped", "2") == 2
-    assert "not finite 2 times in a row, first in emb.0.weight" in capsys.readouterr().err
+    assert run(tmp_path, "--max_skipped", "2") == 1
+    out, err = capsys.readouterr()
+    assert "step 1: gradients not finite; first in emb.0.weight (rank 0); this update is skipped" in out
+    assert "step 2: gradients not finite; first in emb.0.weight (rank 0); 2 times in a row" in err
     assert [r["skipped"] for r in lines(tmp_path) if r["kind"] == "step"] == [1]
+
+
+def test_a_weight_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
+    build = train.build
+
+    def planted(*rest):
+        run = build(*rest)
+        run.model.linears[1].weight.data[3, 5] = float("nan")
+        return run
+
+    monkeypatch.setattr(train, "build", planted)
+    assert run(tmp_path) == 1
+    assert "step 1: weights not finite; first in linears.1.weight (rank 0)" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
+    """One poisoned update among good ones: said, skipped, and gone on."""
+    cross_entropy, calls = torch.nn.functional.cross_entropy, [0]
+
+    def poison(*rest, **more):
+        calls[0] += 1
+        return cross_entropy(*rest, **more) * (float("inf") if calls[0] == 6 else 1)         # update 2, codebook 2
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", poison)
+    assert run(tmp_path) == 0
+    assert "step 2: gradients not finite; first in loss of codebook 2 (rank 0)" in capsys.readouterr().out
+    assert [r["skipped"] for r in lines(tmp_path) if r["kind"] == "step"] == [0, 1, 1, 1, 1, 1]
 
 
 def test_ema_sequence():
