@@ -527,7 +527,8 @@ REFUSED = {
     **{f"generate: best.pt {what}": (f"generate --run @best_{name} --prompt x", f"best_{name}", says) for name, what, says in (
         ("empty", "empty", "not a model"), ("cut", "cut", "not a model"), ("text", "is text", "not a model"),
         ("pickle", "is a pickle", "not a model"), ("pickle_zip", "is a pickle in a zip", "not a model"),
-        ("list", "is a list", "not a model"), ("other_format", "of another format", "not a model"), ("no_model", "without weights", "not a model"),
+        ("list", "is a list", "not a model"), ("other_format", "of another format", "not a model"),
+        ("no_model", "without weights", "not a model"),
         ("no_codec", "without codec", "not a model"), ("no_assets", "without vocabulary", "not a model"),
         ("shapes", "of other shapes", "not a model"), ("bad_pieces", "with a broken vocabulary", "not a model"),
         ("bad_config", "with a broken config", "not a model"), ("bad_sampling", "with bad sampling", "not a model"),
