@@ -266,6 +266,7 @@ def nothing(path: Path, shared: Path) -> None:
 MATERIAL = {
     "empty_folder": nothing, "links": links, "no_best": nothing, "only_bad": lone("zero.wav", "text.wav", "cover.jpg"),
     "no_audio": lone("empty.txt", "cover.jpg"), "no_captions": lone("good.wav"),
+    "odd_names": lambda p, s: (p.mkdir(), (p / "\u00b2.wav").touch(), (p / "notes.txt").touch()),
     "blank_captions": captioned("blank.txt"), "long_caption": captioned("long.txt"),
     "run": copied("run"), "model": copied("run", "last*"), "mute": copied("mute", "last*"), "cache": copied("cache"),
     "no_log": run_with("log.jsonl", lambda raw: b"no log at all\n"),
@@ -650,7 +651,6 @@ FINE = {                                                             # the words
     "toy: silence": ("toy @silent.wav", toy.NONE), "toy: samples not finite": ("toy @nan.wav", toy.NONE),
     "toy: 7 channels": ("toy @seven.wav", "instrument"),
 }
-MATERIAL["odd_names"] = lambda path, shared: (path.mkdir(), (path / "\u00b2.wav").touch(), (path / "notes.txt").touch())
 
 
 def locked(patch) -> None:
