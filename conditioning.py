@@ -35,6 +35,7 @@ from model import Conditions
 PAD, EOS, UNK = 0, 1, 2                                              # sentencepiece ids, T5's
 FUSES = ("cross", "prepend", "sum")
 METADATA = ("key", "bpm", "genre", "moods", "keywords", "instrument")  # fields that may be merged into the text
+MAX_TEXT = 10_000                                                    # characters of a text that are read
 DROP_STREAM, TEXT_STREAM = 11, 12                                    # names of random streams, see `generator`
 
 
@@ -121,15 +122,21 @@ def fit_sentencepiece(captions, vocab: int = 2000) -> bytes:
     """Trains a sentencepiece BPE model on captions and returns it serialised (ids: 0 pad, 1 end, 2 unknown).
 
     The vocabulary may come out smaller than asked where the captions do not hold that many pieces.
-    Errors: ValueError if there is no text."""
+    Errors: ValueError if there is no text, or more characters in it than pieces are allowed."""
     texts = [t for t in (clean_text(c) for c in captions) if t]
     if not texts:
         raise ValueError("no captions to fit the text encoder's vocabulary on: add captions (a .txt or .json beside each "
                          "audio file) or train without text (--no_text)")
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab, model_type="bpe", hard_vocab_limit=False,
-        pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1, num_threads=1, minloglevel=2)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab, model_type="bpe", hard_vocab_limit=False,
+            pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1, num_threads=1, minloglevel=2,
+            max_sentence_length=4 * MAX_TEXT)                        # bytes; its own 4,192 drop a longer caption unsaid
+    except (RuntimeError, ValueError):                               # every character needs a piece of its own
+        characters = len(set("".join(texts)))
+        raise ValueError(f"text_vocab {vocab}: the captions hold {characters} different characters, give at least "
+                         f"{characters + 4} and at most a million") from None
     return out.getvalue()
 
 
@@ -149,10 +156,10 @@ def vocabulary_size(pieces: bytes) -> int:
 
 
 def clean_text(text: str | None) -> str:
-    """One line of text without control characters; at most 10,000 characters."""
+    """One line of text without control characters; at most MAX_TEXT characters."""
     if not text:
         return ""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:10_000]).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_TEXT]).split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,17 +323,36 @@ def training_attributes(meta: dict, names: list, seed: int, step: int, index: in
     return drop_conditions(attributes, generator(seed, DROP_STREAM, step, index), cfg_dropout, attribute_dropout)
 
 
-def main(argv: list | None = None) -> None:
+def read_pieces(run: str) -> bytes:
+    """The vocabulary of a run, a serialised sentencepiece model. Errors: ValueError says what is missing or wrong."""
+    from pathlib import Path
+
+    import tokenizer
+    path = Path(run, "best.pt")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the folder of a run that has finished an epoch")
+    stored = tokenizer.load_file(path, "a model of this project")
+    if not stored.get("assets"):
+        raise ValueError(f"{path}: a model trained without text has no vocabulary")
+    try:
+        pieces = unpack(stored["assets"]["text"])
+        vocabulary_size(pieces)
+    except Exception as error:                                       # a foreign file can fail in any way
+        raise ValueError(f"{path}: not a model of this project, or damaged ({tokenizer.reason(error)})") from None
+    return pieces
+
+
+def main(argv: list | None = None) -> int:
     parser = argparse.ArgumentParser(description="Shows how a text becomes pieces and ids.")
     parser.add_argument("text")
     parser.add_argument("--run", help="run folder whose vocabulary to use; without it one is fitted to toy captions")
     args = parser.parse_args(argv)
     if args.run:
-        from pathlib import Path
-        path = Path(args.run, "best.pt")
-        if not path.is_file():
-            sys.exit(f"conditioning.py: {path} is missing: give the folder of a run that has finished an epoch")
-        pieces = unpack(torch.load(path, map_location="cpu", weights_only=True)["assets"]["text"])
+        try:
+            pieces = read_pieces(args.run)
+        except ValueError as error:
+            print(f"conditioning.py: {error}", file=sys.stderr)
+            return 2
     else:
         import toy
         pieces = fit_sentencepiece(toy.draw(0, 0, i)[1] for i in range(2000))
@@ -334,7 +360,8 @@ def main(argv: list | None = None) -> None:
     print(f"{processor.vocab_size()} pieces in the vocabulary")
     print(" ".join(processor.encode(clean_text(args.text), out_type=str) + ["</s>"]))
     print(*processor.encode(clean_text(args.text)), EOS)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,10 +42,7 @@ import toy
 FILES, SEGMENT = 1, 2                       # streams of random numbers: each has its own generator
 MAX_TRIES = 10                              # files drawn in place of an unreadable one before giving up
 MAX_TEXT = 10_000                           # characters: a longer text is no caption
-RATES = (1_000, 1_000_000)                  # sample rates believed, Hz
 MAX_SECONDS = 1e6                           # 11 days: a longer duration in a header is a broken header
-MAX_PEAK = 100.0                            # float files may exceed 1; beyond this (40 dB) it is no audio
-MAX_RESAMPLER = 30_000_000                  # coefficients of a resampling filter: prime rates would need gigabytes
 CONTEXT_SECONDS, WINDOW_SECONDS = 2, 10     # cache: a window is encoded with this much audio on both sides
 SHARD_SECONDS = 3600                        # cache: audio in a shard, what an interruption costs at most
 READ_ERRORS = (ValueError, OSError)         # of a file that is skipped; others, such as a full GPU, end the program
@@ -222,10 +219,10 @@ def probe(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, list]:
     seconds, sample_rate, channels = row.get("duration"), row.get("sample_rate"), None
     if headers or not isinstance(seconds, (int, float)) or not isinstance(sample_rate, (int, float)):
         info = tokenizer.audio_info(path)
-        if isinstance(seconds, (int, float)) and abs(seconds - info.seconds) > 0.5:
-            problems.append(f"duration differs: {seconds} s in the manifest, {info.seconds:.2f} s in the file")
+        if isinstance(seconds, (int, float)) and not info.seconds - 0.5 <= seconds <= info.seconds + 0.5:
+            problems.append(f"duration differs: {str(seconds)[:20]} s in the manifest, {info.seconds:.2f} s in the file")
         seconds, sample_rate, channels = info.seconds, info.sample_rate, info.channels
-    if not (0 < seconds < MAX_SECONDS and RATES[0] <= sample_rate <= RATES[1]):
+    if not (0 < seconds < MAX_SECONDS and tokenizer.RATES[0] <= sample_rate <= tokenizer.RATES[1]):
         raise ValueError(f"absurd header: {seconds} s at {sample_rate} Hz")
     return Entry(path, key, float(seconds), int(sample_rate), channels, meta, caption), problems
 
@@ -346,7 +343,7 @@ class Segments:
                 wav, codes, frames = self.read(entry, start)
                 return Example(wav, codes, frames, self.segment_frames, entry.meta, entry.path, seconds, index, failed)
             except READ_ERRORS as e:
-                failed.append((entry.path, f"cannot be read: {e}"))
+                failed.append((entry.path, f"cannot be read: {str(e).removeprefix(f'{entry.path}: ')}"))
         raise ValueError(f"{MAX_TRIES + 1} files in a row cannot be read, the last {failed[-1][0]!r}: {failed[-1][1]}")
 
     def fit(self, wav: Tensor) -> tuple[np.ndarray, int]:
@@ -376,7 +373,7 @@ class CacheDataset(Segments):
     """The same segments out of a token cache, made by this codec with at least its number of codebooks."""
     def __init__(self, folder, codec, segment_seconds, seed, min_segment_ratio, split, valid):
         settings, entries = read_index(folder)
-        self.folder, self.K = folder, codec.K
+        self.folder, self.K, self.card = folder, codec.K, codec.card
         alike = copy.copy(codec)
         alike.K = settings["K"]                                 # a fingerprint covers K: compare at the cache's own
         if codec.K > settings["K"] or alike.fingerprint != settings["fingerprint"]:
@@ -403,6 +400,8 @@ class CacheDataset(Segments):
         shard = np.load(shard_path(self.folder, entry.shard, "npy"), mmap_mode="r")       # [frames, K], not read yet
         codes = np.zeros((self.K, self.segment_frames), np.int64)                         # [K, T]
         codes[:, :frames] = shard[first:first + frames, :self.K].T
+        if codes.max() >= self.card:
+            raise ValueError(f"the cache is damaged: a code {codes.max()}, the codec has 0 to {self.card - 1}")
         return None, codes, frames
 
 
@@ -427,14 +426,10 @@ class ToyDataset(Segments):
 
 
 def read_checked(entry: Entry, start_seconds: float, seconds: float, codec) -> Tensor:
-    """Audio [C, n] as the codec takes it, refused (ValueError) where there is nothing or where it is no audio."""
-    if math.lcm(entry.sample_rate, codec.sample_rate) // math.gcd(entry.sample_rate, codec.sample_rate) > MAX_RESAMPLER:
-        raise ValueError(f"absurd sample rate: {entry.sample_rate} Hz cannot be resampled to {codec.sample_rate} Hz")
+    """Audio [C, n] as the codec takes it, refused (ValueError) where there is none."""
     wav = tokenizer.read_audio(entry.path, start_seconds, seconds, codec.sample_rate, codec.channels)     # [C, n]
     if wav.shape[-1] == 0:
         raise ValueError(f"no audio at {start_seconds:.2f} s")
-    if not wav.abs().max() <= MAX_PEAK:
-        raise ValueError(f"samples not finite or beyond {MAX_PEAK:g}")
     return wav
 
 
@@ -445,8 +440,9 @@ def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: 
 
     `codec` says what audio to make (sample_rate, channels, hop), or is the one that made the cache."""
     assert split in ("train", "valid"), split
-    if not (0 < segment_seconds < MAX_SECONDS and 0 < min_segment_ratio <= 1):
-        raise ValueError(f"segment_seconds {segment_seconds} or min_segment_ratio {min_segment_ratio} out of range")
+    for name, value, high in (("segment_seconds", segment_seconds, MAX_SECONDS), ("min_segment_ratio", min_segment_ratio, 1)):
+        if not 0 < value <= high:
+            raise ValueError(f"--{name} {value}: more than 0, at most {high:g}")
     if cache is not None:
         return CacheDataset(cache, codec, segment_seconds, seed, min_segment_ratio, split, valid)
     if dataset == "toy":
@@ -517,15 +513,27 @@ def read_index(folder: str) -> tuple[dict, list[Entry]]:
         raise ValueError(f"no token cache in {folder!r}: make one with `python data.py cache`")
     try:
         settings, entries = json.loads(Path(folder, "cache.json").read_bytes()), []
-        for number in range(settings["shards"]):
-            entries += [Entry(**row) for row in json.loads(shard_path(folder, number, "json").read_bytes())]
-            codes = np.load(shard_path(folder, number, "npy"), mmap_mode="r")             # [frames, K]
-            if codes.shape != (entries[-1].offset + entries[-1].frames, settings["K"]):
-                raise ValueError(f"shard {number} is of {codes.shape}")
+        shards, K, *_ = (settings[name] for name in ("shards", "K", "dataset", "codec", "fingerprint"))
+        for number in range(shards):
+            part = [Entry(**row) for row in json.loads(shard_path(folder, number, "json").read_bytes())]
+            check_shard(part, np.load(shard_path(folder, number, "npy"), mmap_mode="r"), K)
+            entries += part
+        if not entries:
+            raise ValueError("no files")
     except (OSError, EOFError, ValueError, LookupError, TypeError) as e:
         raise ValueError(f"token cache {folder!r} is unfinished or damaged ({e!r}): run the same `python data.py cache` "
                          "again, or delete it") from None
     return settings, entries
+
+
+def check_shard(part: list[Entry], codes: np.ndarray, K: int) -> None:
+    """Refuses (ValueError, TypeError) codes [frames, K] that are not those of the entries."""
+    if codes.dtype != np.uint16 or codes.shape != (part[-1].offset + part[-1].frames, K):
+        raise ValueError(f"codes of {codes.dtype} {codes.shape}")
+    for e in part:
+        inside = 0 <= e.offset <= e.offset + e.frames <= len(codes)
+        if not (inside and 0 < e.seconds < MAX_SECONDS and isinstance(e.meta, dict)):
+            raise ValueError(f"{e.frames} frames at {e.offset}, {e.seconds} s, a {type(e.meta).__name__} of metadata")
 
 
 def write_whole(path: Path, content: np.ndarray | dict | list) -> None:
@@ -593,19 +601,26 @@ def begin(out: str, settings: dict) -> None:
     """Begin the cache in `out`, or go on with it. ValueError if that holds something else."""
     path = Path(out, "cache.json")
     if path.is_file():
-        begun = json.loads(path.read_bytes())
+        try:
+            begun = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} is damaged: delete {out}, or give another --out") from None
         if begun != settings:
             differ = ", ".join(name for name in settings if settings[name] != begun.get(name))
             raise ValueError(f"{out} holds a cache with another {differ}: give another --out, or delete it")
-    elif os.path.exists(out) and os.listdir(out):
+    elif os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise ValueError(f"--out {out} holds something else: give a new or an empty folder")
-    os.makedirs(out, exist_ok=True)
-    write_whole(path, settings)
+    try:
+        os.makedirs(out, exist_ok=True)
+        write_whole(path, settings)
+    except OSError as e:
+        raise ValueError(f"--out {out}: cannot be written to ({e})") from None
 
 
 def cache(dataset: str, out: str, codec, valid=0.05, clips: int = 2000, device="cpu") -> None:
     """Encode every file of a dataset once, into the folder `out`. Run again, it goes on."""
-    assert codec.card <= 2 ** 16, f"{codec.card} codes do not fit in 16 bits"
+    if codec.card > 2 ** 16:
+        raise ValueError(f"codec {codec.name} has {codec.card} codes, a cache holds 16 bits: take one of at most {2 ** 16}")
     entries, skipped = cache_entries(dataset, valid, clips)
     for line in skip_lines(skipped):
         print(f"skipped {line}")
@@ -678,6 +693,8 @@ def main(argv=None) -> int:
         if args.command == "check":
             check(args.dataset, args.valid)
         else:
+            if args.clips < 1:
+                raise ValueError(f"--clips {args.clips}: at least 1")
             codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device)
             cache(args.dataset, args.out, codec, args.valid, args.clips, args.device)
     except (ValueError, OSError) as e:

@@ -21,6 +21,7 @@ Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
 import argparse
 import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +31,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tokenizer
-from conditioning import Conditioner, ConditionerConfig, unpack
+from conditioning import Conditioner, ConditionerConfig, clean_text, unpack
 from model import Cache, Conditions, ModelConfig, MusicGen
 
 FORMAT = "nanomusicgen-1"                                            # of best.pt
+WHAT = "a model of this project"                                     # and so it is called
 
 
 @dataclass
@@ -167,11 +169,9 @@ def read_deployment(run: str | Path) -> dict:
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{run}: no best.pt there; give the folder of a run that has finished an epoch")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        assert data["format"] == FORMAT
-    except Exception as error:                                       # a foreign file can fail in any way
-        raise ValueError(f"{path}: not a model of this project ({type(error).__name__})") from None
+    data = tokenizer.load_file(path, WHAT)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{path}: not {WHAT}: its format is {data.get('format')!r}, not {FORMAT!r}")
     return data
 
 
@@ -185,11 +185,20 @@ class MusicGenerator:
     def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype: torch.dtype = torch.float32):
         """From a run folder or a best.pt. codec: where its codec lies now, if not where it was in training."""
         data = read_deployment(run)
-        loaded = tokenizer.load_codec(codec or data["codec"]["name"], data["codec"]["K"], device)
-        if loaded.fingerprint != data["codec"]["fingerprint"]:
-            raise ValueError(f"codec {codec or data['codec']['name']} has fingerprint {loaded.fingerprint[:12]}, the model "
-                             f"was trained on codes of {data['codec']['fingerprint'][:12]}: give that codec by --codec")
-        return cls(build_model(data).to(device), loaded, data["segment_frames"], Sampling(**data["sampling"]), dtype)
+        try:
+            model, window, sampling = build_model(data), data["segment_frames"], Sampling(**data["sampling"])
+            name, K, fingerprint = (data["codec"][key] for key in ("name", "K", "fingerprint"))
+            assert window > 0, f"a window of {window} frames"
+        except Exception as error:                                   # a foreign file can fail in any way
+            raise ValueError(f"{run}: not {WHAT}, or damaged ({tokenizer.reason(error)})") from None
+        loaded = tokenizer.load_codec(codec or name, K, device)
+        if loaded.fingerprint != fingerprint:
+            raise ValueError(f"codec {codec or name} has fingerprint {loaded.fingerprint[:12]}, the model was trained on codes "
+                             f"of {fingerprint[:12]}: give that codec by --codec")
+        if (model.config.K, model.config.card) != (loaded.K, loaded.card):
+            raise ValueError(f"{run}: makes {model.config.K} x {model.config.card} codes, its codec has "
+                             f"{loaded.K} x {loaded.card}: the file is damaged")
+        return cls(model.to(device), loaded, window, sampling, dtype)
 
     def codes(self, attributes: list, seconds: float, seed: int = 0, sampling: Sampling | None = None,
               stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None) -> Tensor:
@@ -203,7 +212,11 @@ class MusicGenerator:
             if prompt.shape[2] >= T:
                 raise ValueError(f"the audio to continue lasts {prompt.shape[2] / self.codec.frame_rate:.2f} s, so "
                                  f"--seconds must be longer than that, not {seconds:g}")
-        stride = int(self.window * 0.6) if stride_seconds is None else round(stride_seconds * self.codec.frame_rate)
+        window_seconds = self.window / self.codec.frame_rate
+        if stride_seconds is not None and not 0 < stride_seconds < window_seconds:
+            raise ValueError(f"--stride {stride_seconds:g}: more than 0, less than the window of {window_seconds:g} s")
+        stride = 0.6 * self.window if stride_seconds is None else round(stride_seconds * self.codec.frame_rate)
+        stride = max(1, min(int(stride), self.window - 1))           # frames
         generator = torch.Generator(device).manual_seed(seed)
         return generate_long(self.model, attributes, T, sampling or self.sampling, self.window, stride, generator, prompt,
                              progress, self.dtype)
@@ -216,7 +229,7 @@ class MusicGenerator:
 
 def free_name(folder: Path) -> int:
     """The first number under which neither wav nor json exists in a folder, so that nothing is overwritten."""
-    taken = [int(p.stem) for p in folder.glob("*.*") if p.stem.isdigit()]
+    taken = [int(p.stem) for p in folder.glob("*.*") if p.stem.isdecimal()]
     return max(taken, default=-1) + 1
 
 
@@ -241,20 +254,37 @@ def main(argv: list | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def output_folder(name: str) -> Path:
+    """A folder to write to, made if need be. Errors: ValueError."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be written to ({error})") from None
+    return folder
+
+
 def read_prompts(args: argparse.Namespace) -> list:
     """The texts of the command line, each `n` times; None for unconditional. Errors: ValueError."""
-    prompts = list(args.prompt)
+    prompts = [clean_text(text) for text in args.prompt]
+    if not all(prompts):
+        raise ValueError(f"--prompt {args.prompt[prompts.index('')][:20]!r}: holds no text; for music without, --unconditional")
     if args.prompts:
         try:
-            prompts += [line.strip() for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
+            found = [text for line in Path(args.prompts).read_text("utf-8").splitlines() if (text := clean_text(line))]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts {args.prompts}: {error}") from None
+        if not found:
+            raise ValueError(f"--prompts {args.prompts}: holds no text; write one prompt a line")
+        prompts += found
     if args.unconditional:
         prompts.append(None)
     if not prompts:
@@ -276,15 +306,18 @@ def run(args: argparse.Namespace) -> None:
     seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
     if not 0 < seconds <= 3600:
         raise ValueError(f"--seconds {seconds:g}: more than 0, at most 3600")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed {args.seed}: it lies between 0 and 2^63")
     if args.continued and not Path(args.continued).is_file():
         raise ValueError(f"--continue {args.continued}: no such file")
     prompt = args.continued and tokenizer.read_audio(args.continued, sample_rate=codec.sample_rate, channels=codec.channels)
+    if args.continued and not prompt.shape[1]:
+        raise ValueError(f"--continue {args.continued}: holds no audio")
+    out = output_folder(args.out)                                    # before the work, not after it
     bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
     codes = music.codes([{"text": p} for p in prompts], seconds, args.seed, sampling, args.stride,
                         prompt if args.continued else None, lambda done, total: bar.update(100 * done // total - bar.n))
     bar.close()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     first = free_name(out)
     for i, text in enumerate(prompts):                               # decoded one by one: audio is larger than codes
         path = out / f"{first + i:03d}.wav"

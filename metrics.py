@@ -109,6 +109,8 @@ def ceiling_report(codec, n: int, seed: int = 1) -> str:
 def sweep(run: str, settings: list, n: int, seed: int, split: str) -> None:
     """Prints a line of adherence for each generate.Sampling."""
     music = generate.MusicGenerator.load(run)
+    if music.model.conditioner is None:
+        raise ValueError(f"{run}: this model was trained without text, so there are no captions to follow")
     print(f"{n} clips, {split}: cfg temp top_k top_p |" + "".join(f"{name:>12}" for name in toy.VALUES) + "        none")
     for sampling in settings:
         result = toy_captions(music, split, n, seed, sampling=sampling)
@@ -131,6 +133,9 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the captions and the sampling")
     args = parser.parse_args(argv)
     try:
+        for name, low in (("n", 1), ("seed", 0)):
+            if not low <= (value := getattr(args, name)) < 2 ** 31:
+                raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
         if args.run:
             grid = itertools.product(args.cfg, args.temperature, args.top_k, args.top_p)
             sweep(args.run, [generate.Sampling(*point) for point in grid], args.n, args.seed, args.split)

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -39,6 +40,9 @@ from torch import nn
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MP3_LEAD = 16 * 1152                                                 # samples: MP3 frames lean on those before them, so
                                                                      # what is decoded right after a seek is wrong
+RATES = (1_000, 1_000_000)                                           # sample rates believed, Hz
+MAX_PEAK = 100.0                                                     # float files may exceed 1; 40 dB over it is no audio
+MAX_RESAMPLER = 30_000_000                                           # filter coefficients: prime rates would need gigabytes
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
 FORMAT = "nanomusicgen codec 1"
 ENCODEC_24KHZ_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
@@ -69,16 +73,19 @@ def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels
     """Audio of a file as float32 [C, N]: from `start_seconds` on, `seconds` of it (None: to the end; less at its end).
 
     `sample_rate` (Hz) resamples. `channels`: 1 is the mean of all; mono is copied to fill more; surplus ones go.
-    Errors: ValueError naming the file."""
+    Errors: ValueError naming the file, also where what it holds is no audio."""
     try:
         with soundfile.SoundFile(str(path)) as file:
+            check_rate(path, file.samplerate, sample_rate or file.samplerate)
             rate, start = file.samplerate, min(round(start_seconds * file.samplerate), file.frames)
             lead = min(start, MP3_LEAD) if file.format == "MP3" else 0
             file.seek(start - lead)
             frames = -1 if seconds is None else lead + round(seconds * rate)
             wav = torch.from_numpy(file.read(frames, dtype="float32", always_2d=True)[lead:].T)         # [C, N]
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, MemoryError) as error:             # memory: a header may claim any length
         raise ValueError(f"{path}: not readable as audio ({error})") from None
+    if wav.numel() and not wav.abs().max() <= MAX_PEAK:
+        raise ValueError(f"{path}: samples not finite or beyond {MAX_PEAK:g}")
     if channels == 1:
         wav = wav.mean(0, keepdim=True)                                                                 # [1, N]
     elif channels is not None:
@@ -88,6 +95,12 @@ def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels
     if sample_rate is not None and sample_rate != rate and wav.shape[1]:
         wav = torchaudio.functional.resample(wav, rate, sample_rate)
     return wav.contiguous()
+
+
+def check_rate(path, rate: int, wanted: int) -> None:
+    """Refuses a sample rate (Hz) that is no audio's, or that takes gigabytes to resample. Errors: ValueError naming the file."""
+    if not RATES[0] <= rate <= RATES[1] or math.lcm(rate, wanted) // math.gcd(rate, wanted) > MAX_RESAMPLER:
+        raise ValueError(f"{path}: absurd sample rate: {rate} Hz cannot be resampled to {wanted} Hz")
 
 
 def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
@@ -211,15 +224,22 @@ def build_networks(config: dict) -> tuple:
     return SEANetEncoder(**seanet), ResidualVectorQuantizer(**config["rvq"], kmeans_init=False), SEANetDecoder(**seanet)
 
 
+def reason(error: Exception) -> str:
+    """Kind and first sentence of an error, for the line that a user sees."""
+    sentence = re.split(r"\. |\n", str(error).strip())[0][:120]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
+
+
 def load_file(path, what: str) -> dict:
     """A dict of plain data and tensors from a file; no code of it runs. Errors: ValueError naming the file."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")    # of a foreign file: refused right after
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, {what} was expected") from None
     except Exception as error:                                       # torch.load raises many kinds on foreign bytes
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(f"{path}: not {what}, or damaged ({type(error).__name__}: {reason})") from None
+        raise ValueError(f"{path}: not {what}, or damaged ({reason(error)})") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path}: not {what}: holds a {type(stored).__name__}")
     return stored
@@ -230,13 +250,14 @@ def _codec_of_file(path, name: str, num_codebooks: int | None) -> Codec:
     stored = load_file(path, what)
     if stored.get("format") != FORMAT:
         raise ValueError(f"{path}: not {what}: its format is {stored.get('format')!r}")
-    K = stored["config"]["rvq"]["n_q"]
-    if num_codebooks is not None and not 1 <= num_codebooks <= K:
-        raise ValueError(f"num_codebooks {num_codebooks}: the codec {name} has 1 to {K}")
-    encoder, quantizer, decoder = build_networks(stored["config"])
-    codec = Codec(name, stored["config"]["sample_rate"], encoder, quantizer, decoder, num_codebooks)
+    try:
+        codec = Codec(name, stored["config"]["sample_rate"], *build_networks(stored["config"]), num_codebooks)
+        found = {k: v.shape for k, v in stored["state"].items()}
+    except Exception as error:                                       # a foreign config can fail in any way
+        raise ValueError(f"{path}: not {what}, or damaged ({reason(error)})") from None
+    if not 1 <= codec.K <= codec.quantizer.n_q:
+        raise ValueError(f"num_codebooks {codec.K}: the codec {name} has 1 to {codec.quantizer.n_q}")
     wanted = {k: v.shape for k, v in codec.state_dict().items() if not k.endswith(TRAINING_BUFFERS)}
-    found = {k: v.shape for k, v in stored["state"].items()}
     wrong = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
     if wrong:
         raise ValueError(f"{path}: weights do not fit its config: {wrong[0]} is {found.get(wrong[0])}, "
@@ -274,10 +295,25 @@ def _encodec_24khz(num_codebooks: int | None) -> Codec:
     return Codec("encodec_24khz", model.sample_rate, model.encoder, model.quantizer, model.decoder, K)
 
 
+def check_device(name) -> torch.device:
+    """A device by its name. Errors: ValueError where there is no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: choose cpu, cuda, cuda:1 (a GPU by its number) or mps")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: there is none here; take --device cpu")
+    return device
+
+
 def load_codec(name: str, num_codebooks: int | None = None, device="cpu") -> Codec:
     """The codec `toy` (embedded), `encodec_24khz` (public weights) or a PATH to a file of the fit command, frozen.
 
     `num_codebooks` takes the first so many levels. Errors: ValueError, one line with a way out."""
+    device = check_device(device)
     if name == "toy":
         codec = _codec_of_file(TOY_FILE, "toy", num_codebooks)
     elif name == "encodec_24khz":
@@ -324,7 +360,9 @@ def mel_distance(estimate: torch.Tensor, target: torch.Tensor, sample_rate: int)
     """Mean absolute difference [B] in dB of 64 mel bands of [B,C,N], everything under -60 dB of full scale levelled."""
     assert estimate.shape == target.shape, f"{tuple(estimate.shape)} against {tuple(target.shape)}"
     mel = MelSpectrum(sample_rate, 1024, 64).to(target.device)
-    a, b = (20 * mel(x.float().mean(1)).clamp_min(1e-3).log10() for x in (estimate, target))            # [B, M, F]
+    missing = max(0, mel.n_fft - target.shape[-1])                   # samples: less than one window of them
+    pair = (F.pad(x.float().mean(1), (0, missing)) for x in (estimate, target))                         # [B, N] each
+    a, b = (20 * mel(x).clamp_min(1e-3).log10() for x in pair)                                          # [B, M, F]
     return (a - b).abs().mean((1, 2))
 
 
@@ -360,7 +398,7 @@ class Segments:
             if (sample_rate, channels) != (toy.SAMPLE_RATE, 1):
                 raise ValueError(f"--dataset toy is mono at {toy.SAMPLE_RATE} Hz, not {channels} x {sample_rate} Hz")
             if samples > toy.SAMPLE_RATE * toy.CLIP_SECONDS:
-                raise ValueError(f"--segment_seconds: toy clips have {toy.CLIP_SECONDS} s")
+                raise ValueError(f"--segment_seconds {samples / sample_rate:g}: toy clips have {toy.CLIP_SECONDS} s")
             return
         if not Path(dataset).is_dir():
             raise ValueError(f"--dataset {dataset}: no such folder (or give the word toy)")
@@ -697,9 +735,16 @@ class Fit:
         """Goes on where a checkpoint of the same command stopped. Errors: ValueError where the flags differ."""
         if state.get("format") != "nanomusicgen codec fit 1":
             raise ValueError(f"{path}: not a checkpoint of this command")
-        changed = [k for k, v in comparable(self.args).items() if state["args"].get(k) != v]
+        try:
+            changed = [k for k, v in comparable(self.args).items() if state["args"].get(k) != v]
+            if not changed:
+                self._take(state)
+        except Exception as error:                                   # a foreign file can fail in any way
+            raise ValueError(f"{path}: damaged ({reason(error)}): delete it to begin again") from None
         if changed:
             raise ValueError(f"{path} was made with another --{', --'.join(changed)}: delete it or name another --out")
+
+    def _take(self, state: dict) -> None:
         self.step = state["step"]
         self.codec.load_state_dict(state["codec"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -727,6 +772,9 @@ def fit(args) -> None:
     samples = round(args.segment_seconds * args.sample_rate / hop) * hop
     if samples < 2048:
         raise ValueError(f"--segment_seconds {args.segment_seconds}: at least {2048 / args.sample_rate:.2f} are needed")
+    latents = 40 * args.batch_size * samples // hop                  # that k-means starts on
+    if args.card > latents:
+        raise ValueError(f"--card {args.card}: at most {latents}, the frames of 40 batches")
     segments = Segments(args.dataset, args.sample_rate, 1, samples, hop, args.seed)
     run = Fit(args, config, segments)
     millions = sum(p.numel() for p in run.networks.parameters()) / 1e6
@@ -822,17 +870,22 @@ def fit_parser() -> argparse.ArgumentParser:
 
 def check_fit(args) -> None:
     """Refuses flags that make no codec. Errors: ValueError with what is allowed."""
-    whole = {k: getattr(args, k) for k in ("filters", "compress", "kernel", "last_kernel", "dim", "codebooks", "steps",
-                                           "batch_size", "sample_rate", "threads", "save_every")}
-    for name, value in {**whole, "ratios": min(args.ratios), "card": args.card - 1, "lr": args.lr}.items():
-        if not value > 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: too small")
+    least = dict.fromkeys(("filters", "compress", "kernel", "last_kernel", "dim", "codebooks", "steps", "batch_size",
+                           "sample_rate", "threads", "save_every"), 1)
+    for name, low in {**least, "card": 2, "residual_layers": 0, "seed": 0, "stop_after": 0, "commitment": 0}.items():
+        if not low <= (value := getattr(args, name)) < 2 ** 31:      # also refuses NaN
+            raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
+    if min(args.ratios) < 1:
+        raise ValueError(f"--ratios {' '.join(map(str, args.ratios))}: at least 1 each")
+    for name in ("lr", "segment_seconds"):
+        if not 0 < (value := getattr(args, name)) < 1e4:
+            raise ValueError(f"--{name} {value}: more than 0, less than 10000")
     if not 0 < args.autoencoder_share < 1:
         raise ValueError(f"--autoencoder_share {args.autoencoder_share}: between 0 and 1")
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
+    if args.residual_layers and args.compress > args.filters:
+        raise ValueError(f"--compress {args.compress}: at most the {args.filters} of --filters")
+    if check_device(args.device).type == "mps":
         raise ValueError(f"--device {args.device}: cpu or cuda (MPS finds wrong nearest vectors)")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is none here")
 
 
 def roundtrip(argv: list) -> None:
@@ -844,6 +897,10 @@ def roundtrip(argv: list) -> None:
     parser.add_argument("--num_codebooks", type=int, help="use the first so many codebooks (default all)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
     args = parser.parse_args(argv)
+    if os.path.realpath(args.input) == os.path.realpath(args.output):
+        raise ValueError(f"{args.output}: is the input itself: name another file to write")
+    if not Path(args.input).is_file():
+        raise ValueError(f"{args.input}: no such file")
     codec = load_codec(args.codec, args.num_codebooks, args.device)
     wav = read_audio(args.input, sample_rate=codec.sample_rate, channels=codec.channels)[None].to(args.device)
     if wav.shape[-1] == 0:

@@ -26,6 +26,7 @@ Legend: B clips, N samples (16 kHz), F analysis frames.
 
 import argparse
 import functools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ CLIP_SECONDS = 2.0
 INSTRUMENTS = ("flute", "chip", "pluck", "bell", "organ")
 BEAT_FRAMES = {"slow": 40, "medium": 25, "fast": 15}                 # a beat in frames of 20 ms: 75, 120, 200 bpm
 GRID = 320                                                           # samples in 20 ms
+LEAST = GRID * max(BEAT_FRAMES.values())                             # samples: a beat of the slowest tempo, to hear which it is
 NOTES = ("C", "C sharp", "D", "D sharp", "E", "F", "F sharp", "G", "G sharp", "A", "A sharp", "B")
 ROOT_MIDI = {"low": 48, "high": 72}                                  # MIDI number of C in each register
 VALUES = {"instrument": INSTRUMENTS, "tempo": tuple(BEAT_FRAMES), "root": NOTES, "register": tuple(ROOT_MIDI),
@@ -352,7 +354,7 @@ class Analyser:
     def __call__(self, wav) -> list:
         wav = torch.as_tensor(np.asarray(wav), dtype=torch.float32)
         wav = wav[None] if wav.dim() == 1 else wav
-        assert wav.dim() == 2 and wav.shape[1] >= 4096, f"the analyser takes [B, N >= 4096] at 16 kHz, not {wav.shape}"
+        assert wav.dim() == 2 and wav.shape[1] >= LEAST, f"the analyser takes [B, N >= {LEAST}] at 16 kHz, not {wav.shape}"
         return [heard for part in wav.split(32) for heard in self._hear(part)]
 
     def _hear(self, wav: torch.Tensor) -> list:
@@ -402,23 +404,40 @@ def confusion(heard: list, asked: list, name: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def read_mono(path: str) -> torch.Tensor:
+    """An audio file as [1, N] at 16 kHz. Errors: ValueError naming the file."""
+    import soundfile
+    import torchaudio
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, MemoryError) as error:
+        raise ValueError(f"{path}: not readable as audio ({error})") from None
+    if rate < 1000 or math.lcm(rate, SAMPLE_RATE) // math.gcd(rate, SAMPLE_RATE) > 30_000_000:      # filter coefficients
+        raise ValueError(f"{path}: absurd sample rate: {rate} Hz cannot be resampled to {SAMPLE_RATE} Hz")
+    mono = torchaudio.functional.resample(torch.from_numpy(wav.mean(1)), rate, SAMPLE_RATE)
+    if len(mono) < LEAST:
+        raise ValueError(f"{path}: {len(mono) / SAMPLE_RATE:g} s; at least {LEAST / SAMPLE_RATE:g} s can be heard")
+    return mono[None]
+
+
+def main(argv: list | None = None) -> int:
     parser = argparse.ArgumentParser(description="Toy music and its analyser.")
     parser.add_argument("files", nargs="*", help="audio files to hear")
     parser.add_argument("--clips", type=int, default=500, help="clean clips to measure the analyser on")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     analyser = Analyser()
-    if args.files:
-        import soundfile
-        import torchaudio
+    try:
         for path in args.files:
-            try:
-                wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
-            except soundfile.SoundFileError as error:
-                sys.exit(f"toy.py: {path}: not readable as audio ({error})")
-            mono = torchaudio.functional.resample(torch.from_numpy(wav.mean(1)), rate, SAMPLE_RATE)
-            print(path, analyser(mono[None])[0])
-        return
+            print(path, analyser(read_mono(path))[0])
+        if args.clips < 1:
+            raise ValueError(f"--clips {args.clips}: at least 1")
+    except ValueError as error:
+        print(f"toy.py: {error}", file=sys.stderr)
+        return 2
+    if args.files:
+        return 0
     samples = [sample(1, 0, i, "valid") for i in range(args.clips)]
     for s in samples[:5]:
         print(f"  {s.text}")
@@ -427,7 +446,8 @@ def main() -> None:
     print(f"the analyser on {args.clips} clean clips: " +
           ", ".join(f"{k} {v:.3f} (chance {CHANCE[k]:.3f})" for k, v in accuracy(heard, asked).items()))
     print(confusion(heard, asked, "instrument"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

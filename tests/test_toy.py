@@ -74,5 +74,5 @@ def test_longer_rendering_repeats_the_tune():
 
 
 def test_analyser_takes_no_short_clips():
-    with pytest.raises(AssertionError, match="4096"):
+    with pytest.raises(AssertionError, match="12800"):
         ANALYSER(torch.zeros(1, 100))
