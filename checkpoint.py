@@ -19,6 +19,7 @@ import pickle
 import shutil
 import signal
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -29,7 +30,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "last.prev.pt", "last.damaged.pt"
 PATIENCE = 2.0                                                       # seconds in which further signals are the same request
-UNREADABLE = (RuntimeError, ValueError, EOFError, LookupError, OSError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile)
+UNREADABLE = (RuntimeError, ValueError, EOFError, LookupError, OSError, TypeError, AttributeError, pickle.UnpicklingError,
+              zipfile.BadZipFile)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +88,8 @@ def exists(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
-def newest(folder: Path, format: str) -> tuple[str | None, list]:
-    """Which checkpoint of a folder to go on from: (its name or None, lines on what was damaged).
+def newest(folder: Path, format: str, keys: set) -> tuple[str | None, list]:
+    """Which checkpoint of a folder to go on from: (its name or None, lines on what was damaged). keys: what it must hold.
 
     A damaged last.pt is renamed where the one before is whole, so that the next save does not push that one out.
     Errors: ValueError if there are checkpoints and none can be read: a run must not start over in their place."""
@@ -100,6 +102,8 @@ def newest(folder: Path, format: str) -> tuple[str | None, list]:
             content = read(path)
             if content["format"] != format:
                 raise ValueError(f"its format is {content['format']!r}, not {format!r}")
+            if missing := sorted(keys - content.keys()):
+                raise ValueError(f"it lacks {', '.join(missing)}")
             check_shards(folder, content)
         except UNREADABLE as error:
             lines.append(f"{path} cannot be used: {one_line(error)}")
@@ -171,7 +175,8 @@ def save_shards(folder: Path, tensors: dict, ranks) -> dict:
 
     name = ranks.first(free() if ranks.is_main else None)
     try:
-        dcp.save(tensors, storage_writer=FileSystemWriter(folder / name), no_dist=ranks.world == 1)
+        with quiet():
+            dcp.save(tensors, storage_writer=FileSystemWriter(folder / name), no_dist=ranks.world == 1)
     except dcp.api.CheckpointException as error:                     # dcp tells every rank
         raise OSError(f"{folder / name} could not be written ({one_line(next(iter(error.failures.values()))[0])})") from None
     mine = sorted(p for p in (folder / name).iterdir())[ranks.rank::ranks.world]
@@ -192,7 +197,16 @@ def check_shards(folder: Path, content: dict) -> None:
 
 def load_shards(folder: Path, shards: dict, tensors: dict, ranks) -> None:
     """Fills {name: tensor} in place from a shard folder, for any number of ranks and any sharding."""
-    dcp.load(tensors, storage_reader=PlainReader(folder / shards["folder"]), no_dist=ranks.world == 1)
+    with quiet():
+        dcp.load(tensors, storage_reader=PlainReader(folder / shards["folder"]), no_dist=ranks.world == 1)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def drop_unnamed_shards(folder: Path) -> None:
@@ -207,19 +221,19 @@ def drop_unnamed_shards(folder: Path) -> None:
 # one run a folder, and its end
 
 
-def lock(folder: Path):
-    """Keeps a run folder for this process as long as the result lives; the system lets go of it when the process dies.
+def lock(folder: Path) -> int | None:
+    """Keeps a run folder for this process until the handle is closed or the process dies, however it dies.
 
     Errors: ValueError if another process has it."""
     try:
         import fcntl
     except ImportError:                                              # not on this system: nothing to guard with
         return None
-    handle = open(folder / ".lock", "w")
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        handle.close()
+        os.close(handle)
         raise ValueError(f"{folder} is in use by another process: wait for it, or give another --out") from None
     except OSError:                                                  # a file system without locks
         pass

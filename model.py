@@ -315,7 +315,8 @@ class MusicGen(nn.Module):
         """Cross-entropy summed over the valid targets of each codebook: [K] float32, to be divided by `count_targets`.
 
         codes [B,K,T]; frame_mask [B,T] False where a clip is padding (read as the special token, masked from the loss);
-        inputs: what the conditioner's `prepare` gave; keys [B] int32: dropout's, one a sample. The targets are shifted to the sequence: no logits are gathered."""
+        inputs: what the conditioner's `prepare` gave; keys [B] int32: dropout's, one a sample. The targets are shifted to the
+        sequence: no logits are gathered."""
         conditions = self.conditioner(inputs) if self.conditioner is not None else None
         pattern = self.config.layout(codes.shape[2])
         targets = pattern.targets(codes, frame_mask, IGNORE)                                            # [B, K, S-1]

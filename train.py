@@ -57,6 +57,8 @@ PRESETS = {                                                          # defaults 
 NEUTRAL = {"out", "device", "workers", "resume", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
            "micro_batch_size", "parallel", "zero", "cpu_offload", "sharded_checkpoint", "save_minutes", "timeout", "checkpointing",
            "epochs", "eval_samples", "generate_samples", "plan_gpus", "plan_tflops"}                        # may change on resume
+CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",
+              "history", "sums", "data", "log_bytes", "assets", "names", "tensors", "shards"}                # what last.pt holds
 DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
 
 
@@ -160,7 +162,7 @@ def derive(args: argparse.Namespace, world: int) -> list:
     for name, value in PRESETS[kind].items():
         fill(name, value, f"default for {kind}")
     fill("device", "cuda" if torch.cuda.is_available() else "cpu", "what there is")
-    on_cuda = torch.device(args.device).type == "cuda"
+    on_cuda = tokenizer.check_device(args.device).type == "cuda"
     fill("dtype", "bfloat16" if on_cuda and torch.cuda.is_bf16_supported() else "float32", f"best on {args.device}")
     fill("workers", 0 if kind == "toy" else 4, "synthesis is nearly free" if kind == "toy" else "audio is read from disk")
     fill("micro_batch_size", max(1, args.batch_size // world), "the rank's whole share")
@@ -185,7 +187,9 @@ def check(args: argparse.Namespace, world: int) -> None:
             raise ValueError(f"--{name} {value}: at least 0")
     for name in ("lr", "text_lr", "segment_seconds", "timeout", "plan_tflops"):
         if not 0 < (value := getattr(args, name)) < 1e4:
-            raise ValueError(f"--{name} {value}: more than 0")
+            raise ValueError(f"--{name} {value}: more than 0, less than 10000")
+    if args.seed >= 2 ** 31:
+        raise ValueError(f"--seed {args.seed}: less than 2^31")
     if args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size} is over all ranks and does not divide by {world}: "
                          f"take {args.batch_size // world * world or world}")
@@ -195,8 +199,6 @@ def check(args: argparse.Namespace, world: int) -> None:
                          f"{', '.join(str(d) for d in range(1, share + 1) if share % d == 0)}")
     if args.dtype == "float16" and torch.device(args.device).type == "cpu":
         raise ValueError("--dtype float16 needs a GPU: take float32 or bfloat16")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: no GPU is visible here; take --device cpu")
     if args.cpu_offload and args.parallel != "fsdp":
         raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
     if any(n < 1 for n in args.plan_gpus or ()):
@@ -327,7 +329,7 @@ class Run:
     valid_batches: list | None = None                                # [(codes, frame mask, attributes)] kept on the host
     saved_at: float = 0.0                                            # time.monotonic of the last checkpoint
     unwritten: tuple = ()                                            # files that a full disk has kept from being written
-    held: object = None                                              # the lock on the run folder
+    held: int | None = None                                          # the lock on the run folder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -352,7 +354,8 @@ def build_conditioner(args: argparse.Namespace, train_set, dim: int, ranks: Rank
     if args.no_text:
         return None
     if saved is not None:                                            # captions may have changed since
-        pieces = conditioning.unpack(saved["assets"]["text"])
+        pieces = fitting(Path(args.out), conditioning.unpack, saved["assets"]["text"])
+        fitting(Path(args.out), conditioning.vocabulary_size, pieces)
     else:
         pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
     config = ConditionerConfig(fuse=parse_fuse(args.fuse), text_vocab=conditioning.vocabulary_size(pieces))
@@ -787,7 +790,7 @@ def read_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict |
     name, lines, problem = None, [], None
     if ranks.is_main:
         try:
-            name, lines = checkpoint.newest(out, generate.FORMAT)
+            name, lines = checkpoint.newest(out, generate.FORMAT, CHECKPOINT)
         except ValueError as error:
             problem = str(error)
     name, lines, problem = ranks.first((name, lines, problem))
@@ -821,7 +824,6 @@ def restore(run: Run, saved: dict) -> None:
     run.best_ce, run.best_values = saved["best_ce"], saved["best_values"]
     if run.ranks.is_main:
         run.sums.copy_(saved["sums"])                                # of all ranks: one has them, the sum is the same
-        cut_log(run.out / "log.jsonl", saved["log_bytes"])
     changed = "".join(f"; --{k} is {v} now" for k, v in changed_flags(run.args, saved).items())
     run.ranks.print(f"going on from step {run.step}{changed}")
     if (now := run.train_set.describe()) != saved["data"]:
@@ -844,8 +846,16 @@ def allocate(run: Run, names: list) -> None:
 
 
 def cut_log(path: Path, size: int) -> None:
-    """Drops what a killed run wrote to log.jsonl after its last checkpoint: it will be written again."""
-    if path.is_file() and path.stat().st_size > size:
+    """Drops what a killed run wrote to log.jsonl after its last checkpoint: it will be written again.
+
+    Errors: ValueError for a file that is no such log; it is left as it is."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as f:
+        begins, kept = f.read(7), f.seek(max(0, size - 1)) and f.read(1)
+    if not (b'{"kind"'.startswith(begins) and kept in (0, b"", b"\n")):
+        raise ValueError(f"{path} is not the log of this run: move it away, or give another --out")
+    if path.stat().st_size > size:
         os.truncate(path, size)
 
 
@@ -884,16 +894,9 @@ def compare_with_reference(run: Run) -> None:
 
 def prepare_folder(args: argparse.Namespace) -> Path:
     """The run folder, made if need be. Errors: ValueError where it cannot be, or holds a run not to be gone on with."""
-    out = Path(args.out)
-    if args.resume == "never" and checkpoint.exists(out):
-        raise ValueError(f"--resume never, but {out} holds a run: give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written to ({error})") from None
-    return out
+    if args.resume == "never" and checkpoint.exists(Path(args.out)):
+        raise ValueError(f"--resume never, but {args.out} holds a run: give another --out")
+    return generate.output_folder(args.out)
 
 
 def run_epochs(run: Run) -> None:
@@ -923,19 +926,37 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks) -> Run | No
     found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device)
     config, T = model_config(args, codec), segment_frames(args, codec)
+    if T < 2:
+        raise ValueError(f"--segment_seconds {args.segment_seconds:g}: more than the {1 / codec.frame_rate:g} s of a frame")
     ranks.print(*notes, *estimate(args, config, T, ranks.world))
     if args.dry_run:
         return None
     out = prepare_folder(args)
     held = checkpoint.lock(out) if ranks.is_main else None
-    saved = read_checkpoint(args, ranks, out)
-    run = build(args, ranks, codec, found, out, saved)
+    try:
+        saved = read_checkpoint(args, ranks, out)
+        run = build(args, ranks, codec, found, out, saved)
+        if saved is not None:
+            fitting(out, restore, run, saved)
+        if ranks.is_main:
+            cut_log(out / "log.jsonl", saved["log_bytes"] if saved else 0)
+            write_config(run)
+    except BaseException:
+        if held is not None:
+            os.close(held)
+        raise
     run.held, run.saved_at = held, time.monotonic()
-    if saved is not None:
-        restore(run, saved)
-    if ranks.is_main:
-        write_config(run)
     return run
+
+
+def fitting(out: Path, action, *arguments):
+    """Does something with a checkpoint. Errors: ValueError where what it holds is not what this code writes."""
+    try:
+        return action(*arguments)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or several.lost(error):
+            raise
+        raise ValueError(f"{out}: its checkpoint does not fit this code ({checkpoint.one_line(error)}): give another --out") from None
 
 
 def train(run: Run) -> None:
@@ -981,7 +1002,7 @@ def main(argv: list | None = None) -> int:
         code = 2 if mistake else 1
     finally:
         if run is not None and run.held is not None:
-            run.held.close()
+            os.close(run.held)
     if world > 1:
         several.leave(code)
     return code

@@ -3,6 +3,8 @@
     python tests/faults.py kills [--kills 100] [--terms 20]      kill -9 and SIGTERM, one process and one rank of two
     python tests/faults.py equal                                 one process, DDP, FSDP, micro-batches, bfloat16: the same numbers
     python tests/faults.py worlds                                saved with one number of ranks, gone on with another
+    python tests/faults.py restarts                              torchrun --max-restarts brings a killed rank's job to its end
+    python tests/faults.py hang                                  a rank that stands still ends the job within --timeout
     python tests/faults.py disk                                  a full disk (a small tmpfs, needs root)
 
 Runs are forked from this process, which has everything imported: a start takes a second, and a killed child is as dead as
@@ -185,10 +187,13 @@ def kills(args: argparse.Namespace) -> None:
              ("SIGTERM, one process", ["--save_minutes", "60"], 1, args.terms * 3 // 4, signal.SIGTERM),
              ("SIGTERM, two ranks, DDP", ["--save_minutes", "60"], 2, args.terms // 4, signal.SIGTERM)]
     for i, (title, flags, world, hits, number) in enumerate(cases):
+        if hits == 0:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             result = campaign(Path(folder), TINY + flags, world, hits, number, random.Random(args.seed + i))
         print(f"{title:<34}" + "".join(f"{result.get(k, 0):>{w}}" for k, w in (
             ("kills", 6), ("writing", 12), ("runs", 6), ("equal", 7), ("lost", 6))), flush=True)
+        assert result["equal"] == result["runs"] and not result.get("lost"), result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def equal(args: argparse.Namespace) -> None:
     for dtype in ("float32", "bfloat16"):
         with tempfile.TemporaryDirectory() as folder:
             first = None
-            for i, (title, world, more) in enumerate(LAYOUTS):
+            for i, (title, world, more) in enumerate(LAYOUTS if dtype == "float32" or not args.float32 else ()):
                 out = Path(folder, str(i))
                 complete(flags + more + ["--dtype", dtype, "--out", str(out)], world, Path(folder, "log"))
                 first = first or out
@@ -218,6 +223,7 @@ def equal(args: argparse.Namespace) -> None:
                 losses = max(abs(x["ce"] - y["ce"]) for x, y in zip(curve(out), curve(first)) if x["kind"] == "step")
                 mean = sum(float((a[k] - b[k]).abs().sum()) for k in a) / sum(x.numel() for x in a.values())
                 print(f"{dtype + ', ' + title:<40}{losses:>15.1e}{largest_difference(a, b):>17.1e}{mean:>10.1e}", flush=True)
+                assert losses < (1e-4 if dtype == "float32" else 0.1) and mean < (1e-5 if dtype == "float32" else 1e-3)
 
 
 def worlds(args: argparse.Namespace) -> None:
@@ -237,6 +243,7 @@ def worlds(args: argparse.Namespace) -> None:
             flags = [f for f in more if f != "--sharded_checkpoint"]           # so that the last checkpoint can be compared
             complete(TINY + flags + ["--out", str(out)], world, log)
             losses = max(abs(x["ce"] - y["ce"]) for x, y in zip(curve(out), curve(reference)) if x["kind"] == "step")
+            assert losses < 1e-4, losses
             print(f"{before:<12}{after:<14}{losses:>15.1e}{largest_difference(state(out), state(reference), 'model/'):>17.1e}", flush=True)
 
 
@@ -250,6 +257,49 @@ def stop_after(flags: list, world: int, log: Path, out: Path, step: int) -> None
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     assert set(codes := wait(pids)) == {0}, f"exit codes {codes}: {log.read_text()[-2000:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchrun, and a rank that stands still
+
+
+def restarts(args: argparse.Namespace) -> None:
+    """Kills a rank of a torchrun job in its second epoch; the job must restart by itself and end as if nothing had been."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, reference, log = Path(folder, "run"), Path(folder, "reference"), Path(folder, "log")
+        complete(TINY + ["--out", str(reference)], 2, log)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=3", "train.py",
+                   *TINY, "--save_minutes", "0", "--out", str(out)]
+        with open(Path(folder, "torchrun.log"), "w") as printed:
+            job = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=printed, stderr=printed)
+        while not (out / "log.jsonl").exists() or not any(r["step"] >= 12 for r in curve(out)):
+            assert job.poll() is None, Path(folder, "torchrun.log").read_text()[-3000:]
+            time.sleep(0.02)
+        rank = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()[-1]
+        os.kill(int(rank), signal.SIGKILL)
+        code = job.wait(300)
+        text = Path(folder, "torchrun.log").read_text()
+        assert code == 0 and "going on from step" in text, text[-3000:]
+        assert_same_run(out, reference, log_too=False)
+        print("a rank killed in epoch 2: torchrun restarted the job, exit code 0, weights equal bit for bit")
+
+
+def hang(args: argparse.Namespace) -> None:
+    """Stops one rank of two without killing it: the other must give up within the time-out and say so."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder, "run"), Path(folder, "log")
+        pids = launch(TINY + ["--timeout", "0.1", "--updates_per_epoch", "2000", "--out", str(out)], 2, log)
+        while not (out / "log.jsonl").exists():
+            time.sleep(0.05)
+        os.kill(pids[1], signal.SIGSTOP)
+        began = time.monotonic()
+        code = wait(pids[:1], 60)[0]
+        seconds = time.monotonic() - began
+        os.kill(pids[1], signal.SIGKILL)
+        wait(pids[1:])
+        line = next(line for line in log.read_text().splitlines() if "lost the other ranks" in line)
+        assert code == 1 and seconds < 30, (code, seconds)
+        print(f"a rank that stands still: exit code {code} after {seconds:.1f} s of a time-out of 6 s\n  {line[:150]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,13 +328,15 @@ def disk(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kills trainings and compares what they end with.")
-    parser.add_argument("what", choices=("kills", "equal", "worlds", "disk"))
+    whats = dict(kills=kills, equal=equal, worlds=worlds, restarts=restarts, hang=hang, disk=disk)
+    parser.add_argument("what", choices=whats)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--float32", action="store_true", help="equal: leave bfloat16 out")
     args = parser.parse_args()
-    {"kills": kills, "equal": equal, "worlds": worlds, "disk": disk}[args.what](args)
+    whats[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""What outlives a crash: files whole or not there, damage found, one run a folder, signals obeyed in order."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import faults
+import ranks
+import train
+
+HERE = Path(__file__).parent.parent
+KEYS = {"format", "step"}
+
+
+def content(step: int) -> dict:
+    return dict(format="f", step=step, x=torch.arange(1000.0) + step, shards=None)
+
+
+def two(folder: Path) -> None:
+    """last.pt of step 2, last.prev.pt of step 1."""
+    for step in (1, 2):
+        checkpoint.write(folder / "last.pt", content(step), folder / "last.prev.pt")
+
+
+def test_write_keeps_the_one_before(tmp_path):
+    two(tmp_path)
+    assert [checkpoint.read(tmp_path / name)["step"] for name in ("last.pt", "last.prev.pt")] == [2, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.prev.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("when", range(4))
+def test_no_moment_of_a_write_loses_both(when, tmp_path, monkeypatch):
+    """Dies before the bytes are on the disk, before each of the renames, and after them."""
+    class Died(BaseException):
+        pass
+
+    two(tmp_path)
+    calls = []
+    for name in ("fsync", "replace"):
+        def die(*rest, original=getattr(os, name)):
+            calls.append(0)
+            if len(calls) == when + 1:
+                raise Died
+            return original(*rest)
+        monkeypatch.setattr(os, name, die)
+    with pytest.raises(Died):
+        checkpoint.write(tmp_path / "last.pt", content(3), tmp_path / "last.prev.pt")
+        raise Died
+    monkeypatch.undo()
+    name, lines = checkpoint.newest(tmp_path, "f", KEYS)
+    assert checkpoint.read(tmp_path / name)["step"] == (3 if when == 3 else 2) and not lines
+
+
+@pytest.mark.parametrize("damage", ("cut", "flip", "empty", "text", "pickle"))
+def test_a_damaged_checkpoint_is_put_aside(damage, tmp_path):
+    two(tmp_path)
+    last = tmp_path / "last.pt"
+    raw = last.read_bytes()
+    middle = len(raw) // 2
+    last.write_bytes({"cut": raw[:middle], "flip": raw[:middle] + bytes([raw[middle] ^ 16]) + raw[middle + 1:], "empty": b"",
+                      "text": b"not a checkpoint", "pickle": pickle.dumps(content(9))}[damage])
+    name, lines = checkpoint.newest(tmp_path, "f", KEYS)
+    assert name == "last.prev.pt" and "last.pt cannot be used" in lines[0] and "last.damaged.pt" in lines[1]
+    assert (tmp_path / "last.damaged.pt").exists() and not last.exists()
+    checkpoint.write(last, content(3), tmp_path / "last.prev.pt")    # nothing whole was pushed out
+    assert checkpoint.newest(tmp_path, "f", KEYS)[0] == "last.pt" and checkpoint.read(tmp_path / "last.prev.pt")["step"] == 1
+
+
+def test_none_that_can_be_read_is_not_a_new_start(tmp_path):
+    two(tmp_path)
+    for name in ("last.pt", "last.prev.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match="last.pt cannot be used.*last.prev.pt cannot be used"):
+        checkpoint.newest(tmp_path, "f", KEYS)
+    assert checkpoint.newest(tmp_path / "nowhere", "f", KEYS) == (None, [])
+
+
+@pytest.mark.parametrize("other, says", [({"format": "g", "step": 1}, "its format is 'g'"), ({"format": "f"}, "it lacks step")])
+def test_another_kind_of_file_is_refused(other, says, tmp_path):
+    checkpoint.write(tmp_path / "last.pt", other)
+    with pytest.raises(ValueError, match=says):
+        checkpoint.newest(tmp_path, "f", KEYS)
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path):
+    """A real failure of write(2): no file may grow past 64 KiB in the child."""
+    code = ("import resource, sys, torch, checkpoint; from pathlib import Path; folder = Path(sys.argv[1])\n"
+            "checkpoint.write(folder / 'last.pt', dict(x=torch.zeros(100)))\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+            "try: checkpoint.write(folder / 'last.pt', dict(x=torch.zeros(100_000)), folder / 'last.prev.pt')\n"
+            "except OSError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=HERE, timeout=120)
+    assert "last.pt could not be written ([Errno 27] File too large" in done.stdout, done
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and checkpoint.read(tmp_path / "last.pt")["x"].numel() == 100
+
+
+def test_a_run_goes_on_when_its_disk_is_full(tmp_path, monkeypatch, capsys):
+    """The second checkpoint and the best weights fail; the run goes on, tries again, and ends as if nothing had been."""
+    write, fails = checkpoint.write, [2]
+
+    def full(path, *rest):
+        if Path(path).name == "last.pt" and run_now["step"] >= 2 and fails[0] > 0:
+            fails[0] -= 1
+            raise OSError(28, "No space left on device")
+        write(path, *rest)
+
+    run_now = {"step": 0}
+    update = train.update
+
+    def counted(run, micros):
+        run_now["step"] += 1
+        return update(run, micros)
+
+    flags = [*faults.TINY, "--updates_per_epoch", "2", "--save_minutes", "0"]
+    assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
+    monkeypatch.setattr(train, "update", counted)
+    monkeypatch.setattr(checkpoint, "write", full)
+    assert train.main([*flags, "--out", str(tmp_path / "full")]) == 0
+    assert capsys.readouterr().out.count("last.pt was not written: OSError: [Errno 28] No space left") == 2
+    faults.assert_same_run(tmp_path / "full", tmp_path / "free")
+    run_now["step"], fails[0] = 0, 99
+    assert train.main([*flags, "--out", str(tmp_path / "never")]) == 1               # told, not hidden
+    assert "could not be written: last.pt" in capsys.readouterr().err
+    assert faults.saved_step(tmp_path / "never") == 1
+
+
+class Foreign:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_shards_of_one_process(tmp_path):
+    """Saved, read back, checked; the table of contents executes nothing."""
+    alone = ranks.Ranks(0, 1, torch.device("cpu"))
+    tensors = {"a": torch.arange(10.0), "b/c": torch.ones(3, 4)}
+    shards = checkpoint.save_shards(tmp_path, tensors, alone)
+    checkpoint.write(tmp_path / "last.pt", content(1) | dict(shards=shards))
+    again = checkpoint.save_shards(tmp_path, tensors, alone)
+    assert again["folder"] != shards["folder"]                       # the one that last.pt names is left alone
+    checkpoint.drop_unnamed_shards(tmp_path)
+    assert [p.name for p in tmp_path.glob("last.shards.*")] == [shards["folder"]]
+    empty = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    checkpoint.load_shards(tmp_path, shards, empty, alone)
+    assert all(torch.equal(empty[name], x) for name, x in tensors.items())
+    table = tmp_path / shards["folder"] / ".metadata"
+    table.write_bytes(table.read_bytes()[:-3] + b"abc")
+    with pytest.raises(ValueError, match="checksum of last.shards.0/.metadata is wrong"):
+        checkpoint.newest(tmp_path, "f", KEYS)
+    table.write_bytes(pickle.dumps(Foreign()))
+    with pytest.raises(pickle.UnpicklingError, match="posix.system has no place"):
+        checkpoint.PlainReader(tmp_path / shards["folder"]).read_metadata()
+
+
+def test_one_run_a_folder(tmp_path):
+    """Another process is refused, for as long as this one lives."""
+    handle = checkpoint.lock(tmp_path)
+    code = "import sys, checkpoint; from pathlib import Path; checkpoint.lock(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=120)
+    assert refused.returncode and "is in use by another process" in refused.stderr
+    os.close(handle)
+    assert subprocess.run(command, cwd=HERE, timeout=120).returncode == 0
+
+
+def test_signals_wait_for_what_must_be_whole():
+    """Held back within `hold`, obeyed at its end; outside of it at once; repeated at once they are one request."""
+    with checkpoint.Stop() as stop:
+        done = []
+        with pytest.raises(checkpoint.Stopped, match="SIGTERM"):
+            with stop.hold():
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)                 # torchrun passes on what came to all
+                done.append(1)
+        assert done and stop.requested == "SIGTERM"
+    with checkpoint.Stop():
+        with pytest.raises(checkpoint.Stopped, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,22 @@
+"""The fault campaign in short (tests/faults.py has all of it): kills, signals, restarts, other numbers of ranks, equal numbers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = Path(__file__).parent / "faults.py"
+
+
+@pytest.mark.parametrize("command, says", [
+    ("kills --kills 6 --terms 2", "kill -9, one rank of two, DDP"),
+    ("equal --updates 4 --float32", "float32, FSDP x2, checkpointing"),
+    ("worlds", "single      sharded"),
+    ("restarts", "weights equal bit for bit"),
+    ("hang", "exit code 1"),
+])
+def test_campaign(command, says):
+    """Each asserts by itself and prints its table."""
+    done = subprocess.run([sys.executable, str(FAULTS), *command.split()], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and says in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
