@@ -617,13 +617,15 @@ def load_valid(run: Run) -> list:
 
 @torch.no_grad()
 def mean_loss(run: Run, model: MusicGen, change=lambda attributes: attributes) -> dict:
-    """Figures of a model over the validation set; `change` may alter the conditions of each batch."""
+    """Figures of a model over the validation set; `change` may alter the list of this rank's conditions."""
     model.eval()
     totals = torch.zeros(2, model.config.K, device=run.ranks.device, dtype=torch.float64)
-    for codes, mask, attributes in load_valid(run):
+    batches = load_valid(run)
+    attributes = iter(change([a for _, _, part in batches for a in part]))
+    for codes, mask, part in batches:
         codes, mask = codes.to(run.ranks.device), mask.to(run.ranks.device)
         with run.autocast():
-            sums = model(codes, mask, prepare(model, change(attributes), run.ranks.device))
+            sums = model(codes, mask, prepare(model, [next(attributes) for _ in part], run.ranks.device))
         totals += torch.stack([sums, model.count_targets(mask)])
     return figures(*run.ranks.sum(totals))
 
