@@ -164,6 +164,13 @@ class Attention(nn.Module):
         return self.attend(q, *keys_values, mask)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In the type of the activations, whatever that of the weights: sharded layers are gathered in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Layer(nn.Module):
     """Pre-norm block: self-attention, cross-attention, feed-forward with exact GELU; linears without biases."""
 
@@ -172,11 +179,11 @@ class Layer(nn.Module):
         D, hidden = config.dim, config.dim * config.hidden_scale
         self.p = config.dropout
         self.self_attn = Attention(D, config.num_heads)
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.norm1, self.norm2 = LayerNorm(D), LayerNorm(D)
         self.linear1, self.linear2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
         if config.cross_attention:
             self.cross_attention = Attention(D, config.num_heads)
-            self.norm_cross = nn.LayerNorm(D)
+            self.norm_cross = LayerNorm(D)
 
     def forward(self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None,
                 cache: Cache | None = None, index: int = 0, keys: Tensor | None = None) -> Tensor:
@@ -221,7 +228,7 @@ class MusicGen(nn.Module):
         self.special = card                                          # can be read, never predicted
         self.emb = nn.ModuleList(nn.Embedding(card + 1, D) for _ in range(K))
         self.transformer = Transformer(config)
-        self.out_norm = nn.LayerNorm(D)
+        self.out_norm = LayerNorm(D)
         self.linears = nn.ModuleList(nn.Linear(D, card, bias=False) for _ in range(K))
         self.conditioner = conditioner
         self.init_weights()

@@ -99,8 +99,8 @@ def complete(flags: list, world: int, log: Path) -> None:
 
 
 def state(out: Path) -> dict:
-    """All tensors of a run's last checkpoint, and of best.pt."""
-    found = dict(checkpoint.read(out / "last.pt")["tensors"])
+    """All tensors of a run's last checkpoint (unless they lie in shards), and of best.pt."""
+    found = dict(checkpoint.read(out / "last.pt")["tensors"] or {})
     return found | {f"best.pt/{k}": v for k, v in torch.load(out / "best.pt", weights_only=True)["model"].items()}
 
 
@@ -128,7 +128,9 @@ def saved_step(out: Path) -> int:
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         if (out / name).exists():
             try:
-                steps.append(checkpoint.read(out / name)["step"])
+                content = checkpoint.read(out / name)
+                checkpoint.check_shards(out, content)
+                steps.append(content["step"])
                 break
             except checkpoint.UNREADABLE:
                 continue
@@ -184,6 +186,8 @@ def kills(args: argparse.Namespace) -> None:
     cases = [("kill -9, one process", every, 1, args.kills * 6 // 10, signal.SIGKILL),
              ("kill -9, one rank of two, DDP", every, 2, args.kills * 3 // 10, signal.SIGKILL),
              ("kill -9, one rank of two, FSDP", every + ["--parallel", "fsdp"], 2, args.kills // 10, signal.SIGKILL),
+             ("kill -9, one rank of two, shards", every + ["--parallel", "fsdp", "--sharded_checkpoint"], 2, args.kills // 10,
+              signal.SIGKILL),
              ("SIGTERM, one process", ["--save_minutes", "60"], 1, args.terms * 3 // 4, signal.SIGTERM),
              ("SIGTERM, two ranks, DDP", ["--save_minutes", "60"], 2, args.terms // 4, signal.SIGTERM)]
     for i, (title, flags, world, hits, number) in enumerate(cases):
