@@ -993,7 +993,7 @@ def main(argv: list | None = None) -> int:
         if run is not None:
             train(run)
     except Stopped as signal:
-        print(f"{who}: stopped by {signal} after update {run.step}; the same command goes on from there", flush=True)
+        run.ranks.print(f"stopped by {signal} after update {run.step}; the same command goes on from there")
         code = 1 if run.unwritten else 0
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         mistake = isinstance(error, ValueError)

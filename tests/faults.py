@@ -4,6 +4,7 @@
     python tests/faults.py equal                                 one process, DDP, FSDP, micro-batches, bfloat16: the same numbers
     python tests/faults.py worlds                                saved with one number of ranks, gone on with another
     python tests/faults.py restarts                              torchrun --max-restarts brings a killed rank's job to its end
+    python tests/faults.py nan                                   not finite on one rank of two: which step, tensor and rank
     python tests/faults.py hang                                  a rank that stands still ends the job within --timeout
     python tests/faults.py disk                                  a full disk (a small tmpfs, needs root)
 
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import checkpoint
+import ranks as several
 import train
 
 torch.set_num_threads(1)
@@ -48,8 +50,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(flags: list, world: int, log: Path) -> list:
-    """Forks the ranks of a training -> their process ids. What they print goes to `log`."""
+def launch(flags: list, world: int, log: Path, before=None) -> list:
+    """Forks the ranks of a training -> their process ids. What they print goes to `log`; `before(rank)` is called first."""
     port, pids = free_port(), []
     for rank in range(world):
         if (pid := os.fork()) == 0:
@@ -61,6 +63,8 @@ def launch(flags: list, world: int, log: Path) -> list:
             os.dup2(out, 2)
             code = 3                                                 # a traceback
             try:
+                if before:
+                    before(rank)
                 code = train.main(flags)
             except BaseException:
                 import traceback
@@ -288,6 +292,45 @@ def restarts(args: argparse.Namespace) -> None:
         print("a rank killed in epoch 2: torchrun restarted the job, exit code 0, weights equal bit for bit")
 
 
+def poison_loss(rank: int) -> None:
+    """In rank 1, the loss of the third update's second codebook is not a number."""
+    cross_entropy, calls = torch.nn.functional.cross_entropy, [0]
+
+    def poisoned(*rest, **more):
+        calls[0] += 1
+        return cross_entropy(*rest, **more) * (float("nan") if calls[0] == 10 and rank == 1 else 1)
+
+    torch.nn.functional.cross_entropy = poisoned
+
+
+def poison_weight(rank: int) -> None:
+    """In rank 1, a weight is infinite from the start."""
+    build = train.build
+
+    def poisoned(*rest):
+        run = build(*rest)
+        if rank == 1:
+            several.local([run.model.linears[1].weight.data])[0][0, 0] = float("inf")
+        return run
+
+    train.build = poisoned
+
+
+def nan(args: argparse.Namespace) -> None:
+    """Not-finite numbers of one rank of two: both ranks skip the same update, or stop, and say where it began."""
+    short = TINY + ["--epochs", "1", "--updates_per_epoch", "4"]
+    for title, flags, poison, code, says in (
+            ("loss, DDP", [], poison_loss, 0, "step 3: gradients not finite; first in loss of codebook 2 (rank 1)"),
+            ("loss, FSDP", ["--parallel", "fsdp"], poison_loss, 0, "step 3: gradients not finite; first in loss of codebook 2 (rank 1)"),
+            ("weight, FSDP", ["--parallel", "fsdp"], poison_weight, 1, "step 1: weights not finite; first in linears.1.weight (rank 1)")):
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder, "log")
+            codes = wait(launch(short + flags + ["--out", str(Path(folder, "run"))], 2, log, poison))
+            lines = [line for line in log.read_text().splitlines() if says in line]
+            assert codes == [code, code] and lines, (codes, log.read_text()[-2000:])
+            print(f"{title:<14} exit codes {codes}: {lines[0]}")
+
+
 def hang(args: argparse.Namespace) -> None:
     """Stops one rank of two without killing it: the other must give up within the time-out and say so."""
     with tempfile.TemporaryDirectory() as folder:
@@ -332,7 +375,7 @@ def disk(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kills trainings and compares what they end with.")
-    whats = dict(kills=kills, equal=equal, worlds=worlds, restarts=restarts, hang=hang, disk=disk)
+    whats = dict(kills=kills, equal=equal, worlds=worlds, restarts=restarts, nan=nan, hang=hang, disk=disk)
     parser.add_argument("what", choices=whats)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)

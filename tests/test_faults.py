@@ -14,6 +14,7 @@ FAULTS = Path(__file__).parent / "faults.py"
     ("equal --updates 4 --float32", "float32, FSDP x2, checkpointing"),
     ("worlds", "single      sharded"),
     ("restarts", "weights equal bit for bit"),
+    ("nan", "weight, FSDP"),
     ("hang", "exit code 1"),
 ])
 def test_campaign(command, says):
