@@ -646,16 +646,17 @@ def keep_best(run: Run, values: dict) -> None:
 
 def write_best(run: Run) -> None:
     """Writes best.pt; where the disk is full it says so, and the next checkpoint tries again."""
-    content = deployment(run)
+    content = deployment(run, keep=run.ranks.is_main)
     note_written(run, "best.pt", attempt(checkpoint.write, run.out / "best.pt", content) if run.ranks.is_main else None)
 
 
-def deployment(run: Run) -> dict:
-    """The content of best.pt: plain tensors and plain data, all that generating takes but the codec. All ranks call it."""
+def deployment(run: Run, keep: bool = True) -> dict:
+    """The content of best.pt: plain tensors and plain data, all that generating takes but the codec. All ranks call it;
+    those that do not `keep` the weights get none."""
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
     weights = run.best or dict(run.ema.model.named_parameters())     # none yet where every validation was not finite
-    return dict(format=generate.FORMAT, model=several.gather_state(weights), model_config=asdict(model.config),
+    return dict(format=generate.FORMAT, model=several.gather_state(weights, keep), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
                 codec=dict(name=codec.name, K=codec.K, fingerprint=codec.fingerprint),
