@@ -69,13 +69,14 @@ def write(path: Path, content: dict, previous: Path | None = None) -> None:
     sync_folder(path.parent)
 
 
-def read(path: Path) -> dict:
-    """The content of a file that `write` made, mapped into memory, after its checksums were found right.
+def read(path: Path, check: bool = True) -> dict:
+    """The content of a file that `write` made, mapped into memory, after its checksums were found right (`check`).
 
     Errors: one of UNREADABLE."""
-    with zipfile.ZipFile(path) as container:
-        if (bad := container.testzip()) is not None:
-            raise ValueError(f"checksum of {bad} is wrong")
+    if check:
+        with zipfile.ZipFile(path) as container:
+            if (bad := container.testzip()) is not None:
+                raise ValueError(f"checksum of {bad} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -127,14 +128,20 @@ def one_line(error: BaseException) -> str:
 # tensors written by all ranks
 
 
+PLAIN = {("torch.distributed.checkpoint.metadata", name) for name in (
+    "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "StorageMeta",
+    "_MEM_FORMAT_ENCODING")}
+PLAIN |= {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
+          ("pathlib", "PosixPath"), ("pathlib", "Path"), ("collections", "OrderedDict")}
+
+
 class PlainReader(FileSystemReader):
-    """Reads torch.distributed.checkpoint's table of contents, a pickle, without executing anything: only its own classes."""
+    """Reads torch.distributed.checkpoint's table of contents, a pickle, without executing anything: plain classes alone, and
+    among those none for entries that are no tensors (they would be loaded as pickles)."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            if module.startswith("torch.distributed.checkpoint.") and name.isidentifier() or (module, name) in {
-                    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "Path")} or (
-                    module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            if (module, name) in PLAIN or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
@@ -155,11 +162,13 @@ def crc(path: Path) -> int:
 
 
 def named_shards(folder: Path) -> set:
-    """The shard folders that the readable checkpoints of a run folder name."""
+    """The shard folders that the checkpoints of a run folder name. Errors: OSError where one cannot be read: drop nothing then."""
     names = set()
-    for name in (LAST, PREVIOUS):
-        with contextlib.suppress(*UNREADABLE):
-            names.add((torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True).get("shards") or {}).get("folder"))
+    for path in (folder / LAST, folder / PREVIOUS):
+        try:
+            names |= {(read(path, check=False)["shards"] or {}).get("folder")} if path.exists() else set()
+        except UNREADABLE as error:
+            raise OSError(f"{path} cannot be read ({one_line(error)})") from None
     return names - {None}
 
 
@@ -173,18 +182,39 @@ def save_shards(folder: Path, tensors: dict, ranks) -> dict:
         shutil.rmtree(folder / name, ignore_errors=True)
         return name
 
-    name = ranks.first(free() if ranks.is_main else None)
+    def checksums() -> dict:
+        paths = sorted((folder / name).iterdir())
+        sync_folder(folder / name)
+        return {p.name: crc(p) for p in paths[ranks.rank::ranks.world]}
+
+    def agree(action) -> list:
+        """What it gives on every rank. An error on one is an error on all: nobody is left waiting."""
+        try:
+            outcome = action()
+        except OSError as error:
+            outcome = error
+        outcomes = ranks.gather(outcome)
+        for each in outcomes:
+            if isinstance(each, OSError):
+                raise each
+        return outcomes
+
+    name = agree(lambda: free() if ranks.is_main else None)[0]
     try:
         with quiet():
             dcp.save(tensors, storage_writer=FileSystemWriter(folder / name), no_dist=ranks.world == 1)
     except dcp.api.CheckpointException as error:                     # dcp tells every rank
-        raise OSError(f"{folder / name} could not be written ({one_line(next(iter(error.failures.values()))[0])})") from None
-    mine = sorted(p for p in (folder / name).iterdir())[ranks.rank::ranks.world]
+        raise OSError(f"{folder / name} could not be written ({first_failure(error)})") from None
     files = {}
-    for part in ranks.gather({p.name: crc(p) for p in mine}):
+    for part in agree(checksums):
         files |= part
     sync_folder(folder)
     return dict(folder=name, files=files)
+
+
+def first_failure(error: dcp.api.CheckpointException) -> str:
+    """The first rank's reason why shards could not be written or read."""
+    return one_line(next(iter(error.failures.values()))[0])
 
 
 def check_shards(folder: Path, content: dict) -> None:
@@ -196,9 +226,14 @@ def check_shards(folder: Path, content: dict) -> None:
 
 
 def load_shards(folder: Path, shards: dict, tensors: dict, ranks) -> None:
-    """Fills {name: tensor} in place from a shard folder, for any number of ranks and any sharding."""
-    with quiet():
-        dcp.load(tensors, storage_reader=PlainReader(folder / shards["folder"]), no_dist=ranks.world == 1)
+    """Fills {name: tensor} in place from a shard folder, for any number of ranks and any sharding.
+
+    Errors: RuntimeError where they do not fit."""
+    try:
+        with quiet():
+            dcp.load(tensors, storage_reader=PlainReader(folder / shards["folder"]), no_dist=ranks.world == 1)
+    except dcp.api.CheckpointException as error:
+        raise RuntimeError(f"{shards['folder']}: {first_failure(error)}") from None
 
 
 @contextlib.contextmanager
@@ -211,10 +246,11 @@ def quiet():
 
 def drop_unnamed_shards(folder: Path) -> None:
     """Removes shard folders that no checkpoint names."""
-    taken = named_shards(folder)
-    for path in folder.glob("last.shards.?"):
-        if path.name not in taken:
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        taken = named_shards(folder)
+        for path in folder.glob("last.shards.?"):
+            if path.name not in taken:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,10 +265,10 @@ def lock(folder: Path) -> int | None:
         import fcntl
     except ImportError:                                              # not on this system: nothing to guard with
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)           # this process's own: its loaders do not hold it after it
+    except (BlockingIOError, PermissionError):
         os.close(handle)
         raise ValueError(f"{folder} is in use by another process: wait for it, or give another --out") from None
     except OSError:                                                  # a file system without locks
@@ -247,7 +283,7 @@ class Stopped(BaseException):
 class Stop:
     """SIGTERM and SIGINT: noted while an update or a save is under way, else the end at once: all is saved then.
 
-    Another signal after `PATIENCE` ends the process whatever it is doing; torchrun passes on what the terminal sent already."""
+    Another signal after `PATIENCE` ends the process whatever it is doing; sooner, it is the same request come twice."""
 
     def __init__(self):
         self.requested: str | None = None
@@ -269,7 +305,7 @@ class Stop:
 
     def __call__(self, number, frame) -> None:
         again, now = self.requested is not None, time.monotonic()
-        if os.getpid() != self.pid or (again and now - self.when > PATIENCE):      # a loader's process; no patience left
+        if os.getpid() != self.pid or (again and now - self.when > PATIENCE):      # a forked process; no patience left
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if again:

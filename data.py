@@ -464,9 +464,10 @@ def fetch(dataset, epoch: int, share: int, first: int) -> list[Example] | ValueE
 
 
 def leave_signals(worker: int) -> None:
-    """In a loading process: a signal to the whole group is the main process's business, which ends this one in its time."""
+    """In a loading process: a signal to the whole group (as torchrun sends it) is the main process's business, which finishes
+    its update with what is loaded here and then ends this process; without a parent it ends by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,

@@ -64,6 +64,14 @@ class Ranks:
         return self.gather(value)[0]
 
 
+    def change_all(self, mine: list, batch_size: int, change) -> list:
+        """`change` done to the list of all ranks, in the order in which one process would have it; this rank's part of the result."""
+        share, parts = batch_size // self.world, self.gather(mine)
+        blocks = range(0, len(mine), share)                          # a batch is made of one block of each rank
+        every = change([x for i in blocks for part in parts for x in part[i:i + share]])
+        return [x for i in blocks for x in every[i * self.world + self.rank * share:][:share]]
+
+
 def setup(device: str, timeout_minutes: float) -> Ranks:
     """Joins the process group that torchrun announced: NCCL between GPUs, gloo between hosts' memory.
 
@@ -72,6 +80,8 @@ def setup(device: str, timeout_minutes: float) -> Ranks:
     device = torch.device(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: rank {device.index} of this machine has no GPU, it has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
@@ -168,13 +178,13 @@ def gather_state(state: dict, keep: bool = True) -> dict:
 
 @torch.no_grad()
 def fill(targets: dict, full: dict) -> None:
-    """Copies plain tensors into {name: tensor}, sharded or not. Errors: ValueError names what is missing, odd or of another shape."""
+    """Copies plain tensors into {name: tensor}, sharded or not. Errors: RuntimeError names what is missing or odd."""
     if odd := sorted(targets.keys() ^ full.keys()):
-        raise ValueError(f"the weights do not fit the model: {odd[0]} is {'missing' if odd[0] in targets else 'not known'} "
+        raise RuntimeError(f"the weights do not fit the model: {odd[0]} is {'missing' if odd[0] in targets else 'not known'} "
                          f"({len(odd)} such)")
     for name, x in targets.items():
         if x.shape != full[name].shape:
-            raise ValueError(f"the weights do not fit the model: {name} is {list(full[name].shape)}, not {list(x.shape)}")
+            raise RuntimeError(f"the weights do not fit the model: {name} is {list(full[name].shape)}, not {list(x.shape)}")
         x.copy_(share(full[name], x))
 
 

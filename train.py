@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -199,6 +200,8 @@ def check(args: argparse.Namespace, world: int) -> None:
                          f"{', '.join(str(d) for d in range(1, share + 1) if share % d == 0)}")
     if args.dtype == "float16" and torch.device(args.device).type == "cpu":
         raise ValueError("--dtype float16 needs a GPU: take float32 or bfloat16")
+    if args.dropout == 1:
+        raise ValueError("--dropout 1.0: less than 1")
     if args.cpu_offload and args.parallel != "fsdp":
         raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
     if any(n < 1 for n in args.plan_gpus or ()):
@@ -241,7 +244,9 @@ def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, spee
     kept = config.num_layers * (config.dim if args.checkpointing else per_layer) + (per_layer if args.checkpointing else 0)
     sharded = args.parallel == "fsdp" and world > 1
     share = world if sharded else 1
-    memory = dict(weights=4 * N / share, gradients=4 * N / share, optimiser=8 * N / share, EMA=4 * N / share,
+    once = B * world >= args.batch_size                              # else gradients add up whole until the last micro-batch
+    memory = dict(weights=4 * N / share, gradients=4 * N / (share if once else 1), optimiser=8 * N / share,
+                  EMA=(8 if sharded else 4) * N / share,             # sharded, the best weights stay on the device too
                   gathered=sharded * bytes_each * N * (1 if args.zero == 2 else 2 / config.num_layers),
                   activations=B * S * (kept * bytes_each + 3 * config.K * config.card * 4))
     flops = 3 * flops_per_step(config, S, 16) * args.batch_size / world * (4 / 3 if args.checkpointing else 1)
@@ -340,13 +345,16 @@ class Run:
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.ranks.device.type, self.dtype)
 
     def log(self, record: dict) -> None:
-        """Appends a line to log.jsonl; a disk that is full does not end the run."""
+        """Appends a line to log.jsonl; a disk that is full does not end the run, and leaves no half of a line."""
         if self.ranks.is_main:
+            path, size = self.out / "log.jsonl", log_size(self)
             try:
-                with open(self.out / "log.jsonl", "a") as f:
+                with open(path, "a") as f:
                     f.write(json.dumps(record) + "\n")
             except OSError as error:
-                print(f"a line of {self.out / 'log.jsonl'} was not written ({error})", file=sys.stderr, flush=True)
+                print(f"a line of {path} was not written ({error})", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
 
 
 def build_conditioner(args: argparse.Namespace, train_set, dim: int, ranks: Ranks, saved: dict | None) -> Conditioner | None:
@@ -386,7 +394,7 @@ def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
     return sets
 
 
-def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved: dict | None = None) -> Run:
+def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved: dict | None, stop: Stop) -> Run:
     """Allocates model, average and optimiser. Every rank draws the same initial weights from the seed.
 
     found: the dataset's name or what scanning it gave; saved: the checkpoint that `restore` will go on from."""
@@ -402,13 +410,13 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
         for layer in model.transformer.layers:
             layer.compile()
     if sharded:
-        for each in (model, ema.model):
-            several.shard(each, ranks, dtype, args.zero, args.cpu_offload)
+        several.shard(model, ranks, dtype, args.zero, args.cpu_offload)
+        several.shard(ema.model, ranks, dtype, 3, args.cpu_offload)  # no backward pass will let go of what it gathers
     wrapped = several.wrap(model, ranks, args.parallel)
     optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, (args.beta1, args.beta2), fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
     sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)
-    return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, Stop(), [], sums)
+    return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, stop, [], sums)
 
 
 def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
@@ -492,8 +500,10 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
             run.scaler.scale(loss).backward()
         sums += part.detach()
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-    norm = float(several.whole(norm))
+    norm = several.whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    if args.max_grad_norm and norm.isfinite():                       # what is not finite stays where it is, to be named
+        nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
+    norm = float(norm)
     if math.isfinite(norm) or run.scaler.is_enabled():               # the scaler itself skips what is not finite
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -560,8 +570,8 @@ def train_stage(run: Run) -> dict:
     args, ranks, epoch = run.args, run.ranks, run.epoch
     start = run.step - epoch * args.updates_per_epoch
     run.wrapped.train()
-    loader = data.batches(run.train_set, 0 if args.overfit_one_batch else epoch, start, args.updates_per_epoch, args.batch_size,
-                          ranks.rank, ranks.world, args.workers)
+    first = (0, 0) if args.overfit_one_batch else (epoch, start)
+    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size, ranks.rank, ranks.world, args.workers)
     fixed = micro_batches(run, next(loader)) if args.overfit_one_batch else None
     began = marked = time.perf_counter()
     timed = 0                                                        # updates since `marked`
@@ -578,7 +588,7 @@ def train_stage(run: Run) -> dict:
         if not last and (stop or due):                               # the end of an epoch has its own checkpoint
             commit(run)
             if stop:
-                raise Stopped(run.stop.requested)
+                raise Stopped(next(filter(None, ranks.gather(run.stop.requested))))
     values = figures(*ranks.sum(run.sums[0].clone()))
     run.sums.zero_()
     return values | dict(skipped=run.skipped, seconds=time.perf_counter() - began)
@@ -617,11 +627,11 @@ def load_valid(run: Run) -> list:
 
 @torch.no_grad()
 def mean_loss(run: Run, model: MusicGen, change=lambda attributes: attributes) -> dict:
-    """Figures of a model over the validation set; `change` may alter the list of this rank's conditions."""
+    """Figures of a model over the validation set; `change` may alter the list of all its conditions."""
     model.eval()
     totals = torch.zeros(2, model.config.K, device=run.ranks.device, dtype=torch.float64)
     batches = load_valid(run)
-    attributes = iter(change([a for _, _, part in batches for a in part]))
+    attributes = iter(run.ranks.change_all([a for _, _, part in batches for a in part], run.args.batch_size, change))
     for codes, mask, part in batches:
         codes, mask = codes.to(run.ranks.device), mask.to(run.ranks.device)
         with run.autocast():
@@ -704,9 +714,11 @@ def toy_adherence(run: Run, music: generate.MusicGenerator) -> dict:
 
 def generate_stage(run: Run, epoch: int) -> dict:
     """Writes samples for fixed captions of the validation set, wav and json, under samples/epoch_NNNN."""
-    args, began, music = run.args, time.perf_counter(), best_music(run)
+    args, began = run.args, time.perf_counter()
     if not run.ranks.is_main or args.generate_samples == 0:
+        deployment(run, keep=False)                                  # lends its shards to rank 0
         return {}
+    music = best_music(run)
     texts = [a["text"] for _, _, attributes in load_valid(run) for a in attributes][:args.generate_samples]
     folder = run.out / "samples" / f"epoch_{epoch:04d}"
     prompts = texts if music.model.conditioner is not None else [None] * len(texts)
@@ -774,16 +786,23 @@ def commit(run: Run) -> None:
             format=generate.FORMAT, args=vars(run.args), step=run.step, epoch=run.epoch, ema_count=run.ema.count,
             scaler=run.scaler.state_dict(), skipped=run.skipped, skipped_in_a_row=run.skipped_in_a_row, best_ce=run.best_ce,
             best_values=run.best_values, history=run.history, sums=sums.cpu(), data=run.train_set.describe(),
-            log_bytes=log_size(run), assets=stored_assets(run.model), names=list(every), tensors=whole, shards=shards)
+            log_bytes=flush_log(run), assets=stored_assets(run.model), names=list(every), tensors=whole, shards=shards)
         problem = attempt(checkpoint.write, run.out / checkpoint.LAST, content, run.out / checkpoint.PREVIOUS)
         checkpoint.drop_unnamed_shards(run.out)
     note_written(run, checkpoint.LAST, problem)
 
 
 def log_size(run: Run) -> int:
-    """Bytes of log.jsonl, for `restore` to cut off what comes after."""
+    """Bytes of log.jsonl, for `cut_log` to cut off what comes after."""
     path = run.out / "log.jsonl"
     return path.stat().st_size if path.exists() else 0
+
+
+def flush_log(run: Run) -> int:
+    """Makes log.jsonl last before a checkpoint counts on its bytes; their number."""
+    with contextlib.suppress(OSError), open(run.out / "log.jsonl", "rb") as f:
+        os.fsync(f.fileno())
+    return log_size(run)
 
 
 def read_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict | None:
@@ -802,7 +821,7 @@ def read_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict |
         raise ValueError(problem)
     if name is None:
         return None
-    saved = checkpoint.read(out / name)
+    saved = checkpoint.read(out / name, check=False)                 # rank 0 has just done that
     if refused := [f"--{k} {saved['args'][k]} there, {v} now" for k, v in changed_flags(args, saved).items()
                    if k not in NEUTRAL]:
         raise ValueError(f"{out} holds another run: {'; '.join(refused)}. Give the same flags, or another --out")
@@ -924,7 +943,7 @@ def run_epochs(run: Run) -> None:
         raise OSError(f"the run is finished, but could not be written: {', '.join(run.unwritten)}; make room and start it again")
 
 
-def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks) -> Run | None:
+def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> Run | None:
     """Everything before the first update: the same on every rank, its errors too. None after a dry run."""
     found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device)
@@ -937,12 +956,12 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks) -> Run | No
     out = prepare_folder(args)
     held = checkpoint.lock(out) if ranks.is_main else None
     try:
-        saved = read_checkpoint(args, ranks, out)
-        run = build(args, ranks, codec, found, out, saved)
+        saved = fitting(out, read_checkpoint, args, ranks, out)
+        run = build(args, ranks, codec, found, out, saved, stop)
         if saved is not None:
             fitting(out, restore, run, saved)
         if ranks.is_main:
-            cut_log(out / "log.jsonl", saved["log_bytes"] if saved else 0)
+            fitting(out, cut_log, out / "log.jsonl", saved["log_bytes"] if saved else 0)
             write_config(run)
     except BaseException:
         if held is not None:
@@ -956,7 +975,7 @@ def fitting(out: Path, action, *arguments):
     """Does something with a checkpoint. Errors: ValueError where what it holds is not what this code writes."""
     try:
         return action(*arguments)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or several.lost(error):
             raise
         raise ValueError(f"{out}: its checkpoint does not fit this code ({checkpoint.one_line(error)}): give another --out") from None
@@ -965,8 +984,7 @@ def fitting(out: Path, action, *arguments):
 def train(run: Run) -> None:
     """From the first update to the end of the run."""
     began = time.perf_counter()
-    with run.stop:
-        run_epochs(run)
+    run_epochs(run)
     run.ranks.print(f"finished: {duration(time.perf_counter() - began)}, best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
     compare_with_reference(run)
 
@@ -978,7 +996,9 @@ def write_config(run: Run) -> None:
                    conditioner=None if conditioner is None else asdict(conditioner.config),
                    codec=dict(name=run.codec.name, K=run.codec.K, fingerprint=run.codec.fingerprint),
                    parameters=sum(p.numel() for p in run.model.parameters()), torch=torch.__version__)
-    (run.out / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    path = run.out / "config.json"
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def main(argv: list | None = None) -> int:
@@ -986,29 +1006,44 @@ def main(argv: list | None = None) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     who = f"train.py, rank {rank}" if world > 1 else "train.py"
     debug = os.environ.get("DEBUG")                                  # DEBUG=1 shows where an error was raised
-    args, run, code = build_parser().parse_args(argv), None, 0
+    args, run, code, stop = build_parser().parse_args(argv), None, 0, Stop()
     try:
-        notes = derive(args, world)
-        check(args, world)
-        run = prepare_run(args, notes, several.setup(args.device, args.timeout))
-        if run is not None:
-            train(run)
+        with stop:
+            notes = derive(args, world)
+            check(args, world)
+            run = prepare_run(args, notes, several.setup(args.device, args.timeout), stop)
+            if run is not None:
+                train(run)
     except Stopped as signal:
-        run.ranks.print(f"stopped by {signal} after update {run.step}; the same command goes on from there")
-        code = 1 if run.unwritten else 0
+        code = stopped(run, signal, rank)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         mistake = isinstance(error, ValueError)
-        if debug or (text := explain(error)) is None:
+        text = explain(error)
+        if stop.requested and text and several.lost(error):          # the others have obeyed a signal first
+            code = stopped(run, stop.requested, rank)
+        elif text and not debug:
+            if run is not None or not mistake or os.environ.get("LOCAL_RANK", "0") == "0":   # every rank of a machine makes the same
+                print(f"{'train.py' if run is None and mistake and rank == 0 else who}: {text}", file=sys.stderr, flush=True)
+            code = 2 if mistake else 1
+        elif world == 1:
             raise
-        if run is not None or rank == 0 or not mistake:              # before the start every rank makes the same mistake
-            print(f"{'train.py' if run is None and mistake else who}: {text}", file=sys.stderr, flush=True)
-        code = 2 if mistake else 1
+        else:
+            traceback.print_exc()
+            code = 1
     finally:
         if run is not None and run.held is not None:
             os.close(run.held)
     if world > 1:
         several.leave(code)
     return code
+
+
+def stopped(run: Run | None, signal, rank: int) -> int:
+    """Says that a signal was obeyed -> exit code."""
+    if rank == 0:
+        where = "before the first update" if run is None else f"after update {run.step}; the same command goes on from there"
+        print(f"stopped by {signal} {where}", flush=True)
+    return 1 if run is not None and run.unwritten else 0
 
 
 def explain(error: Exception) -> str | None:

@@ -136,8 +136,9 @@ class Foreign:
         return os.system, ("touch owned",)
 
 
-def test_shards_of_one_process(tmp_path):
+def test_shards_of_one_process(tmp_path, monkeypatch):
     """Saved, read back, checked; the table of contents executes nothing."""
+    monkeypatch.chdir(tmp_path)                                      # where the foreign pickles would leave their file
     alone = ranks.Ranks(0, 1, torch.device("cpu"))
     tensors = {"a": torch.arange(10.0), "b/c": torch.ones(3, 4)}
     shards = checkpoint.save_shards(tmp_path, tensors, alone)
@@ -156,6 +157,12 @@ def test_shards_of_one_process(tmp_path):
     table.write_bytes(pickle.dumps(Foreign()))
     with pytest.raises(pickle.UnpicklingError, match="posix.system has no place"):
         checkpoint.PlainReader(tmp_path / shards["folder"]).read_metadata()
+    checkpoint.dcp.save({"a": Foreign()}, storage_writer=checkpoint.FileSystemWriter(tmp_path / "foreign"), no_dist=True)
+    with pytest.raises(pickle.UnpicklingError, match="BytesStorageMetadata has no place"):
+        checkpoint.PlainReader(tmp_path / "foreign").read_metadata()
+    with pytest.raises(RuntimeError, match="foreign: "):
+        checkpoint.load_shards(tmp_path, {"folder": "foreign"}, {"a": torch.zeros(1)}, alone)
+    assert not (tmp_path / "owned").exists()
 
 
 def test_one_run_a_folder(tmp_path):
@@ -167,6 +174,15 @@ def test_one_run_a_folder(tmp_path):
     assert refused.returncode and "is in use by another process" in refused.stderr
     os.close(handle)
     assert subprocess.run(command, cwd=HERE, timeout=120).returncode == 0
+
+
+def test_a_killed_run_lets_go_of_its_folder(tmp_path):
+    """At once, although a process it had forked, such as a loader, lives on for a while."""
+    code = ("import os, signal, sys, time, checkpoint; from pathlib import Path; checkpoint.lock(Path(sys.argv[1]))\n"
+            "if os.fork() == 0: os.close(1); os.close(2); time.sleep(20); os._exit(0)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)")
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, timeout=15).returncode == -signal.SIGKILL
+    os.close(checkpoint.lock(tmp_path))
 
 
 def test_signals_wait_for_what_must_be_whole():

@@ -211,6 +211,24 @@ def test_overfit_one_batch_falls(pattern, tmp_path):
     assert ce[-1] < 3.2 < math.log(256)
 
 
+def test_overfitting_goes_on_with_the_same_batch(tmp_path, monkeypatch):
+    """Stopped within its epoch, it must not go on with the batch that would stand there."""
+    monkeypatch.setattr(train, "update", lambda run, micros, update=train.update: (seen.append(micros[0][0].clone()), update(run, micros))[1])
+    flags, seen = ["--overfit_one_batch", "--updates_per_epoch", "3", "--epochs", "1", "--save_minutes", "0"], []
+    commit = train.commit
+
+    def stop_at_two(run):
+        commit(run)
+        if run.step == 2 and not seen[2:]:
+            raise train.Stopped("SIGTERM")
+
+    monkeypatch.setattr(train, "commit", stop_at_two)
+    assert run(tmp_path, *flags) == 0 and len(seen) == 2
+    monkeypatch.setattr(train, "commit", commit)
+    assert run(tmp_path, *flags) == 0 and len(seen) == 3
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
 def test_unconditional_and_other_fuses(tmp_path):
     short = ["--epochs", "1", "--updates_per_epoch", "1"]
     assert run(tmp_path / "a", "--no_text", *short) == 0
@@ -222,21 +240,17 @@ def test_unconditional_and_other_fuses(tmp_path):
 
 def test_gradients_not_finite(tmp_path, monkeypatch, capsys):
     """Weights stay as they are, the update is counted, and after --max_skipped in a row it stops and names the tensor."""
-    clip = torch.nn.utils.clip_grad_norm_
-    poisoned = []
+    norm = torch.nn.utils.get_total_norm
 
-    def poison(parameters, *rest):
-        parameters = list(parameters)
-        if not poisoned:
-            poisoned.append([p.detach().clone() for p in parameters])
-        parameters[0].grad[:] = float("nan")
-        return clip(parameters, *rest)
+    def poison(gradients, *rest):
+        gradients[2][0, 0] = float("nan")
+        return norm(gradients, *rest)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", poison)
     assert run(tmp_path, "--max_skipped", "2") == 1
     out, err = capsys.readouterr()
-    assert "step 1: gradients not finite; first in emb.0.weight (rank 0); this update is skipped" in out
-    assert "step 2: gradients not finite; first in emb.0.weight (rank 0); 2 times in a row" in err
+    assert "step 1: gradients not finite; first in emb.2.weight (rank 0); this update is skipped" in out
+    assert "step 2: gradients not finite; first in emb.2.weight (rank 0); 2 times in a row" in err
     assert [r["skipped"] for r in lines(tmp_path) if r["kind"] == "step"] == [1]
 
 
