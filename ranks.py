@@ -63,7 +63,6 @@ class Ranks:
         """Rank 0's value on every rank."""
         return self.gather(value)[0]
 
-
     def change_all(self, mine: list, batch_size: int, change) -> list:
         """`change` done to the list of all ranks, in the order in which one process would have it; this rank's part of the result."""
         share, parts = batch_size // self.world, self.gather(mine)
