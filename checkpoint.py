@@ -28,6 +28,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
+from tokenizer import reason
+
 LAST, PREVIOUS, DAMAGED = "last.pt", "last.prev.pt", "last.damaged.pt"
 PATIENCE = 2.0                                                       # seconds in which further signals are the same request
 UNREADABLE = (RuntimeError, ValueError, EOFError, LookupError, OSError, TypeError, AttributeError, pickle.UnpicklingError,
@@ -61,8 +63,8 @@ def write(path: Path, content: dict, previous: Path | None = None) -> None:
     except (OSError, RuntimeError) as error:                         # torch reports a failed write as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path} could not be written ({reason})") from None
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path} could not be written ({cause})") from None
     if previous is not None and path.exists():
         os.replace(path, previous)
     os.replace(temporary, path)
@@ -107,7 +109,7 @@ def newest(folder: Path, format: str, keys: set) -> tuple[str | None, list]:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             check_shards(folder, content)
         except UNREADABLE as error:
-            lines.append(f"{path} cannot be used: {one_line(error)}")
+            lines.append(f"{path} cannot be used: {reason(error)}")
             continue
         if lines:
             os.replace(folder / LAST, folder / DAMAGED)
@@ -116,12 +118,6 @@ def newest(folder: Path, format: str, keys: set) -> tuple[str | None, list]:
     if lines:
         raise ValueError(f"{'; '.join(lines)}. Give another --out, or move the damaged files away to start over")
     return None, []
-
-
-def one_line(error: BaseException) -> str:
-    """The first sentence of an error, with its kind."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text.split('. ')[0][:200]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +164,7 @@ def named_shards(folder: Path) -> set:
         try:
             names |= {(read(path, check=False)["shards"] or {}).get("folder")} if path.exists() else set()
         except UNREADABLE as error:
-            raise OSError(f"{path} cannot be read ({one_line(error)})") from None
+            raise OSError(f"{path} cannot be read ({reason(error)})") from None
     return names - {None}
 
 
@@ -214,7 +210,7 @@ def save_shards(folder: Path, tensors: dict, ranks) -> dict:
 
 def first_failure(error: dcp.api.CheckpointException) -> str:
     """The first rank's reason why shards could not be written or read."""
-    return one_line(next(iter(error.failures.values()))[0])
+    return reason(next(iter(error.failures.values()))[0])
 
 
 def check_shards(folder: Path, content: dict) -> None:

@@ -226,7 +226,7 @@ def build_networks(config: dict) -> tuple:
 
 def reason(error: Exception) -> str:
     """Kind and first sentence of an error, for the line that a user sees."""
-    sentence = re.split(r"\. |\n", str(error).strip())[0][:120]
+    sentence = re.split(r"\. |\n", str(error).strip())[0][:200]
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 
 

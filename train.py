@@ -746,7 +746,7 @@ def attempt(action, *arguments) -> str | None:
     try:
         action(*arguments)
     except (OSError, RuntimeError) as error:                         # soundfile and torch report a full disk as the latter
-        return checkpoint.one_line(error)
+        return tokenizer.reason(error)
     return None
 
 
@@ -978,7 +978,7 @@ def fitting(out: Path, action, *arguments):
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or several.lost(error):
             raise
-        raise ValueError(f"{out}: its checkpoint does not fit this code ({checkpoint.one_line(error)}): give another --out") from None
+        raise ValueError(f"{out}: its checkpoint does not fit this code ({tokenizer.reason(error)}): give another --out") from None
 
 
 def train(run: Run) -> None:
@@ -1053,9 +1053,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or --parallel fsdp"
     if several.lost(error):
-        return f"lost the other ranks ({checkpoint.one_line(error)}); the same command goes on from the last checkpoint"
+        return f"lost the other ranks ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"
     if "DataLoader worker" in str(error):
-        return f"a process that loads data died ({checkpoint.one_line(error)}); the same command goes on from the last checkpoint"
+        return f"a process that loads data died ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"
     return None
 
 
