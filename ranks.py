@@ -14,7 +14,9 @@ written is plain tensors: files do not know how many ranks made them.
 import contextlib
 import datetime
 import os
+import secrets
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +76,7 @@ class Ranks:
 def setup(device: str, timeout_minutes: float) -> Ranks:
     """Joins the process group that torchrun announced: NCCL between GPUs, gloo between hosts' memory.
 
-    timeout_minutes: a collective that waits longer for a rank ends the job."""
+    timeout_minutes: a rank that is waited for longer, at the start or in a collective, ends the job."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(device)
     if device.type == "cuda":
@@ -84,9 +86,38 @@ def setup(device: str, timeout_minutes: float) -> Ranks:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=timeout_minutes))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(meet(store, rank, world, timeout.total_seconds()), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timeout)
     return Ranks(rank, world, device)
+
+
+def meet(store: dist.Store, rank: int, world: int, seconds: float) -> str:
+    """Waits for all ranks of this start -> a name that no earlier start had, the same on every rank.
+
+    torchrun serves one store through all its restarts, in which the addresses of dead ranks still stand (torch 2.11,
+    pytorch issue 135712): a rank that reads one before the live rank has written its own is refused, or waits to be
+    called until the time-out. So everything is written below a new name. TORCHELASTIC_RESTART_COUNT is none: each
+    machine counts its own failures only. Errors: DistStoreError naming the ranks that did not come."""
+    token, deadline, missing = secrets.token_hex(8), time.monotonic() + seconds, [*range(1, world)]
+    if rank == 0:
+        store.set("leader", token)                                   # until this is written, others see a leader that is dead
+    while time.monotonic() < deadline:
+        if rank == 0:
+            if not (missing := [r for r in missing if not store.check([f"{token}/{r}"])]):
+                store.set(f"{token}/members", b" ".join(store.get(f"{token}/{r}") for r in range(1, world)))
+                return token
+        elif store.check(["leader"]):
+            leader = store.get("leader").decode()
+            store.set(f"{leader}/{rank}", token)
+            if store.check([f"{leader}/members"]) and token in store.get(f"{leader}/members").decode().split():
+                return leader                                        # it knows this very process: it is alive
+        time.sleep(0.02)                                             # not within the store, where a signal would have to wait
+    who = f"rank {', '.join(map(str, missing))}" if rank == 0 else "another rank"
+    raise dist.DistStoreError(f"{who} did not come within {seconds:g} s")
 
 
 def leave(code: int) -> None:

@@ -3,7 +3,8 @@
     python tests/faults.py kills [--kills 100] [--terms 20]      kill -9 and SIGTERM, one process and one rank of two
     python tests/faults.py equal                                 one process, DDP, FSDP, micro-batches, bfloat16: the same numbers
     python tests/faults.py worlds                                saved with one number of ranks, gone on with another
-    python tests/faults.py restarts                              torchrun --max-restarts brings a killed rank's job to its end
+    python tests/faults.py starts [--tries 20]                   ranks of one start never take those of another for their own
+    python tests/faults.py restarts [--tries 20]                 torchrun --max-restarts brings a killed rank's job to its end
     python tests/faults.py nan                                   not finite on one rank of two: which step, tensor and rank
     python tests/faults.py hang                                  a rank that stands still ends the job within --timeout
     python tests/faults.py disk                                  a full disk (a small tmpfs, needs root)
@@ -13,9 +14,11 @@ any. tests/test_faults.py does all this in short.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -275,25 +278,82 @@ def stop_after(flags: list, world: int, log: Path, out: Path, step: int) -> None
 # torchrun, and a rank that stands still
 
 
+def starts(args: argparse.Namespace) -> None:
+    """Starts two ranks again and again on one store, as torchrun does; one of them is late, or dead before the others have met it."""
+    server, rng = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), random.Random(args.seed)
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
+    tally = Counter()
+    for i in range(args.tries):
+        late, dies = rng.randrange(2), i % 4 == 1
+        pids = []
+        for rank in range(2):
+            if (pid := os.fork()) == 0:
+                os.environ["RANK"] = str(rank)
+                time.sleep(0.3 * (rank == late))
+                if dies and rank == late:
+                    os._exit(9)
+                code = 1
+                try:                                                 # 0.6 s is the time-out that a dead rank is waited for
+                    code = 10 * int(several.setup("cpu", 0.01 if dies else 0.1).sum(torch.ones(1)).item())
+                except RuntimeError as error:
+                    code = 2 if "did not come" in str(error) else 1
+                finally:
+                    os._exit(code)
+            pids.append(pid)
+        expected = [20, 20] if not dies else [9, 2] if late == 0 else [2, 9]
+        codes = wait(pids)
+        assert codes == expected, f"start {i + 1}: exit codes {codes}, not {expected}"
+        tally["dead" if dies else f"rank {late}"] += 1
+    print(f"{args.tries} of {args.tries} starts on one store: {tally['rank 0']} with rank 0 late, {tally['rank 1']} with rank 1; "
+          f"{tally['dead']} with a rank dead, which the other says within the time-out")
+
+
+def torchrun(out: Path, logs: Path) -> tuple[subprocess.Popen, dict]:
+    """Starts a job of two ranks that may restart three times -> (torchrun, {rank: process id}). Each start has a folder in `logs`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=3", "--redirects=3",
+               f"--log-dir={logs}", "train.py", *TINY, "--save_minutes", "0", "--out", str(out)]
+    logs.mkdir()
+    with open(logs / "torchrun.log", "w") as printed:
+        job = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=printed, stderr=printed)
+    found = {}
+    while len(found) < 2:
+        assert job.poll() is None, everything(logs)
+        for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split():
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found |= {rank: int(pid) for rank in (0, 1) if f"RANK={rank}" in environment}
+    return job, found
+
+
+def everything(logs: Path) -> str:
+    """The end of what torchrun and each rank of each start printed."""
+    return "\n".join(f"--- {p.relative_to(logs)}\n{p.read_text()[-2000:]}" for p in sorted(logs.rglob("*.log")))
+
+
 def restarts(args: argparse.Namespace) -> None:
-    """Kills a rank of a torchrun job in its second epoch; the job must restart by itself and end as if nothing had been."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, reference, log = Path(folder, "run"), Path(folder, "reference"), Path(folder, "log")
-        complete(TINY + ["--out", str(reference)], 2, log)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=3", "train.py",
-                   *TINY, "--save_minutes", "0", "--out", str(out)]
-        with open(Path(folder, "torchrun.log"), "w") as printed:
-            job = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=printed, stderr=printed)
-        while not (out / "log.jsonl").exists() or not any(r["step"] >= 12 for r in curve(out)):
-            assert job.poll() is None, Path(folder, "torchrun.log").read_text()[-3000:]
-            time.sleep(0.02)
-        rank = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()[-1]
-        os.kill(int(rank), signal.SIGKILL)
-        code = job.wait(300)
-        text = Path(folder, "torchrun.log").read_text()
-        assert code == 0 and "going on from step" in text, text[-3000:]
-        assert_same_run(out, reference, log_too=False)
-        print("a rank killed in epoch 2: torchrun restarted the job, exit code 0, weights equal bit for bit")
+    """Kills a random rank of torchrun jobs at random moments, the start included; each job must restart by itself and end as if
+    nothing had been. What was printed is kept where one does not."""
+    rng, tally, folder = random.Random(args.seed), Counter(), Path(tempfile.mkdtemp())
+    job, _ = torchrun(folder / "reference", folder / "logs")
+    began = time.monotonic()
+    assert job.wait(300) == 0, everything(folder / "logs")
+    length = time.monotonic() - began
+    print(f"{'tries':>5}{'rank 0 killed':>15}{'rank 1 killed':>15}{'restarts':>10}{'equal':>7}{'seconds a try':>15}")
+    while tally["equal"] < args.tries:
+        out, logs = folder / f"run{tally['jobs']}", folder / f"logs{tally['jobs']}"
+        tally["jobs"] += 1
+        job, ranks = torchrun(out, logs)
+        began, rank = time.monotonic(), rng.randrange(2)
+        time.sleep(rng.uniform(0, length))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ranks[rank], signal.SIGKILL)
+        assert (code := job.wait(600)) == 0, f"exit code {code}, see {folder}\n{everything(logs)}"
+        assert_same_run(out, folder / "reference", log_too=False)
+        starts = len(list(logs.glob("*/attempt_*")))
+        if starts > 1:                                               # else the rank had ended before it was killed: no try
+            tally.update({f"rank {rank}": 1, "restarts": starts - 1, "equal": 1, "seconds": time.monotonic() - began})
+            print(f"{tally['equal']:>5}{tally['rank 0']:>15}{tally['rank 1']:>15}{tally['restarts']:>10}{tally['equal']:>7}"
+                  f"{tally['seconds'] / tally['equal']:>15.1f}", flush=True)
+    shutil.rmtree(folder)
 
 
 def poison_loss(rank: int) -> None:
@@ -384,10 +444,11 @@ def disk(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kills trainings and compares what they end with.")
-    whats = dict(kills=kills, equal=equal, worlds=worlds, restarts=restarts, nan=nan, hang=hang, disk=disk)
+    whats = dict(kills=kills, equal=equal, worlds=worlds, starts=starts, restarts=restarts, nan=nan, hang=hang, disk=disk)
     parser.add_argument("what", choices=whats)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)
+    parser.add_argument("--tries", type=int, default=1)
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--short", action="store_true", help="equal, worlds: the cases that differ most")
