@@ -377,9 +377,10 @@ class CacheDataset(Segments):
         alike = copy.copy(codec)
         alike.K = settings["K"]                                 # a fingerprint covers K: compare at the cache's own
         if codec.K > settings["K"] or alike.fingerprint != settings["fingerprint"]:
-            raise ValueError(f"token cache {folder!r} holds {settings['K']} codebooks of codec {settings['codec']} "
-                             f"(fingerprint {settings['fingerprint'][:12]}), not {codec.K} of {codec.name} "
-                             f"({alike.fingerprint[:12]}): use that codec, or make a cache with this one")
+            raise ValueError(f"token cache {folder!r} holds {settings['K']} codebooks of codec {settings['codec']} (channels "
+                             f"{settings.get('channels', 1)}, fingerprint {settings['fingerprint'][:12]}), not {codec.K} of "
+                             f"{codec.name} (channels {codec.channels}, {alike.fingerprint[:12]}): use that codec and "
+                             "--channels, or make a cache with these")
         if any(e.split for e in entries):                       # made of two folders, or of toy clips
             parts, note = [[e for e in entries if e.split == name] for name in ("train", "valid")], ""
         elif (fraction := valid_fraction(valid)) is not None:
@@ -405,6 +406,16 @@ class CacheDataset(Segments):
         return None, codes, frames
 
 
+def pan(wav: np.ndarray, clip: toy.Clip, channels: int) -> np.ndarray:
+    """A toy clip's mono audio [N] as [C, N]. In stereo the tune stands to the left and the drums to the right, each twice
+    as loud (6 dB) on its side as on the other; the mean of both is the mono audio."""
+    if channels == 1:
+        return wav[None]                                                                  # [1, N]
+    tune = toy.render(replace(clip, drums="no"))                                          # [N]
+    drums = wav - tune                                                                    # [N]
+    return np.stack([4 * tune + 2 * drums, 2 * tune + 4 * drums]) / 3                     # [2, N]
+
+
 class ToyDataset(Segments):
     """Synthesised clips with captions: fresh in every epoch in train, the same every time in valid and heldout."""
     def __init__(self, seed, split, codec, segment_seconds=toy.CLIP_SECONDS):
@@ -414,8 +425,8 @@ class ToyDataset(Segments):
     def example(self, epoch: int, index: int) -> Example:
         """The clip of (seed, epoch, index)."""
         made = toy.sample(self.seed, epoch if self.split == "train" else 0, index, self.split)
-        wav = torchaudio.functional.resample(torch.from_numpy(made.wav)[None], toy.SAMPLE_RATE, self.sample_rate)
-        wav, frames = self.fit(wav.expand(self.channels, -1))                             # [C, N]
+        wav = torch.from_numpy(pan(made.wav, made.clip, self.channels))                   # [C, n]
+        wav, frames = self.fit(torchaudio.functional.resample(wav, toy.SAMPLE_RATE, self.sample_rate))       # [C, N]
         meta = {"description": made.text, "toy": asdict(made.clip)}
         return Example(wav, None, frames, self.segment_frames, meta, f"toy:{self.split}/{index}", 0.0, index)
 
@@ -603,7 +614,7 @@ def begin(out: str, settings: dict) -> None:
     path = Path(out, "cache.json")
     if path.is_file():
         try:
-            begun = dict(json.loads(path.read_bytes()))
+            begun = {"channels": 1} | dict(json.loads(path.read_bytes()))                 # older caches are mono
         except (ValueError, TypeError):
             raise ValueError(f"{path} is damaged: delete {out}, or give another --out") from None
         if begun != settings:
@@ -629,7 +640,7 @@ def cache(dataset: str, out: str, codec, valid=0.05, clips: int = 2000, device="
     shards = [list(group) for _, group in itertools.groupby(entries, lambda e: next(ends) // SHARD_SECONDS)]
     listed = hashlib.sha256(json.dumps([(e.key, e.seconds, e.split) for e in entries]).encode()).hexdigest()
     begin(out, {"dataset": dataset if dataset == "toy" else os.path.abspath(dataset), "codec": codec.name,
-                "fingerprint": codec.fingerprint, "K": codec.K, "files": len(entries), "list": listed,
+                "channels": codec.channels, "fingerprint": codec.fingerprint, "K": codec.K, "files": len(entries), "list": listed,
                 "shards": len(shards)})
     for number, shard in enumerate(shards):
         if not shard_path(out, number, "json").is_file():
@@ -685,7 +696,8 @@ def main(argv=None) -> int:
         command.add_argument("dataset", help="toy, a folder of audio, or an audiocraft manifest .jsonl or .jsonl.gz")
         command.add_argument("--valid", default="0.05", help="a folder, a manifest or a fraction of the files")
     command.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec")
-    command.add_argument("--num_codebooks", type=int, help="how many codebooks to keep; None: the codec's own number")
+    command.add_argument("--num_codebooks", type=int, help="how many codebooks of a channel to keep; None: the codec's own number")
+    command.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, each channel with codebooks of its own")
     command.add_argument("--out", required=True, help="folder of the cache")
     command.add_argument("--device", default="cpu", help="where the codec runs")
     command.add_argument("--clips", type=int, default=2000, help="toy only: how many training clips")
@@ -696,7 +708,7 @@ def main(argv=None) -> int:
         else:
             if args.clips < 1:
                 raise ValueError(f"--clips {args.clips}: at least 1")
-            codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device)
+            codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device, args.channels)
             cache(args.dataset, args.out, codec, args.valid, args.clips, args.device)
     except (ValueError, OSError) as e:
         print(f"data.py: error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -187,11 +187,12 @@ class MusicGenerator:
         data = read_deployment(run)
         try:
             model, window, sampling = build_model(data), data["segment_frames"], Sampling(**data["sampling"])
-            name, K, fingerprint = (data["codec"][key] for key in ("name", "K", "fingerprint"))
+            stored = dict(channels=1, levels=data["codec"]["K"]) | data["codec"]         # older files: mono
+            name, levels, channels, fingerprint = (stored[key] for key in ("name", "levels", "channels", "fingerprint"))
             assert window > 0, f"a window of {window} frames"
         except Exception as error:                                   # a foreign file can fail in any way
             raise ValueError(f"{run}: not {WHAT}, or damaged ({tokenizer.reason(error)})") from None
-        loaded = tokenizer.load_codec(codec or name, K, device)
+        loaded = tokenizer.load_codec(codec or name, levels, device, channels)
         if loaded.fingerprint != fingerprint:
             raise ValueError(f"codec {codec or name} has fingerprint {loaded.fingerprint[:12]}, the model was trained on codes "
                              f"of {fingerprint[:12]}: give that codec by --codec")

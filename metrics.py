@@ -22,6 +22,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
+import data
 import generate
 import tokenizer
 import toy
@@ -37,8 +38,8 @@ def round_trip(clips: list, codec) -> Tensor:
     """Toy clips as rendered, through the codec and back: [B,C,N] at the codec's rate."""
     out, device = [], next(codec.parameters()).device
     for start in range(0, len(clips), 16):
-        wav = torch.from_numpy(np.stack([toy.render(c) for c in clips[start:start + 16]]))[:, None]
-        wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate).expand(-1, codec.channels, -1)
+        wav = torch.from_numpy(np.stack([data.pan(toy.render(c), c, codec.channels) for c in clips[start:start + 16]]))
+        wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate)                    # [B, C, N]
         out.append(codec.decode(codec.encode(wav.to(device))).cpu())
     return torch.cat(out)
 

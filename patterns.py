@@ -128,7 +128,7 @@ class Pattern:
 def delay(T: int, delays) -> Pattern:
     """Frame t of codebook k stands at step 1 + t + delays[k]; len(delays) is K. ValueError if bad.
 
-    Stereo (two interleaved codebooks a level, 1L 1R 2L 2R ...) takes delays 0 0 1 1 2 2 3 3.
+    Stereo (two interleaved codebooks a level, 1L 1R 2L 2R ...) takes delays 0 0 1 1 2 2 3 3: `python patterns.py --stereo`.
     """
     _check(T, len(delays), delays)
     step = 1 + np.add.outer(np.array(delays), np.arange(T))                               # [K, T]
@@ -231,11 +231,14 @@ def _moved(pattern: Pattern, device: torch.device) -> Pattern:
     return Pattern(pattern.frame.to(device), pattern.step.to(device), pattern.S_valid)
 
 
-def draw(pattern: Pattern) -> str:
-    """The pattern as K lines over S columns: a frame's number, S for the special token, | after the valid steps."""
+def draw(pattern: Pattern, stereo: bool = False) -> str:
+    """The pattern as K lines over S columns: a frame's number, S for the special token, | after the valid steps.
+
+    `stereo` names the lines 1L 1R 2L 2R ..."""
     width = len(str(pattern.T - 1))
     cells = [[f"{'S' if t < 0 else t:>{width}}" for t in row] for row in pattern.frame.tolist()]
-    return "\n".join(" ".join([f"    q{k + 1:<3}", *row[:pattern.S_valid], "|", *row[pattern.S_valid:]]).rstrip()
+    names = [f"{k // 2 + 1}{'LR'[k % 2]}" if stereo else f"{k + 1}" for k in range(pattern.K)]
+    return "\n".join(" ".join([f"    q{names[k]:<3}", *row[:pattern.S_valid], "|", *row[pattern.S_valid:]]).rstrip()
                      for k, row in enumerate(cells))
 
 
@@ -243,18 +246,21 @@ def main():
     """Draw the three patterns, and unrolled in two steps a frame, with what each costs."""
     parser = argparse.ArgumentParser(description="Draw the codebook patterns.")
     parser.add_argument("--T", type=int, default=6, help="frames (default 6)")
-    parser.add_argument("--K", type=int, default=4, help="codebooks (default 4)")
+    parser.add_argument("--K", type=int, default=4, help="codebooks, with --stereo of each channel (default 4)")
+    parser.add_argument("--stereo", action="store_true", help="two interleaved codebooks a level, left and right at one step")
     args = parser.parse_args()
-    T, K = args.T, args.K
+    T, lanes = args.T, 1 + args.stereo
+    K, level = args.K * lanes, [k // lanes for k in range(args.K * lanes)]
     try:
-        shown = [(name, make(name, T, K)) for name in NAMES]
-        shown += [("unrolled, coarse then fine", make("unrolled", T, K, flattening=[0] + [1] * (K - 1)))]
+        shown = [("delay", make("delay", T, K, level)), ("parallel", make("parallel", T, K)),
+                 ("unrolled", make("unrolled", T, K, flattening=level)),
+                 ("unrolled, coarse then fine", make("unrolled", T, K, flattening=[min(k, 1) for k in level]))]
     except ValueError as error:
         parser.error(str(error))
     print(f"T={T} frames of K={K} codebooks. A number is a frame, S the special token, | ends the valid steps.\n")
     for name, p in shown:
         print(f"{name}: S={p.S} steps, {p.S_valid} valid; {p.S - 1} model calls to generate a clip; "
-              f"{int(p.supervised.sum())} of {K * T} codes supervised\n{draw(p)}\n")
+              f"{int(p.supervised.sum())} of {K * T} codes supervised\n{draw(p, args.stereo)}\n")
 
 
 if __name__ == "__main__":

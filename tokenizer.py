@@ -7,14 +7,18 @@ ones before left over (residual vector quantisation, RVQ); the decoder makes aud
     wav [B,C,N] -encoder-> z [B,D,T] -nearest of `card` vectors, K times over-> codes [B,K,T]
     codes [B,K,T] -sum of K vectors-> z' [B,D,T] -decoder-> wav [B,C,T*hop]           T = ceil(N / hop)
 
+Stereo by a mono codec: each channel by itself, the codebooks of the channels in turn (1L 1R 2L 2R ..): see `over`.
+
 The modules are those of the `encodec` package. Its quantiser encodes and decodes, but does not train: see `quantise`.
 Legend: B batch, C channels, N samples, K codebooks, T frames, D latent width, V vectors of a codebook ("card").
 
     python tokenizer.py in.wav out.wav --codec toy               a round trip, with what it costs in quality
+    python tokenizer.py in.wav out.wav --channels 2              the same in stereo
     python tokenizer.py fit --dataset toy --out codec.pt         fits a codec: minutes to hours on one core, resumable
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import os
@@ -133,6 +137,7 @@ class Codec(nn.Module):
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.hop = int(encoder.hop_length)                           # samples a frame
         self.frame_rate = sample_rate / self.hop                     # Hz
+        self.lanes = 1                                               # channels that have codebooks of their own: see `over`
         self.K = quantizer.n_q if num_codebooks is None else num_codebooks
         self.card = quantizer.bins
         self.requires_grad_(False)
@@ -149,10 +154,35 @@ class Codec(nn.Module):
             self.quantizer.to("cpu")
         return self
 
+    def over(self, channels: int) -> "Codec":
+        """The same networks for so many channels. A mono codec takes each by itself and interleaves their codebooks:
+
+            wav [B,2,N] -> left [B,K/2,T], right [B,K/2,T] -> codes [B,K,T]: 1L 1R 2L 2R ..
+
+        as the stereo models of Copet et al. 2023 do. A codec whose networks take that many serves as it is.
+        Errors: ValueError for any other number."""
+        own = self.channels // self.lanes                            # channels that the networks take at once
+        if channels not in (own, 2) or own > channels:
+            raise ValueError(f"--channels {channels}: the codec {self.name} takes {own}" + (" or, each by itself, 2" if own == 1 else ""))
+        other = copy.copy(self)
+        other.channels, other.lanes, other.K = channels, channels // own, self.levels * (channels // own)
+        return other
+
+    @property
+    def levels(self) -> int:
+        """Codebooks of each channel: what `num_codebooks` counts. K of them all."""
+        return self.K // self.lanes
+
+    @property
+    def reference(self) -> dict:
+        """What a file says of the codec, to load the same one again."""
+        return dict(name=self.name, K=self.K, levels=self.levels, channels=self.channels, fingerprint=self.fingerprint)
+
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of K and all weights by name: codes of codecs with the same fingerprint are interchangeable."""
-        digest = hashlib.sha256(f"{self.K} {self.sample_rate} ".encode())
+        """sha256 (hex) of K, lanes and all weights by name: codes of codecs with the same fingerprint are interchangeable."""
+        lanes = f"{self.lanes} lanes " if self.lanes > 1 else ""
+        digest = hashlib.sha256(f"{self.K} {self.sample_rate} {lanes}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             if not name.endswith(TRAINING_BUFFERS):
                 digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -168,10 +198,12 @@ class Codec(nn.Module):
 
         def encode_some(wav):
             z = self.encoder(wav).to(self._quantizer_device)                                            # [b, D, T]
-            return self.quantizer.vq.encode(z, n_q=self.K).transpose(0, 1)                              # [b, K, T]
+            return self.quantizer.vq.encode(z, n_q=self.levels).transpose(0, 1)                         # [b, levels, T]
 
         with torch.autocast(wav.device.type, enabled=False):
-            return clip_by_clip(encode_some, wav.float()).to(wav.device)                                # [B, K, T]
+            lanes = wav.float().reshape(B * self.lanes, C // self.lanes, N)                             # [B*lanes, C/lanes, N]
+            codes = clip_by_clip(encode_some, lanes).to(wav.device)                                     # [B*lanes, levels, T]
+        return codes.unflatten(0, (B, self.lanes)).transpose(1, 2).flatten(1, 2)                        # [B, K, T]
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -185,10 +217,11 @@ class Codec(nn.Module):
 
         def decode_some(codes):
             z = self.quantizer.vq.decode(codes.transpose(0, 1).to(self._quantizer_device))              # [b, D, T]
-            return self.decoder(z.to(codes.device))                                                     # [b, C, T*hop]
+            return self.decoder(z.to(codes.device))                                                     # [b, C/lanes, T*hop]
 
+        lanes = codes.unflatten(1, (-1, self.lanes)).transpose(1, 2).flatten(0, 1)                      # [B*lanes, levels, T]
         with torch.autocast(codes.device.type, enabled=False):
-            return clip_by_clip(decode_some, codes)                                                     # [B, C, T*hop]
+            return clip_by_clip(decode_some, lanes).reshape(B, self.channels, T * self.hop)             # [B, C, T*hop]
 
     @property
     def _quantizer_device(self) -> torch.device:
@@ -309,10 +342,11 @@ def check_device(name) -> torch.device:
     return device
 
 
-def load_codec(name: str, num_codebooks: int | None = None, device="cpu") -> Codec:
+def load_codec(name: str, num_codebooks: int | None = None, device="cpu", channels: int = 1) -> Codec:
     """The codec `toy` (embedded), `encodec_24khz` (public weights) or a PATH to a file of the fit command, frozen.
 
-    `num_codebooks` takes the first so many levels. Errors: ValueError, one line with a way out."""
+    `num_codebooks` takes the first so many levels, of each channel where a mono codec serves two: see `Codec.over`.
+    Errors: ValueError, one line with a way out."""
     device = check_device(device)
     if name == "toy":
         codec = _codec_of_file(TOY_FILE, "toy", num_codebooks)
@@ -325,7 +359,7 @@ def load_codec(name: str, num_codebooks: int | None = None, device="cpu") -> Cod
         codec = _codec_of_file(Path(name), str(name), num_codebooks)
     else:
         raise ValueError(f"codec {name!r}: choose toy, encodec_24khz or the path of a codec file")
-    return codec.to(device)
+    return codec.over(channels).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -894,14 +928,15 @@ def roundtrip(argv: list) -> None:
     parser.add_argument("input", help="audio file")
     parser.add_argument("output", help="audio file to write, at the codec's sample rate")
     parser.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec file (default toy)")
-    parser.add_argument("--num_codebooks", type=int, help="use the first so many codebooks (default all)")
+    parser.add_argument("--num_codebooks", type=int, help="use the first so many codebooks of a channel (default all)")
+    parser.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, each channel by itself (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
     args = parser.parse_args(argv)
     if os.path.realpath(args.input) == os.path.realpath(args.output):
         raise ValueError(f"{args.output}: is the input itself: name another file to write")
     if not Path(args.input).is_file():
         raise ValueError(f"{args.input}: no such file")
-    codec = load_codec(args.codec, args.num_codebooks, args.device)
+    codec = load_codec(args.codec, args.num_codebooks, args.device, args.channels)
     wav = read_audio(args.input, sample_rate=codec.sample_rate, channels=codec.channels)[None].to(args.device)
     if wav.shape[-1] == 0:
         raise ValueError(f"{args.input}: holds no audio")

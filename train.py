@@ -55,7 +55,7 @@ PRESETS = {                                                          # defaults 
                   word_dropout=0.3, merge_text_p=0.25, valid_samples=512, cfg=3.0, temperature=1.0, top_k=250,
                   evaluate_every=25, generate_every=25),
 }
-NEUTRAL = {"out", "device", "workers", "resume", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
+NEUTRAL = {"out", "device", "workers", "resume", "init_from", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
            "micro_batch_size", "parallel", "zero", "cpu_offload", "sharded_checkpoint", "save_minutes", "timeout", "checkpointing",
            "epochs", "eval_samples", "generate_samples", "plan_gpus", "plan_tflops"}                        # may change on resume
 CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",
@@ -76,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--valid", default="0.05", help="folder, manifest, or the fraction of --dataset kept for validation")
     g.add_argument("--cache", default=None, help="token cache made by data.py cache; audio and codec are then not touched")
     g.add_argument("--codec", default=None, help="toy, encodec_24khz or the path of a codec (default: by dataset)")
-    g.add_argument("--num_codebooks", type=int, default=None, help="K, the first of the codec's codebooks (default: all)")
-    g.add_argument("--channels", type=int, default=1, choices=(1,), help="audio channels")
+    g.add_argument("--num_codebooks", type=int, default=None, help="the first so many codebooks of a channel (default: all)")
+    g.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, each channel with codebooks of its own")
     g.add_argument("--segment_seconds", type=float, default=None, help="length of a training segment, seconds")
     g.add_argument("--min_segment_ratio", type=float, default=0.8, help="least share of a segment that lies inside its file")
     g.add_argument("--workers", type=int, default=None, help="processes that load data (default: 0 for toy, else 4)")
@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     g = new("run")
     g.add_argument("--out", default=None, help="run folder (default: runs/ and the name of the dataset)")
     g.add_argument("--seed", type=int, default=0, help="of weights, data, dropouts and samples")
+    g.add_argument("--init_from", default=None, help="run folder or best.pt to start from; mono weights also start a stereo run")
     g.add_argument("--resume", default="auto", choices=("auto", "never"), help="auto: go on from the folder's checkpoint")
     g.add_argument("--save_minutes", type=float, default=10.0, help="checkpoint within an epoch; 0: after every update")
     g.add_argument("--sharded_checkpoint", action="store_true", help="all ranks write their shards, nothing is gathered")
@@ -394,15 +395,19 @@ def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
     return sets
 
 
-def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved: dict | None, stop: Stop) -> Run:
+def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved: dict | None, stop: Stop,
+          start: dict | None = None) -> Run:
     """Allocates model, average and optimiser. Every rank draws the same initial weights from the seed.
 
-    found: the dataset's name or what scanning it gave; saved: the checkpoint that `restore` will go on from."""
+    found: the dataset's name or what scanning it gave; saved: the checkpoint that `restore` will go on from; start: what
+    `read_start` gave."""
     train_set, valid_set = open_data(args, found, codec, ranks)
     torch.manual_seed(args.seed)
     config, dtype = model_config(args, codec), getattr(torch, args.dtype)
     sharded = args.parallel == "fsdp" and ranks.world > 1
-    model = MusicGen(config, build_conditioner(args, train_set, config.dim, ranks, saved))
+    model = MusicGen(config, build_conditioner(args, train_set, config.dim, ranks, saved or start))
+    if start is not None:
+        load_start(model, start, args.init_from)
     model = model if sharded else model.to(ranks.device)             # sharding moves a layer at a time
     model.transformer.checkpointing = args.checkpointing
     ema = Ema(model, args.ema_decay)
@@ -433,8 +438,75 @@ def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
 def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     """The language model's shape from the flags and the codec."""
     cross = not args.no_text and any("cross" in method for method in parse_fuse(args.fuse).values())
+    level = [k // codec.lanes for k in range(codec.K)] if codec.lanes > 1 else None      # 0 0 1 1 ..: left and right at once
     return ModelConfig(K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross, pattern=args.pattern,
-                       emb_std=args.emb_std, **SIZES[args.size])
+                       emb_std=args.emb_std, delays=level if args.pattern == "delay" else None,
+                       flattening=level if args.pattern == "unrolled" else None, **SIZES[args.size])
+
+
+def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | None:
+    """Weights ("model") and vocabulary ("assets") of the run that --init_from names, for a model of `config` over `codec`.
+
+    A run over one channel of a codec that interleaves two starts them both ("copies" is 2): see `both_channels`.
+    Errors: ValueError naming what differs, there and here."""
+    if args.init_from is None:
+        return None
+    start = generate.read_deployment(args.init_from)
+    try:
+        theirs = fixed_shape(ModelConfig(**start["model_config"]), (start["conditioner_config"] or {}).get("fuse"))
+        stored = dict(channels=1) | start["codec"]                   # older files: mono
+        their_codes = "codes {K} of {name} (channels {channels}, {fingerprint:.12})".format(**stored)
+        weights, assets = start["model"], start["assets"]
+        if theirs["conditions"]:
+            conditioning.vocabulary_size(conditioning.unpack(assets["text"]))
+    except Exception as error:                                       # a foreign file can fail in any way
+        raise ValueError(f"{args.init_from}: not {generate.WHAT}, or damaged ({tokenizer.reason(error)})") from None
+    mine = fixed_shape(config, None if args.no_text else parse_fuse(args.fuse))
+    differ = [f"{k} {theirs[k]} there, {v} here" for k, v in mine.items() if theirs[k] != v]
+    one = codec.over(codec.channels // codec.lanes)                  # the same codec over one of its interleaved channels
+    copies = {one.fingerprint: codec.lanes, codec.fingerprint: 1}.get(stored["fingerprint"])
+    if copies is None:
+        differ.append(f"{their_codes} there, codes {codec.K} of {codec.name} (channels {codec.channels}, "
+                      f"{codec.fingerprint:.12}) here")
+    if differ:
+        raise ValueError(f"--init_from {args.init_from} does not fit: {'; '.join(differ)}. Give the flags it was trained with")
+    return dict(model=weights, assets=assets, copies=copies)
+
+
+def load_start(model: MusicGen, start: dict, where: str) -> None:
+    """Fills a new model with the weights of `read_start`. Errors: ValueError where a name or a shape is another."""
+    try:
+        weights = both_channels(start["model"], start["copies"])
+        found = {name: list(x.shape) for name, x in weights.items()}
+    except Exception as error:                                       # a foreign file can fail in any way
+        raise ValueError(f"--init_from {where}: its weights are damaged ({tokenizer.reason(error)})") from None
+    wanted = {name: list(x.shape) for name, x in model.state_dict().items()}
+    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise ValueError(f"--init_from {where}: weights are not what this model has: {wrong[0]} is {found.get(wrong[0])} there, "
+                         f"{wanted.get(wrong[0])} here ({len(wrong)} differ)")
+    model.load_state_dict(weights)
+
+
+def fixed_shape(config: ModelConfig, fuse: dict | None) -> dict:
+    """What a model cannot start from another without. Codebooks and their delays are compared by the codec."""
+    free = ("K", "delays", "flattening", "dropout", "emb_std")
+    return {k: v for k, v in asdict(config).items() if k not in free} | dict(conditions=fuse)
+
+
+def both_channels(weights: dict, copies: int) -> dict:
+    """Weights of a mono model for interleaved channels: each embedding and head `copies` times, the rest as it is.
+
+    audiocraft (docs/MUSICGEN.md) copies the embeddings as they are. But those of a step are summed: they are halved here, so
+    that the model reads two equal channels exactly as it read one (toy: ce 0.325 as before, 0.598 where they are not halved)."""
+    spread = {}
+    for name, x in weights.items():
+        part, _, rest = name.partition(".")
+        if part in ("emb", "linears"):
+            k, _, leaf = rest.partition(".")
+            spread |= {f"{part}.{int(k) * copies + c}.{leaf}": x / copies if part == "emb" else x for c in range(copies)}
+        else:
+            spread[name] = x
+    return spread
 
 
 def segment_frames(args: argparse.Namespace, codec) -> int:
@@ -669,7 +741,7 @@ def deployment(run: Run, keep: bool = True) -> dict:
     return dict(format=generate.FORMAT, model=several.gather_state(weights, keep), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
-                codec=dict(name=codec.name, K=codec.K, fingerprint=codec.fingerprint),
+                codec=codec.reference,
                 segment_frames=segment_frames(args, codec),
                 sampling=asdict(generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p)),
                 metrics=dict(run.best_values or {}), step=run.step, args=vars(args))
@@ -946,7 +1018,7 @@ def run_epochs(run: Run) -> None:
 def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> Run | None:
     """Everything before the first update: the same on every rank, its errors too. None after a dry run."""
     found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
-    codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device)
+    codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     config, T = model_config(args, codec), segment_frames(args, codec)
     if T < 2:
         raise ValueError(f"--segment_seconds {args.segment_seconds:g}: more than the {1 / codec.frame_rate:g} s of a frame")
@@ -957,7 +1029,10 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
     held = checkpoint.lock(out) if ranks.is_main else None
     try:
         saved = fitting(out, read_checkpoint, args, ranks, out)
-        run = build(args, ranks, codec, found, out, saved, stop)
+        start = read_start(args, config, codec) if saved is None else None
+        if start is not None:
+            ranks.print(f"starting with the weights and the vocabulary of {args.init_from}")
+        run = build(args, ranks, codec, found, out, saved, stop, start)
         if saved is not None:
             fitting(out, restore, run, saved)
         if ranks.is_main:
@@ -994,7 +1069,7 @@ def write_config(run: Run) -> None:
     conditioner = run.model.conditioner
     content = dict(args=vars(run.args), model=asdict(run.model.config),
                    conditioner=None if conditioner is None else asdict(conditioner.config),
-                   codec=dict(name=run.codec.name, K=run.codec.K, fingerprint=run.codec.fingerprint),
+                   codec=run.codec.reference,
                    parameters=sum(p.numel() for p in run.model.parameters()), torch=torch.__version__)
     path = run.out / "config.json"
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
