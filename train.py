@@ -973,7 +973,7 @@ def compare_with_reference(run: Run) -> None:
     if not REFERENCE_RUN.is_file():
         return
     lines = [json.loads(line) for line in REFERENCE_RUN.read_text().splitlines()]
-    same = all(getattr(run.args, k) == v for k, v in lines[0]["args"].items())
+    same = all(getattr(run.args, k) == v for k, v in ({"channels": 1, "init_from": None} | lines[0]["args"]).items())
     curve = {r["step"]: r for r in lines[1:] if r["kind"] == "stage" and r["stage"] == "valid"}
     mine = {r["step"]: r for r in run.history if r["stage"] == "valid"}
     if not same or not (common := sorted(set(curve) & set(mine))):

@@ -231,6 +231,17 @@ def test_a_run_goes_on_with_its_channels_only(runs, capsys):
     assert "--channels 1 there, 2 now" in capsys.readouterr().err
 
 
+def test_the_reference_run_is_no_measure_of_stereo(runs, tmp_path, monkeypatch, capsys):
+    """Its flags are the same but for the channels: a run with twice the codebooks, or from other weights, is not beside it."""
+    import json
+    records = [dict(args=dict(dataset="toy", size="debug")), *lines(runs / "mono")]
+    (tmp_path / "reference.jsonl").write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setattr(train, "REFERENCE_RUN", tmp_path / "reference.jsonl")
+    for name, flags, beside in (("a", [], True), ("b", ["--channels", "2"], False), ("c", ["--init_from", str(runs / "mono")], False)):
+        assert run(tmp_path / name, *flags, *ONE_EPOCH) == 0
+        assert ("beside the reference run" in capsys.readouterr().out) == beside
+
+
 @pytest.mark.parametrize("pattern", ("parallel", "unrolled"))
 def test_other_patterns_train(pattern, tmp_path):
     assert run(tmp_path, "--channels", "2", "--pattern", pattern, "--num_codebooks", "2", "--eval_samples", "1", *ONE_EPOCH) == 0
