@@ -216,6 +216,20 @@ class Transformer(nn.Module):
         return x
 
 
+@torch.no_grad()
+def trunc_normal(weight: Tensor, std: float) -> None:
+    """Fills a tensor from a normal distribution cut at three standard deviations."""
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def init_transformer(transformer: Transformer) -> None:
+    """std = 1/sqrt(fan_in) over sqrt(2(l+1)) for the matrices of layer l (from 0)."""
+    for l, layer in enumerate(transformer.layers):
+        for weight in layer.parameters():
+            if weight.dim() == 2:
+                trunc_normal(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
+
+
 class MusicGen(nn.Module):
     """The language model with its conditioner. `forward` is the loss; `logits` and `hidden` serve generation and tests.
 
@@ -233,24 +247,17 @@ class MusicGen(nn.Module):
         self.conditioner = conditioner
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal at 3 std; std = 1/sqrt(fan_in), for matrices of layer l (from 0) over sqrt(2(l+1)).
+        """Truncated normal; std = 1/sqrt(fan_in), see `init_transformer`.
 
         Source: SPEC L5 of the reference; its packed q/k/v escape the scheme there and follow it here. Its embeddings, at
         1/sqrt(D), are ten times smaller than the position vectors they are added to; `emb_std` can make them as large,
         which a short run gains much from."""
-        def init(weight: Tensor, std: float):
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
         for table in self.emb:
-            init(table.weight, self.config.emb_std or self.config.dim ** -0.5)
+            trunc_normal(table.weight, self.config.emb_std or self.config.dim ** -0.5)
         for head in self.linears:
-            init(head.weight, self.config.dim ** -0.5)
-        for l, layer in enumerate(self.transformer.layers):
-            for weight in layer.parameters():
-                if weight.dim() == 2:
-                    init(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
+            trunc_normal(head.weight, self.config.dim ** -0.5)
+        init_transformer(self.transformer)
 
     def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None,
                keys: Tensor | None = None) -> Tensor:
@@ -318,15 +325,16 @@ class MusicGen(nn.Module):
         pattern = self.config.layout(codes.shape[2])
         return pattern.revert_logits(self.logits(pattern.build(codes, self.special), conditions))
 
-    def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None, keys: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None, keys: Tensor | None = None,
+                loss_mask: Tensor | None = None) -> Tensor:
         """Cross-entropy summed over the valid targets of each codebook: [K] float32, to be divided by `count_targets`.
 
         codes [B,K,T]; frame_mask [B,T] False where a clip is padding (read as the special token, masked from the loss);
-        inputs: what the conditioner's `prepare` gave; keys [B] int32: dropout's, one a sample. The targets are shifted to the
-        sequence: no logits are gathered."""
+        inputs: what the conditioner's `prepare` gave; keys [B] int32: dropout's, one a sample; loss_mask [B,T] False where frames
+        are read but not learnt, within frame_mask. The targets are shifted to the sequence: no logits are gathered."""
         conditions = self.conditioner(inputs) if self.conditioner is not None else None
         pattern = self.config.layout(codes.shape[2])
-        targets = pattern.targets(codes, frame_mask, IGNORE)                                            # [B, K, S-1]
+        targets = pattern.targets(codes, frame_mask if loss_mask is None else loss_mask, IGNORE)                                            # [B, K, S-1]
         if frame_mask is not None:
             codes = codes.masked_fill(~frame_mask[:, None], self.special)
         x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions, keys=keys)            # [B, S-1, D]
