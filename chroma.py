@@ -133,14 +133,18 @@ def draw(x: Tensor, columns: int = 96) -> str:
     return "\n".join(rows + [f"   +{'-' * x.shape[1]}  a column is {each * HOP_SECONDS:g} s"])
 
 
+def show(path: str) -> None:
+    """Prints the chroma of an audio file. Errors: ValueError naming the file."""
+    import tokenizer
+    print(draw(chroma(tokenizer.read_audio(path), tokenizer.audio_info(path).sample_rate)))
+
+
 def main(argv: list | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draws the chroma of an audio file.")
     parser.add_argument("audio")
     args = parser.parse_args(argv)
-    import tokenizer
     try:
-        info = tokenizer.audio_info(args.audio)
-        print(draw(chroma(tokenizer.read_audio(args.audio), info.sample_rate)))
+        show(args.audio)
     except ValueError as error:
         print(f"chroma.py: {error}", file=sys.stderr)
         return 2

@@ -530,43 +530,89 @@ def training_attributes(meta: dict, names: list, seed: int, step: int, index: in
     return drop_conditions(attributes, generator(seed, DROP_STREAM, step, index), cfg_dropout, attribute_dropout)
 
 
-def read_pieces(run: str) -> bytes:
-    """The vocabulary of a run, a serialised sentencepiece model. Errors: ValueError says what is missing or wrong."""
+def read_run(run: str) -> dict:
+    """The content of a run's best.pt. Errors: ValueError says what is missing or wrong."""
     from pathlib import Path
 
     import tokenizer
     path = Path(run, "best.pt")
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the folder of a run that has finished an epoch")
-    stored = tokenizer.load_file(path, "a model of this project")
+    return tokenizer.load_file(path, "a model of this project")
+
+
+def read_pieces(run: str) -> bytes:
+    """The vocabulary of a run, a serialised sentencepiece model. Errors: ValueError says what is missing or wrong."""
+    stored = read_run(run)
     if "text" not in (stored.get("assets") or ()):
-        raise ValueError(f"{path}: a model trained without text has no vocabulary")
+        raise ValueError(f"{run}: a model trained without text has no vocabulary")
     try:
         pieces = unpack(stored["assets"]["text"])
         vocabulary_size(pieces)
     except Exception as error:                                       # a foreign file can fail in any way
-        raise ValueError(f"{path}: not a model of this project, or damaged ({tokenizer.reason(error)})") from None
+        raise ValueError(f"{run}: not a model of this project, or damaged ({' '.join(str(error).split())[:200]})") from None
     return pieces
 
 
-def main(argv: list | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Shows how a text becomes pieces and ids.")
-    parser.add_argument("text")
-    parser.add_argument("--run", help="run folder whose vocabulary to use; without it one is fitted to toy captions")
-    args = parser.parse_args(argv)
-    if args.run:
-        try:
-            pieces = read_pieces(args.run)
-        except ValueError as error:
-            print(f"conditioning.py: {error}", file=sys.stderr)
-            return 2
+def show_text(text: str, run: str | None) -> None:
+    """Prints a text's pieces and ids, in the vocabulary of a run or in one fitted to toy captions."""
+    if run:
+        pieces = read_pieces(run)
     else:
         import toy
         pieces = fit_sentencepiece(toy.draw(0, 0, i)[1] for i in range(2000))
     processor = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     print(f"{processor.vocab_size()} pieces in the vocabulary")
-    print(" ".join(processor.encode(clean_text(args.text), out_type=str) + ["</s>"]))
-    print(*processor.encode(clean_text(args.text)), EOS)
+    print(" ".join(processor.encode(clean_text(text), out_type=str) + ["</s>"]))
+    print(*processor.encode(clean_text(text)), EOS)
+
+
+@torch.no_grad()
+def show_style(path: str, run: str) -> None:
+    """Prints what a run's bottleneck leaves of the middle of an audio file: a number a level and kept frame."""
+    import tokenizer
+    stored = read_run(run)
+    try:
+        config = ConditionerConfig(**(stored["conditioner_config"] or {"fuse": {}}))
+        codec, D, prefix = stored["codec"], stored["model_config"]["dim"], "conditioner.parts.style."
+        state = {k.removeprefix(prefix): v for k, v in stored["model"].items() if k.startswith(prefix)}
+        part = StyleConditioner(config, D).eval()
+        part.load_state_dict(state or part.state_dict())
+    except Exception as error:                                       # a foreign file can fail in any way
+        raise ValueError(f"{run}: not a model of this project, or damaged ({tokenizer.reason(error)})") from None
+    if "style" not in config.fuse:
+        raise ValueError(f"{run}: this model was trained without style")
+    codec = tokenizer.load_codec(codec["name"], codec["K"])
+    codes = codec.encode(tokenizer.read_audio(path, 0.0, None, codec.sample_rate, codec.channels)[None])[0]             # [K, T']
+    start, stop = excerpt(codes.shape[1], config.style_frames, config.style_frames)
+    kept = part.bottleneck.codes(part.encode(*part.prepare([codes[:, start:stop]]))[0])[:, ::config.style_every]
+    print(f"{stop - start} frames from frame {start} on ({(stop - start) / codec.frame_rate:g} s) -> {kept.shape[1]} tokens of "
+          f"{config.style_levels} codes, each one of {config.style_bins}:")
+    for level, row in enumerate(kept.tolist(), 1):
+        print(f"level {level} |" + "".join(f"{code:>5}" for code in row))
+
+
+def main(argv: list | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Shows how a text becomes pieces and ids, and audio a melody or a style.")
+    parser.add_argument("text", nargs="?")
+    parser.add_argument("--melody", metavar="AUDIO", help="draw its chroma")
+    parser.add_argument("--style", metavar="AUDIO", help="what the bottleneck of --run leaves of it")
+    parser.add_argument("--run", help="run folder whose vocabulary to use; without it one is fitted to toy captions")
+    args = parser.parse_args(argv)
+    if args.text is None and not args.melody and not args.style:
+        parser.error("give a text, --melody AUDIO or --style AUDIO")
+    if args.style and not args.run:
+        parser.error("--style shows what a trained model makes of it: give --run")
+    try:
+        if args.text is not None:
+            show_text(args.text, args.run)
+        if args.melody:
+            melodies.show(args.melody)
+        if args.style:
+            show_style(args.style, args.run)
+    except ValueError as error:
+        print(f"conditioning.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -112,15 +112,16 @@ def mix(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
-    """Zeroes elements of x [B,S,D] with probability p and scales the others by 1/(1-p); keys [B] int32, one a sample.
+    """Zeroes elements of x [B,S,D] with probability p and scales the others by 1/(1-p); keys [B] or [B,S] int32, one a sample or step.
 
     What is dropped is a hash of (key, site, place): no generator's state, so it does not depend on the ranks and
     micro-batches a batch was split into, nor on a restart, and recomputing a layer drops the same. No keys, no dropout."""
     if keys is None or p == 0:
         return x
-    place = torch.arange(x[0].numel(), device=x.device, dtype=torch.int32).view(x.shape[1:])             # [S, D]
-    start = mix(keys + (site * 0x9E3779B1 & 0x7FFFFFFF))                                                 # [B]
-    kept = (mix(place + start[:, None, None]) & 0xFFFFFF) >= int(p * (1 << 24))                          # [B, S, D]
+    inside = x.shape[keys.dim():]                                                                        # [S, D] or [D]
+    place = torch.arange(inside.numel(), device=x.device, dtype=torch.int32).view(inside)
+    start = mix(keys + (site * 0x9E3779B1 & 0x7FFFFFFF)).view(*keys.shape, *[1] * len(inside))
+    kept = (mix(place + start) & 0xFFFFFF) >= int(p * (1 << 24))                                         # [B, S, D]
     return x * kept / (1 - p)
 
 
@@ -280,7 +281,10 @@ class MusicGen(nn.Module):
             P, prefix_mask = c.prefix.shape[1], c.prefix_mask if self.config.mask_padding else None
         if cache is not None:
             cache.P, cache.prefix_mask, cache.source_mask, cache.summed = P, prefix_mask, source_mask, summed
-        x = x + sinusoid(self._positions(B, start, x.shape[1], P, prefix_mask, x.device), self.config.dim)
+        positions = self._positions(B, start, x.shape[1], P, prefix_mask, x.device)
+        x = x + sinusoid(positions, self.config.dim)
+        if keys is not None and prefix_mask is not None:             # how a batch pads its prefixes must not count
+            keys = mix(keys[:, None] + positions.int())                                                 # [B, S]
         mask = self._self_mask(start, x.shape[1], P, prefix_mask, x.device)
         x = self.transformer(x, mask, None if start else c.cross, source_mask, cache, keys)
         if cache is not None:
