@@ -458,7 +458,8 @@ class StyleConditioner(nn.Module):
         x = sum(table(row) for table, row in zip(self.emb, codes.unbind(1)))                            # [B, L, E]
         x = x + sinusoid(torch.arange(x.shape[1], device=x.device), x.shape[2])
         visible = mask[:, None, None] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)        # [B, 1, L, L]
-        return self.transformer(x, visible, None, None)
+        x = self.transformer(x, visible, None, None)
+        return F.layer_norm(x, x.shape[-1:])                         # nothing else would keep it from growing
 
     def forward(self, codes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(codes.device.type, enabled=False):       # float32, as the reference: rounding is a choice

@@ -293,12 +293,13 @@ class MusicGen(nn.Module):
 
     @staticmethod
     def _positions(B: int, start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor:
-        """Positions [1,S] or [B,S]: masked prefix tokens do not count, so that padding of a batch moves nothing."""
+        """Positions [1,S] or [B,S]. With a mask the codes begin at 0, whatever stands before them, at -1, -2, ..: neither a
+        batch's padding nor a condition more or less moves them. Without, the prefix begins at 0, as in the public weights."""
         positions = torch.arange(start, start + S, device=device)[None]                                 # [1, S]
         if prefix_mask is None:
             return positions
         real = torch.cat([prefix_mask, prefix_mask.new_ones(B, start + S - P)], 1)
-        return (real.cumsum(1) - 1).clamp_min(0)[:, start:]                                             # [B, S]
+        return (real.cumsum(1) - 1 - prefix_mask.sum(1, keepdim=True))[:, start:]                       # [B, S]
 
     @staticmethod
     def _self_mask(start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor | None:

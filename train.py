@@ -234,11 +234,12 @@ def check(args: argparse.Namespace, world: int) -> None:
 
 
 def fuses(args: argparse.Namespace) -> dict:
-    """{name: method} of the conditions trained on, in the order in which they stand before the codes: the reference's."""
+    """{name: method} of the conditions trained on, in the order in which they stand before the codes: the melody next to them,
+    always as far from them, or with a text between as the reference has it."""
     asked = parse_fuse(args.fuse)
     if odd := [name for name in asked if name not in args.conditions]:
         raise ValueError(f"--fuse {odd[0]}={asked[odd[0]]}: {odd[0]!r} is not among the --conditions {' '.join(args.conditions)}")
-    usual = dict(melody="prepend", style="prepend", **parse_fuse(PRESETS["toy" if args.dataset == "toy" else "audio"]["fuse"]))
+    usual = dict(style="prepend", melody="prepend", **parse_fuse(PRESETS["toy" if args.dataset == "toy" else "audio"]["fuse"]))
     return {name: asked.get(name, method) for name, method in usual.items()
             if name in args.conditions and not (name == "text" and args.no_text)}
 
@@ -409,11 +410,12 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
 def condition_shapes(args: argparse.Namespace, codec) -> dict:
     """What the melody's and the style's conditioners look like: by the segment, the codec and the model's size."""
     size, (low, high) = SIZES[args.size], style_frames(args, codec)
+    bins = min(1024, max(16, args.batch_size * (low + high) // 16))  # of an update's frames each should have some
     hop, width = chroma.hop_length(codec.sample_rate), min(512, size["dim"])
     return dict(melody_frames=chroma.count_frames(round(args.segment_seconds * codec.sample_rate), codec.sample_rate),
                 melody_rate=codec.hop / hop, melody_argmax=args.melody_argmax, melody_stems=args.melody_stems,
                 style_codebooks=min(3, codec.K), style_card=codec.card, style_dim=width, style_heads=max(1, width // 64),
-                style_layers=min(8, size["num_layers"]), style_levels=args.style_levels, style_bins=min(1024, 2 * width),
+                style_layers=min(8, size["num_layers"]), style_levels=args.style_levels, style_bins=bins,
                 style_every=max(1, min(round(codec.frame_rate / 5), low // 4)),        # 5 a second; of a short excerpt at least 4
                 style_frames=(low + high) // 2)
 
