@@ -4,6 +4,7 @@
                                  └─cache (codec)─► CacheDataset ─┼─► batches ─► [Example] ─collate─► Batch
     toy.py ──────────────────────────────────► ToyDataset ───────┘
 
+With `melody`, an example has the chroma of its audio as well (chroma.py), from a cache as from files.
 A dataset has `example(epoch, index) -> Example`, `files` and `describe()`. A file that cannot be read is skipped, named
 once and counted. Letters: B batch, K codebooks, T frames of a segment, C channels, N samples.
 
@@ -36,6 +37,7 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
+import chroma
 import tokenizer
 import toy
 
@@ -64,6 +66,8 @@ class Entry:
     shard: int = 0                          # in a cache: which shard, the first frame in it, how many frames
     offset: int = 0
     frames: int = 0
+    chroma_offset: int = 0                  # in a cache: the same of its chroma
+    chroma_frames: int = 0
     error: str | None = None                # in a cache: why the file could not be encoded
 
 
@@ -88,6 +92,7 @@ class Example:
     path: str
     start_seconds: float
     index: int
+    chroma: np.ndarray | None = None        # [F, 12] float32, as many frames as there is audio; where melody is asked for
     skipped: list = field(default_factory=list)          # (path, reason) of the files that failed before this one
 
 
@@ -317,10 +322,12 @@ class Segments:
     [0, duration - segment * min_segment_ratio], rounded down to a codec frame. Without `shuffle` the epoch counts for
     nothing: the same segments every time. `codec` is anything with a sample_rate, channels and hop.
     """
-    def __init__(self, entries, codec, segment_seconds, seed, min_segment_ratio=0.8, shuffle=True, note=""):
+    def __init__(self, entries, codec, segment_seconds, seed, min_segment_ratio=0.8, shuffle=True, note="", melody=False,
+                 stems=False):
         self.files, self.segment_seconds, self.seed = entries, segment_seconds, seed
         self.sample_rate, self.channels, self.hop = codec.sample_rate, codec.channels, codec.hop
         self.min_segment_ratio, self.shuffle, self.note, self.skipped = min_segment_ratio, shuffle, note, {}
+        self.melody, self.stems = melody, stems                 # whether examples have a chroma; without drums and bass
         self.samples = max(1, round(segment_seconds * self.sample_rate))                  # N
         self.segment_frames = math.ceil(self.samples / self.hop)                          # T
 
@@ -340,8 +347,8 @@ class Segments:
         for (entry, start), _ in zip(self.draws(epoch, index), range(MAX_TRIES + 1)):
             seconds = start * self.hop / self.sample_rate
             try:
-                wav, codes, frames = self.read(entry, start)
-                return Example(wav, codes, frames, self.segment_frames, entry.meta, entry.path, seconds, index, failed)
+                wav, codes, frames, tune = self.read(entry, start)
+                return Example(wav, codes, frames, self.segment_frames, entry.meta, entry.path, seconds, index, tune, failed)
             except READ_ERRORS as e:
                 failed.append((entry.path, f"cannot be read: {str(e).removeprefix(f'{entry.path}: ')}"))
         raise ValueError(f"{MAX_TRIES + 1} files in a row cannot be read, the last {failed[-1][0]!r}: {failed[-1][1]}")
@@ -350,6 +357,10 @@ class Segments:
         """Cut or pad [C, n] to a segment [C, N] -> (wav, frames that hold audio)."""
         kept = min(wav.shape[-1], self.samples)
         return F.pad(wav[:, :kept], (0, self.samples - kept)).numpy(), math.ceil(kept / self.hop)
+
+    def tune(self, wav: Tensor) -> np.ndarray | None:
+        """The chroma [F, 12] of a segment's audio [C, n] up to its end, if melody is asked for."""
+        return chroma.melody(wav[:, :self.samples], self.sample_rate, self.stems).numpy() if self.melody else None
 
     def describe(self) -> str:
         """One line for the log."""
@@ -362,17 +373,19 @@ class Segments:
 
 class AudioDataset(Segments):
     """Segments read from audio files, resampled and mixed to what the codec takes."""
-    def read(self, entry: Entry, start_frame: int) -> tuple[np.ndarray, None, int]:
-        """(wav [C, N], None, frames that hold audio). ValueError naming what is wrong."""
+    def read(self, entry: Entry, start_frame: int) -> tuple[np.ndarray, None, int, np.ndarray | None]:
+        """(wav [C, N], None, frames that hold audio, chroma). ValueError naming what is wrong."""
         wav = read_checked(entry, start_frame * self.hop / self.sample_rate, self.samples / self.sample_rate, self)
-        wav, frames = self.fit(wav)                                                       # [C, N]
-        return wav, None, frames
+        fitted, frames = self.fit(wav)                                                    # [C, N]
+        return fitted, None, frames, self.tune(wav)
 
 
 class CacheDataset(Segments):
     """The same segments out of a token cache, made by this codec with at least its number of codebooks."""
-    def __init__(self, folder, codec, segment_seconds, seed, min_segment_ratio, split, valid):
+    def __init__(self, folder, codec, segment_seconds, seed, min_segment_ratio, split, valid, melody=False, stems=False):
         settings, entries = read_index(folder)
+        if melody:
+            check_chroma(folder, settings, entries, stems)
         self.folder, self.K, self.card = folder, codec.K, codec.card
         alike = copy.copy(codec)
         alike.K = settings["K"]                                 # a fingerprint covers K: compare at the cache's own
@@ -390,10 +403,10 @@ class CacheDataset(Segments):
         if settings["dataset"] == "toy":                        # a toy clip is one phrase: from its beginning, as live
             min_segment_ratio = 1.0
         super().__init__(parts[split == "valid"], codec, segment_seconds, seed, min_segment_ratio, split == "train",
-                         "; ".join(filter(None, [f"from token cache {folder}", note])))
+                         "; ".join(filter(None, [f"from token cache {folder}", note])), melody, stems)
 
-    def read(self, entry: Entry, start_frame: int) -> tuple[None, np.ndarray, int]:
-        """(None, codes [K, T], frames that hold audio). ValueError where the file could not be encoded."""
+    def read(self, entry: Entry, start_frame: int) -> tuple[None, np.ndarray, int, np.ndarray | None]:
+        """(None, codes [K, T], frames that hold audio, chroma). ValueError where the file could not be encoded."""
         frames = min(self.segment_frames, entry.frames - start_frame)
         if frames <= 0:
             raise ValueError(entry.error or f"no audio at frame {start_frame}: it has {entry.frames}")
@@ -403,7 +416,19 @@ class CacheDataset(Segments):
         codes[:, :frames] = shard[first:first + frames, :self.K].T
         if codes.max() >= self.card:
             raise ValueError(f"the cache is damaged: a code {codes.max()}, the codec has 0 to {self.card - 1}")
-        return None, codes, frames
+        return None, codes, frames, self.cached_tune(entry, start_frame) if self.melody else None
+
+    def cached_tune(self, entry: Entry, start_frame: int) -> np.ndarray:
+        """The chroma [F, 12] of the segment that begins at a frame of codes, from the nearest chroma frame on.
+
+        The one from live audio differs: its frames begin with the segment (here up to 64 ms beside it), and its first and last
+        two mirror the segment's edges, where these have heard what comes before and after."""
+        first = round(start_frame * self.hop / chroma.hop_length(self.sample_rate))
+        count = min(chroma.count_frames(self.samples, self.sample_rate), entry.chroma_frames - first)
+        if count <= 0:
+            raise ValueError(f"no chroma at frame {first}: it has {entry.chroma_frames}")
+        shard = np.load(shard_path(self.folder, entry.shard, "chroma.npy"), mmap_mode="r")               # [frames, 12]
+        return shard[entry.chroma_offset + first:][:count].astype(np.float32)
 
 
 def pan(wav: np.ndarray, clip: toy.Clip, channels: int) -> np.ndarray:
@@ -418,17 +443,18 @@ def pan(wav: np.ndarray, clip: toy.Clip, channels: int) -> np.ndarray:
 
 class ToyDataset(Segments):
     """Synthesised clips with captions: fresh in every epoch in train, the same every time in valid and heldout."""
-    def __init__(self, seed, split, codec, segment_seconds=toy.CLIP_SECONDS):
-        super().__init__([], codec, segment_seconds, seed)
+    def __init__(self, seed, split, codec, segment_seconds=toy.CLIP_SECONDS, melody=False, stems=False):
+        super().__init__([], codec, segment_seconds, seed, melody=melody, stems=stems)
         self.split = split
 
     def example(self, epoch: int, index: int) -> Example:
         """The clip of (seed, epoch, index)."""
         made = toy.sample(self.seed, epoch if self.split == "train" else 0, index, self.split)
         wav = torch.from_numpy(pan(made.wav, made.clip, self.channels))                   # [C, n]
-        wav, frames = self.fit(torchaudio.functional.resample(wav, toy.SAMPLE_RATE, self.sample_rate))       # [C, N]
+        wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, self.sample_rate)
+        fitted, frames = self.fit(wav)                                                    # [C, N]
         meta = {"description": made.text, "toy": asdict(made.clip)}
-        return Example(wav, None, frames, self.segment_frames, meta, f"toy:{self.split}/{index}", 0.0, index)
+        return Example(fitted, None, frames, self.segment_frames, meta, f"toy:{self.split}/{index}", 0.0, index, self.tune(wav))
 
     def describe(self) -> str:
         """One line for the log."""
@@ -446,23 +472,24 @@ def read_checked(entry: Entry, start_seconds: float, seconds: float, codec) -> T
 
 def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: str = "train",
                  segment_seconds: float = toy.CLIP_SECONDS, codec=None, seed: int = 0, min_segment_ratio: float = 0.8,
-                 cache: str | None = None):
+                 cache: str | None = None, melody: bool = False, stems: bool = False):
     """The train or valid split of toy, a folder, a manifest (or a Scan of one, to scan once for both) or a token cache.
 
-    `codec` says what audio to make (sample_rate, channels, hop), or is the one that made the cache."""
+    `codec` says what audio to make (sample_rate, channels, hop), or is the one that made the cache. `melody`: examples have
+    the chroma of their audio, with `stems` that of its vocals and other instruments without drums and bass (demucs)."""
     assert split in ("train", "valid"), split
     for name, value, high in (("segment_seconds", segment_seconds, MAX_SECONDS), ("min_segment_ratio", min_segment_ratio, 1)):
         if not 0 < value <= high:
             raise ValueError(f"--{name} {value}: more than 0, at most {high:g}")
     if cache is not None:
-        return CacheDataset(cache, codec, segment_seconds, seed, min_segment_ratio, split, valid)
+        return CacheDataset(cache, codec, segment_seconds, seed, min_segment_ratio, split, valid, melody, stems)
     if dataset == "toy":
-        return ToyDataset(seed, split, codec, segment_seconds)
+        return ToyDataset(seed, split, codec, segment_seconds, melody, stems)
     found = dataset if isinstance(dataset, Scan) else scan(dataset)
     train, held, note = split_entries(found.entries, valid)
     note = "; ".join(filter(None, [f"{len(found.skipped)} skipped" if found.skipped else "", note]))
     return AudioDataset(train if split == "train" else held, codec, segment_seconds, seed, min_segment_ratio,
-                        split == "train", note)
+                        split == "train", note, melody, stems)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -512,8 +539,9 @@ def collate(examples: list[Example]) -> Batch:
 
 
 # -------------------------------------------------------------------------------------------------------- token cache
-# DIR/cache.json, and of every shard (about an hour of audio) shard_00000.npy: codes [frames, K] uint16 of file after
-# file, and, written after it, shard_00000.json: their entries. An interrupted cache goes on after its last whole shard.
+# DIR/cache.json, and of every shard (about an hour of audio) shard_00000.npy: codes [frames, K] uint16 of file after file,
+# shard_00000.chroma.npy: their chroma [frames, 12] float16 (187 bytes a second; caches of before it had come lack it), and,
+# written after both, shard_00000.json: their entries. An interrupted cache goes on after its last whole shard.
 def shard_path(folder: str, number: int, suffix: str) -> Path:
     """A file of a shard."""
     return Path(folder, f"shard_{number:05d}.{suffix}")
@@ -548,6 +576,25 @@ def check_shard(part: list[Entry], codes: np.ndarray, K: int) -> None:
             raise ValueError(f"{e.frames} frames at {e.offset}, {e.seconds} s, a {type(e.meta).__name__} of metadata")
 
 
+def check_chroma(folder: str, settings: dict, entries: list[Entry], stems: bool) -> None:
+    """Refuses (ValueError) a cache that cannot give the melodies asked for."""
+    again = f"make another with `python data.py cache{' --melody_stems' if stems else ''}`"
+    if bool(settings.get("melody_stems")) != stems:
+        raise ValueError(f"token cache {folder!r} holds melodies {'with' if stems else 'without'} drums and bass: "
+                         f"{'leave out' if stems else 'give'} --melody_stems, or {again}")
+    for number in range(settings["shards"]):
+        path = shard_path(folder, number, "chroma.npy")
+        if not path.is_file():
+            raise ValueError(f"token cache {folder!r} holds no chroma, which melody needs: {again}")
+        try:
+            rows = np.load(path, mmap_mode="r")
+        except (OSError, EOFError, ValueError) as e:
+            raise ValueError(f"token cache {folder!r} is damaged ({path.name}: {e}): {again}") from None
+        last = max(e.chroma_offset + e.chroma_frames for e in entries if e.shard == number)
+        if rows.dtype != np.float16 or rows.shape != (last, 12):
+            raise ValueError(f"token cache {folder!r} is damaged ({path.name}: {rows.dtype} {rows.shape}): {again}")
+
+
 def write_whole(path: Path, content: np.ndarray | dict | list) -> None:
     """Write an array as .npy, else JSON, so that a crash leaves the whole file or none."""
     with open(f"{path}.part", "wb") as file:
@@ -557,41 +604,50 @@ def write_whole(path: Path, content: np.ndarray | dict | list) -> None:
     os.replace(f"{path}.part", path)
 
 
-def encode_entry(entry: Entry, codec, device) -> np.ndarray:
-    """All codes [frames, K] uint16 of a file, or of a toy clip, which gets its caption here.
+def encode_entry(entry: Entry, codec, device, stems: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """All codes [frames, K] uint16 and chroma [frames, 12] float16 of a file, or of a toy clip, which gets its caption here.
 
     A file is encoded in windows that fit in memory, with CONTEXT_SECONDS of real audio on both sides: enough for the
     codec's convolutions and LSTM to forget the cut. They start where a sample of the file, one of the codec and a frame
     coincide: at whole seconds for 50 or 75 Hz codecs. One at a time, because reading is what holds up a GPU.
     """
     if entry.caption == "toy":
-        made = ToyDataset(0, entry.split, codec).example(0, int(entry.key.split("/")[1]))
+        made = ToyDataset(0, entry.split, codec, melody=True, stems=stems).example(0, int(entry.key.split("/")[1]))
         entry.meta = made.meta
-        return codec.encode(torch.from_numpy(made.wav[None]).to(device))[0].T.cpu().numpy().astype(np.uint16)
-    unit = codec.hop // math.gcd(codec.hop, codec.sample_rate)                            # seconds
+        codes = codec.encode(torch.from_numpy(made.wav[None]).to(device))[0].T.cpu()      # [frames, K]
+        return codes.numpy().astype(np.uint16), made.chroma.astype(np.float16)
+    unit, rate = codec.hop // math.gcd(codec.hop, codec.sample_rate), codec.sample_rate   # seconds, Hz
     context, window = (unit * math.ceil(s / unit) for s in (CONTEXT_SECONDS, WINDOW_SECONDS))
-    parts, start, ended = [], 0, False
+    parts, tunes, start, ended = [], [], 0, False
     while not ended:
         left = min(start, context)
         wav = read_checked(entry, start - left, left + window + context, codec)           # [C, n]
         codes = codec.encode(wav[None].to(device))[0].T.cpu()                             # [T, K]
-        first, stop = (seconds * codec.sample_rate // codec.hop for seconds in (left, left + window))
+        first, stop = (seconds * rate // codec.hop for seconds in (left, left + window))
+        ended = len(codes) <= stop
         parts.append(codes[first:stop])
-        start, ended = start + window, len(codes) <= stop
-    return torch.cat(parts).numpy().astype(np.uint16)                                     # [frames, K]
+        heard = chroma.without_rhythm(wav, rate)[None] if stems else wav
+        tunes.append(chroma.part_of_file(heard, (start - left) * rate, start * rate, None if ended else (start + window) * rate, rate))
+        start += window
+    return torch.cat(parts).numpy().astype(np.uint16), torch.cat(tunes).numpy().astype(np.float16)
 
 
-def encode_shard(entries: list, number: int, codec, device, out: str) -> None:
-    """Write the two files of a shard; a file that cannot be encoded is kept without codes, with its error."""
-    codes, offset = [np.zeros((0, codec.K), np.uint16)], 0
+def encode_shard(entries: list, number: int, codec, device, out: str, stems: bool = False) -> None:
+    """Write the three files of a shard; a file that cannot be encoded is kept without codes, with its error."""
+    codes, tunes = [np.zeros((0, codec.K), np.uint16)], [np.zeros((0, 12), np.float16)]
+    offset, chroma_offset = 0, 0
     for entry in tqdm(entries, f"shard {number + 1}", unit="file", leave=False, disable=not sys.stderr.isatty()):
         try:
-            codes.append(encode_entry(entry, codec, device))                              # [frames, K]
-            entry.frames = len(codes[-1])
+            each, tune = encode_entry(entry, codec, device, stems)                        # [frames, K], [frames, 12]
+            codes.append(each)
+            tunes.append(tune)
+            entry.frames, entry.chroma_frames = len(each), len(tune)
         except READ_ERRORS as e:
             entry.error = str(e)
-        entry.shard, entry.offset, offset = number, offset, offset + entry.frames
+        entry.shard, entry.offset, entry.chroma_offset = number, offset, chroma_offset
+        offset, chroma_offset = offset + entry.frames, chroma_offset + entry.chroma_frames
     write_whole(shard_path(out, number, "npy"), np.concatenate(codes))
+    write_whole(shard_path(out, number, "chroma.npy"), np.concatenate(tunes))
     write_whole(shard_path(out, number, "json"), [asdict(entry) for entry in entries])
 
 
@@ -629,8 +685,10 @@ def begin(out: str, settings: dict) -> None:
         raise ValueError(f"--out {out}: cannot be written to ({e})") from None
 
 
-def cache(dataset: str, out: str, codec, valid=0.05, clips: int = 2000, device="cpu") -> None:
-    """Encode every file of a dataset once, into the folder `out`. Run again, it goes on."""
+def cache(dataset: str, out: str, codec, valid=0.05, clips: int = 2000, device="cpu", stems: bool = False) -> None:
+    """Encode every file of a dataset once, into the folder `out`. Run again, it goes on. stems: see `open_dataset`."""
+    if stems:
+        chroma.load_separator()                                 # before the work: it may be missing
     if codec.card > 2 ** 16:
         raise ValueError(f"codec {codec.name} has {codec.card} codes, a cache holds 16 bits: take one of at most {2 ** 16}")
     entries, skipped = cache_entries(dataset, valid, clips)
@@ -641,10 +699,10 @@ def cache(dataset: str, out: str, codec, valid=0.05, clips: int = 2000, device="
     listed = hashlib.sha256(json.dumps([(e.key, e.seconds, e.split) for e in entries]).encode()).hexdigest()
     begin(out, {"dataset": dataset if dataset == "toy" else os.path.abspath(dataset), "codec": codec.name,
                 "channels": codec.channels, "fingerprint": codec.fingerprint, "K": codec.K, "files": len(entries), "list": listed,
-                "shards": len(shards)})
+                "shards": len(shards), **({"melody_stems": True} if stems else {})})
     for number, shard in enumerate(shards):
         if not shard_path(out, number, "json").is_file():
-            encode_shard(shard, number, codec, device, out)
+            encode_shard(shard, number, codec, device, out, stems)
             print(f"encoded shard {number + 1} of {len(shards)}: {len(shard)} files", flush=True)
     done = read_index(out)[1]
     for line in skip_lines({e.path: f"cannot be encoded: {e.error}" for e in done if e.error}):
@@ -700,6 +758,7 @@ def main(argv=None) -> int:
     command.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, each channel with codebooks of its own")
     command.add_argument("--out", required=True, help="folder of the cache")
     command.add_argument("--device", default="cpu", help="where the codec runs")
+    command.add_argument("--melody_stems", action="store_true", help="melodies without drums and bass (needs demucs)")
     command.add_argument("--clips", type=int, default=2000, help="toy only: how many training clips")
     args = parser.parse_args(argv)
     try:
@@ -709,7 +768,7 @@ def main(argv=None) -> int:
             if args.clips < 1:
                 raise ValueError(f"--clips {args.clips}: at least 1")
             codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device, args.channels)
-            cache(args.dataset, args.out, codec, args.valid, args.clips, args.device)
+            cache(args.dataset, args.out, codec, args.valid, args.clips, args.device, args.melody_stems)
     except (ValueError, OSError) as e:
         print(f"data.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

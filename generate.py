@@ -5,7 +5,13 @@ from the K heads and written into the cells that are still open. Guided and ungu
 
     logits = unguided + cfg * (guided - unguided)            (Ho & Salimans 2022; cfg 1 needs no unguided half)
 
-Longer than the training window: a first window, then windows whose beginning is the end of the one before.
+A text beside a style (or a melody) is drowned by it, which says more. Double guidance (Rouard et al. 2024, arXiv:2407.12563,
+sec. 3) pushes the text further: with rows for everything, for all but the text, and for nothing,
+
+    logits = nothing + cfg * (style + cfg_style * (text and style - style) - nothing)        (cfg_style 1 is the line above)
+
+Longer than the training window: a first window, then windows whose beginning is the end of the one before. A melody is read on
+in each from where it begins, and begins again after its end.
 
     |------- window -------|
               |-- prompt --|-- stride --|
@@ -13,6 +19,7 @@ Longer than the training window: a first window, then windows whose beginning is
 
 Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
     python generate.py --run runs/NAME --prompt "a slow organ tune" --seconds 8 --n 4
+    python generate.py --run runs/NAME --prompt "fast bells" --melody tune.wav --style track.wav --cfg_style 3
     from generate import MusicGenerator
     music = MusicGenerator.load("runs/NAME")
     wav = music.generate(["a slow organ tune", "fast bells"], seconds=4)         # [2, C, N] at music.codec.sample_rate
@@ -21,6 +28,7 @@ Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -30,8 +38,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import chroma
 import tokenizer
-from conditioning import Conditioner, ConditionerConfig, clean_text, unpack
+from conditioning import Conditioner, ConditionerConfig, clean_text, excerpt, melody_window, unpack
 from model import Cache, Conditions, ModelConfig, MusicGen
 
 FORMAT = "nanomusicgen-1"                                            # of best.pt
@@ -45,10 +54,12 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 250
     top_p: float = 0.0
+    cfg_style: float = 1.0                                           # of the text beside a style or melody; 1 is none
 
     def __post_init__(self):
         for name, value, low, high in (("cfg", self.cfg, -100, 100), ("temperature", self.temperature, 0, 100),
-                                       ("top_k", self.top_k, 0, 1 << 20), ("top_p", self.top_p, 0, 1)):
+                                       ("top_k", self.top_k, 0, 1 << 20), ("top_p", self.top_p, 0, 1),
+                                       ("cfg_style", self.cfg_style, -100, 100)):
             if not low <= value <= high:                             # also refuses NaN
                 raise ValueError(f"{name} {value}: it lies between {low} and {high}")
 
@@ -92,20 +103,24 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
     model.eval()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     with autocast:
-        guided = sampling.cfg != 1 and any(v is not None for a in attributes for v in a.values())
-        conditions = encode_conditions(model, attributes, guided)
+        guided, beta = guidance(attributes, sampling, device)
+        rows = 1 + guided + (beta is not None)                       # of each sample
+        conditions = encode_conditions(model, attributes, guided, beta is not None)
         P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
-        cache = Cache(model.config, B * (1 + guided), P + pattern.S, device, dtype)
+        cache = Cache(model.config, B * rows, P + pattern.S, device, dtype)
         first, fed = pattern.first_step(T_prompt), 0
         for s in range(first, pattern.S):
-            new = seq[..., fed:s].repeat(1 + guided, 1, 1)                                              # [B or 2B, K, new]
-            x = model.hidden(new, conditions, cache)[:, -1]                                             # [B or 2B, D]
+            new = seq[..., fed:s].repeat(rows, 1, 1)                                                    # [rows*B, K, new]
+            x = model.hidden(new, conditions, cache)[:, -1]                                             # [rows*B, D]
             fed = s
             if heads[s]:
-                logits = torch.stack([model.linears[k](x) for k in heads[s]], 1).float()                # [B or 2B, k, card]
-                if guided:
-                    cond, null = logits.chunk(2)
-                    logits = null + sampling.cfg * (cond - null)
+                logits = torch.stack([model.linears[k](x) for k in heads[s]], 1).float()                # [rows*B, k, card]
+                full, *others = logits.chunk(rows)
+                if beta is not None:
+                    style = others.pop(0)
+                    full = style + beta * (full - style)
+                null = others[0] if guided else full
+                logits = null + sampling.cfg * (full - null) if guided else full
                 seq[:, heads[s], s] = sample_codes(logits, sampling, generator)
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)
@@ -115,26 +130,47 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
     return codes                                                                                        # [B, K, T]
 
 
-def encode_conditions(model: MusicGen, attributes: list, guided: bool) -> Conditions:
-    """Conditions of the batch, followed by as many null ones if guided."""
+def guidance(attributes: list, sampling: Sampling, device) -> tuple[bool, Tensor | None]:
+    """(whether unguided rows are needed, the second coefficient [B,1,1] or None): it is 1 where text stands alone, or is missing."""
+    guided = sampling.cfg != 1 and any(v is not None for a in attributes for v in a.values())
+    both = [a.get("text") is not None and any(v is not None for k, v in a.items() if k != "text") for a in attributes]
+    if sampling.cfg_style == 1 or not any(both):
+        return guided, None
+    return guided, torch.tensor([sampling.cfg_style if x else 1.0 for x in both], device=device)[:, None, None]
+
+
+def encode_conditions(model: MusicGen, attributes: list, guided: bool, double: bool = False) -> Conditions:
+    """Conditions of the batch; if `double`, then as many without their texts; if `guided`, then as many null ones."""
     if model.conditioner is None:
         return Conditions()
+    textless = [{**a, "text": None} for a in attributes] if double else []
     nulls = [dict.fromkeys(a) for a in attributes] if guided else []
-    return model.conditioner(model.conditioner.prepare(attributes + nulls, model.emb[0].weight.device))
+    return model.conditioner(model.conditioner.prepare(attributes + textless + nulls, model.emb[0].weight.device))
+
+
+def at_window(model: MusicGen, attributes: list, start: int) -> list:
+    """The conditions of a window that begins at a code frame: melodies from there on, as long as a training segment."""
+    if model.conditioner is None or "melody" not in model.conditioner.names:
+        return attributes
+    c = model.conditioner.config
+    return [a if a.get("melody") is None else
+            {**a, "melody": melody_window(torch.as_tensor(a["melody"]), round(start * c.melody_rate), c.melody_frames)}
+            for a in attributes]
 
 
 def generate_long(model: MusicGen, attributes: list, T: int, sampling: Sampling, window: int, stride: int,
                   generator: torch.Generator | None = None, prompt: Tensor | None = None, progress=None,
-                  dtype: torch.dtype = torch.float32) -> Tensor:
+                  dtype: torch.dtype = torch.float32, began: int = 0) -> Tensor:
     """As `generate_codes`, for any T: windows of `window` frames, each after the first advancing by `stride`.
 
-    The prompt counts in T. Errors: ValueError if the stride does not leave a prompt, or the prompt fills a window."""
+    The prompt counts in T; melodies are read from frame `began` on. Errors: ValueError if the stride does not leave a prompt, or
+    the prompt fills a window."""
     if not 0 < stride < window:
         raise ValueError(f"stride {stride} frames: it lies between 1 and the window of {window} frames less 1")
     if prompt is not None and T > window and prompt.shape[2] > window - stride:
         prompt, early = prompt[..., -(window - stride):], prompt[..., :-(window - stride)]
         rest = generate_long(model, attributes, T - early.shape[2], sampling, window, stride, generator, prompt, progress,
-                             dtype)
+                             dtype, early.shape[2])
         return torch.cat([early.to(rest.device), rest], 2)
     codes, done, total = prompt, 0, T if prompt is None else T - prompt.shape[2]
     while done < total:
@@ -144,7 +180,9 @@ def generate_long(model: MusicGen, attributes: list, T: int, sampling: Sampling,
         def report(step, steps, done=done, new=frames - (0 if kept is None else kept.shape[2])):
             progress(done + new * step // steps, total)
 
-        part = generate_codes(model, attributes, frames, sampling, generator, kept, report if progress else None, dtype)
+        start = began if done == 0 else began + codes.shape[2] - kept.shape[2]
+        part = generate_codes(model, at_window(model, attributes, start), frames, sampling, generator, kept,
+                              report if progress else None, dtype)
         new = part[..., 0 if kept is None else kept.shape[2]:]
         codes = new if codes is None else torch.cat([codes.to(new.device), new], 2)
         done += new.shape[2]
@@ -203,7 +241,7 @@ class MusicGenerator:
 
     def codes(self, attributes: list, seconds: float, seed: int = 0, sampling: Sampling | None = None,
               stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None) -> Tensor:
-        """Codes [B,K,T] for conditions [{"text": str or None}]; prompt: audio [C,N] or [B,C,N] to continue, counted in
+        """Codes [B,K,T] for conditions as `attributes` gives them; prompt: audio [C,N] or [B,C,N] to continue, counted in
         `seconds`; stride: how far each window past the training length advances (default 60 % of it)."""
         T = max(1, round(seconds * self.codec.frame_rate))
         device = self.model.emb[0].weight.device
@@ -222,9 +260,48 @@ class MusicGenerator:
         return generate_long(self.model, attributes, T, sampling or self.sampling, self.window, stride, generator, prompt,
                              progress, self.dtype)
 
-    def generate(self, prompts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, **kwargs) -> Tensor:
-        """Audio [B,C,N] for texts (None: unconditional); further arguments as in `codes`."""
-        codes = self.codes([{"text": p} for p in prompts], seconds, seed, sampling, **kwargs)
+    def attributes(self, prompts: list, melody=None, style=None) -> list:
+        """Conditions [{name: value or None}] of texts (None: without). melody, style: audio [C,N] at the codec's rate for all, or
+        a list of such and None. Errors: ValueError for what the model was not trained on, or what holds no melody."""
+        given = dict(text=prompts, melody=melody, style=style)
+        given = {k: v if isinstance(v, (list, tuple)) else [v] * len(prompts) for k, v in given.items()}
+        names = self.model.conditioner.names if self.model.conditioner is not None else []
+        for name, values in given.items():
+            if len(values) != len(prompts):
+                raise ValueError(f"{len(values)} of {name} for {len(prompts)} of text: give one for all, or as many")
+            if name not in names and any(v is not None for v in values):
+                raise ValueError(f"this model was trained without {name}" + (": use --unconditional" if name == "text" else ""))
+        made = {id(v): f(v) for name, f in (("melody", self.tune), ("style", self.excerpt))
+                for v in {id(v): v for v in given[name] if v is not None}.values()}
+        return [{name: values[i] if name == "text" else made.get(id(values[i])) for name, values in given.items()}
+                for i in range(len(prompts))]
+
+    def tune(self, wav: Tensor) -> Tensor:
+        """The chroma [F,12] of a melody's audio [C,N]. Errors: ValueError if it is too short or silent."""
+        rate = self.codec.sample_rate
+        if wav.shape[-1] < 4 * chroma.hop_length(rate):
+            raise ValueError(f"a melody lasts at least {4 * chroma.HOP_SECONDS:g} s, this has {wav.shape[-1] / rate:.2f} s")
+        found = chroma.melody(wav.cpu(), rate, self.model.conditioner.config.melody_stems)
+        if not found.any():
+            raise ValueError("it is silent: no melody in it")
+        return found
+
+    def excerpt(self, wav: Tensor) -> Tensor:
+        """The codes [K,T'] of the middle of a track [C,N]: a style. Errors: ValueError if it is too short."""
+        config, hop = self.model.conditioner.config, self.codec.hop
+        if (frames := wav.shape[-1] // hop) < config.style_every:
+            raise ValueError(f"a style lasts at least {config.style_every / self.codec.frame_rate:g} s, this has "
+                             f"{wav.shape[-1] / self.codec.sample_rate:.2f} s")
+        around = config.style_frames + 2 * math.ceil(self.codec.frame_rate)               # a second on both sides, for the codec
+        start, stop = excerpt(frames, around, around)
+        codes = self.codec.encode(wav[None, :, start * hop:stop * hop].to(self.model.emb[0].weight.device))[0]
+        start, stop = excerpt(codes.shape[1], config.style_frames, config.style_frames)
+        return codes[:, start:stop]
+
+    def generate(self, prompts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, melody=None, style=None,
+                 **kwargs) -> Tensor:
+        """Audio [B,C,N] for texts (None: without), melodies and styles as in `attributes`; further arguments as in `codes`."""
+        codes = self.codes(self.attributes(prompts, melody, style), seconds, seed, sampling, **kwargs)
         return self.codec.decode(codes).cpu()
 
 
@@ -240,11 +317,16 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--prompt", action="append", default=[], help="text; repeat it for several in one batch")
     parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line")
     parser.add_argument("--unconditional", action="store_true", help="no text at all")
+    parser.add_argument("--melody", nargs="+", default=[], metavar="AUDIO", help="whose melody to follow: one for all, or as many as texts")
+    parser.add_argument("--melody_stems", action="store_true", help="without its drums and bass (needs demucs; as trained, if trained so)")
+    parser.add_argument("--style", nargs="+", default=[], metavar="AUDIO", help="whose style to take: one for all, or as many as texts")
     parser.add_argument("--continue", dest="continued", metavar="AUDIO", help="audio file to continue; it is part of --seconds")
     parser.add_argument("--seconds", type=float, default=None, help="length of the result (default: the training window)")
     parser.add_argument("--stride", type=float, default=None, help="seconds each window past the first advances")
     parser.add_argument("--n", type=int, default=1, help="samples of each prompt")
     parser.add_argument("--cfg", type=float, default=None, help="guidance coefficient; 1 is none (default: the run's own)")
+    parser.add_argument("--cfg_style", type=float, default=None,
+                        help="double guidance, of the text beside a style or melody; 1 is none (default: the run's own)")
     parser.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest codes; 0 is all")
     parser.add_argument("--top_p", type=float, default=None, help="draw from the likeliest codes of this mass; 0 is off")
     parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest code")
@@ -274,7 +356,7 @@ def output_folder(name: str) -> Path:
 
 
 def read_prompts(args: argparse.Namespace) -> list:
-    """The texts of the command line, each `n` times; None for unconditional. Errors: ValueError."""
+    """The texts of the command line; None for unconditional. Errors: ValueError."""
     prompts = [clean_text(text) for text in args.prompt]
     if not all(prompts):
         raise ValueError(f"--prompt {args.prompt[prompts.index('')][:20]!r}: holds no text; for music without, --unconditional")
@@ -286,21 +368,49 @@ def read_prompts(args: argparse.Namespace) -> list:
         if not found:
             raise ValueError(f"--prompts {args.prompts}: holds no text; write one prompt a line")
         prompts += found
-    if args.unconditional:
+    if args.unconditional or not prompts and (args.melody or args.style):
         prompts.append(None)
     if not prompts:
-        raise ValueError('nothing to generate: give --prompt "...", --prompts FILE or --unconditional')
+        raise ValueError('nothing to generate: give --prompt "...", --prompts FILE, --melody, --style or --unconditional')
     if args.n < 1:
         raise ValueError(f"--n {args.n}: at least 1")
-    return [p for p in prompts for _ in range(args.n)]
+    return prompts
+
+
+def read_requests(args: argparse.Namespace) -> list:
+    """What the command line asks for, one dict of text, melody and style (names of files) a sample, each `n` times.
+
+    Errors: ValueError where their numbers do not fit."""
+    given = dict(text=read_prompts(args), melody=args.melody or [None], style=args.style or [None])
+    count = max(map(len, given.values()))
+    for name, values in given.items():
+        if len(values) not in (1, count):
+            raise ValueError(f"{len(values)} of {name}, {count} samples: give one for all, or as many")
+    rows = [{name: values[i % len(values)] for name, values in given.items()} for i in range(count)]
+    return [row for row in rows for _ in range(args.n)]
+
+
+def read_conditions(music: MusicGenerator, requests: list) -> list:
+    """The conditions of the samples asked for; every file is read once. Errors: ValueError names the flag and the file."""
+    read, codec = {}, music.codec
+    for name, use in (("melody", music.tune), ("style", music.excerpt)):
+        for path in dict.fromkeys(r[name] for r in requests if r[name] is not None):
+            if music.model.conditioner is None or name not in music.model.conditioner.names:
+                raise ValueError(f"--{name} {path}: this model was trained without {name}")
+            if not Path(path).is_file():
+                raise ValueError(f"--{name} {path}: no such file")
+            try:
+                read[name, path] = use(tokenizer.read_audio(path, sample_rate=codec.sample_rate, channels=codec.channels))
+            except ValueError as error:
+                raise ValueError(f"--{name} {path}: {str(error).removeprefix(f'{path}: ')}") from None
+    return [{"text": r["text"], **{name: read.get((name, r[name])) for name in ("melody", "style")}} for r in requests]
 
 
 def run(args: argparse.Namespace) -> None:
     """Generates and writes what the command line asks for."""
-    prompts = read_prompts(args)
+    requests = read_requests(args)
     music = MusicGenerator.load(args.run, args.device, args.codec)
-    if music.model.conditioner is None and any(prompts):
-        raise ValueError("this model was trained without text: use --unconditional")
+    music.attributes([r["text"] for r in requests])                  # refuses texts where none were trained on
     codec = music.codec
     chosen = {k: v for k in asdict(music.sampling) if (v := getattr(args, k)) is not None}
     sampling = Sampling(**{**asdict(music.sampling), **chosen})
@@ -314,19 +424,25 @@ def run(args: argparse.Namespace) -> None:
     prompt = args.continued and tokenizer.read_audio(args.continued, sample_rate=codec.sample_rate, channels=codec.channels)
     if args.continued and not prompt.shape[1]:
         raise ValueError(f"--continue {args.continued}: holds no audio")
+    if args.melody and args.melody_stems:
+        chroma.load_separator()
+        music.model.conditioner.config.melody_stems = True
+    attributes = read_conditions(music, requests)
     out = output_folder(args.out)                                    # before the work, not after it
     bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
-    codes = music.codes([{"text": p} for p in prompts], seconds, args.seed, sampling, args.stride,
+    codes = music.codes(attributes, seconds, args.seed, sampling, args.stride,
                         prompt if args.continued else None, lambda done, total: bar.update(100 * done // total - bar.n))
     bar.close()
     first = free_name(out)
-    for i, text in enumerate(prompts):                               # decoded one by one: audio is larger than codes
+    for i, asked in enumerate(requests):                             # decoded one by one: audio is larger than codes
         path = out / f"{first + i:03d}.wav"
         tokenizer.write_audio(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate)
-        record = dict(prompt=text, seconds=seconds, seed=args.seed, index_in_batch=i, batch=len(prompts), run=str(args.run),
+        record = dict(prompt=asked["text"], melody=asked["melody"], style=asked["style"], seconds=seconds, seed=args.seed,
+                      index_in_batch=i, batch=len(requests), run=str(args.run), melody_stems=args.melody_stems,
                       continued=args.continued, stride=args.stride, codec=codec.fingerprint, **asdict(sampling))
         path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {path}: {text if text is not None else '(unconditional)'}")
+        shown = ", ".join(v if k == "text" else f"{k} {v}" for k, v in asked.items() if v is not None)
+        print(f"wrote {path}: {shown or '(unconditional)'}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def ceiling_report(codec, n: int, seed: int = 1) -> str:
 def sweep(run: str, settings: list, n: int, seed: int, split: str) -> None:
     """Prints a line of adherence for each generate.Sampling."""
     music = generate.MusicGenerator.load(run)
-    if music.model.conditioner is None:
+    if music.model.conditioner is None or "text" not in music.model.conditioner.names:
         raise ValueError(f"{run}: this model was trained without text, so there are no captions to follow")
     print(f"{n} clips, {split}: cfg temp top_k top_p |" + "".join(f"{name:>12}" for name in toy.VALUES) + "        none")
     for sampling in settings:

@@ -112,15 +112,16 @@ def mix(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
-    """Zeroes elements of x [B,S,D] with probability p and scales the others by 1/(1-p); keys [B] int32, one a sample.
+    """Zeroes elements of x [B,S,D] with probability p and scales the others by 1/(1-p); keys [B] or [B,S] int32, one a sample or step.
 
     What is dropped is a hash of (key, site, place): no generator's state, so it does not depend on the ranks and
     micro-batches a batch was split into, nor on a restart, and recomputing a layer drops the same. No keys, no dropout."""
     if keys is None or p == 0:
         return x
-    place = torch.arange(x[0].numel(), device=x.device, dtype=torch.int32).view(x.shape[1:])             # [S, D]
-    start = mix(keys + (site * 0x9E3779B1 & 0x7FFFFFFF))                                                 # [B]
-    kept = (mix(place + start[:, None, None]) & 0xFFFFFF) >= int(p * (1 << 24))                          # [B, S, D]
+    inside = x.shape[keys.dim():]                                                                        # [S, D] or [D]
+    place = torch.arange(inside.numel(), device=x.device, dtype=torch.int32).view(inside)
+    start = mix(keys + (site * 0x9E3779B1 & 0x7FFFFFFF)).view(*keys.shape, *[1] * len(inside))
+    kept = (mix(place + start) & 0xFFFFFF) >= int(p * (1 << 24))                                         # [B, S, D]
     return x * kept / (1 - p)
 
 
@@ -216,6 +217,20 @@ class Transformer(nn.Module):
         return x
 
 
+@torch.no_grad()
+def trunc_normal(weight: Tensor, std: float) -> None:
+    """Fills a tensor from a normal distribution cut at three standard deviations."""
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def init_transformer(transformer: Transformer) -> None:
+    """std = 1/sqrt(fan_in) over sqrt(2(l+1)) for the matrices of layer l (from 0)."""
+    for l, layer in enumerate(transformer.layers):
+        for weight in layer.parameters():
+            if weight.dim() == 2:
+                trunc_normal(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
+
+
 class MusicGen(nn.Module):
     """The language model with its conditioner. `forward` is the loss; `logits` and `hidden` serve generation and tests.
 
@@ -233,24 +248,17 @@ class MusicGen(nn.Module):
         self.conditioner = conditioner
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal at 3 std; std = 1/sqrt(fan_in), for matrices of layer l (from 0) over sqrt(2(l+1)).
+        """Truncated normal; std = 1/sqrt(fan_in), see `init_transformer`.
 
         Source: SPEC L5 of the reference; its packed q/k/v escape the scheme there and follow it here. Its embeddings, at
         1/sqrt(D), are ten times smaller than the position vectors they are added to; `emb_std` can make them as large,
         which a short run gains much from."""
-        def init(weight: Tensor, std: float):
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
         for table in self.emb:
-            init(table.weight, self.config.emb_std or self.config.dim ** -0.5)
+            trunc_normal(table.weight, self.config.emb_std or self.config.dim ** -0.5)
         for head in self.linears:
-            init(head.weight, self.config.dim ** -0.5)
-        for l, layer in enumerate(self.transformer.layers):
-            for weight in layer.parameters():
-                if weight.dim() == 2:
-                    init(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
+            trunc_normal(head.weight, self.config.dim ** -0.5)
+        init_transformer(self.transformer)
 
     def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None,
                keys: Tensor | None = None) -> Tensor:
@@ -273,7 +281,10 @@ class MusicGen(nn.Module):
             P, prefix_mask = c.prefix.shape[1], c.prefix_mask if self.config.mask_padding else None
         if cache is not None:
             cache.P, cache.prefix_mask, cache.source_mask, cache.summed = P, prefix_mask, source_mask, summed
-        x = x + sinusoid(self._positions(B, start, x.shape[1], P, prefix_mask, x.device), self.config.dim)
+        positions = self._positions(B, start, x.shape[1], P, prefix_mask, x.device)
+        x = x + sinusoid(positions, self.config.dim)
+        if keys is not None and prefix_mask is not None:             # how a batch pads its prefixes must not count
+            keys = mix(keys[:, None] + positions.int())                                                 # [B, S]
         mask = self._self_mask(start, x.shape[1], P, prefix_mask, x.device)
         x = self.transformer(x, mask, None if start else c.cross, source_mask, cache, keys)
         if cache is not None:
@@ -282,12 +293,13 @@ class MusicGen(nn.Module):
 
     @staticmethod
     def _positions(B: int, start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor:
-        """Positions [1,S] or [B,S]: masked prefix tokens do not count, so that padding of a batch moves nothing."""
+        """Positions [1,S] or [B,S]. With a mask the codes begin at 0, whatever stands before them, at -1, -2, ..: neither a
+        batch's padding nor a condition more or less moves them. Without, the prefix begins at 0, as in the public weights."""
         positions = torch.arange(start, start + S, device=device)[None]                                 # [1, S]
         if prefix_mask is None:
             return positions
         real = torch.cat([prefix_mask, prefix_mask.new_ones(B, start + S - P)], 1)
-        return (real.cumsum(1) - 1).clamp_min(0)[:, start:]                                             # [B, S]
+        return (real.cumsum(1) - 1 - prefix_mask.sum(1, keepdim=True))[:, start:]                       # [B, S]
 
     @staticmethod
     def _self_mask(start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor | None:
@@ -318,15 +330,16 @@ class MusicGen(nn.Module):
         pattern = self.config.layout(codes.shape[2])
         return pattern.revert_logits(self.logits(pattern.build(codes, self.special), conditions))
 
-    def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None, keys: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None, keys: Tensor | None = None,
+                loss_mask: Tensor | None = None) -> Tensor:
         """Cross-entropy summed over the valid targets of each codebook: [K] float32, to be divided by `count_targets`.
 
         codes [B,K,T]; frame_mask [B,T] False where a clip is padding (read as the special token, masked from the loss);
-        inputs: what the conditioner's `prepare` gave; keys [B] int32: dropout's, one a sample. The targets are shifted to the
-        sequence: no logits are gathered."""
+        inputs: what the conditioner's `prepare` gave; keys [B] int32: dropout's, one a sample; loss_mask [B,T] False where frames
+        are read but not learnt, within frame_mask. The targets are shifted to the sequence: no logits are gathered."""
         conditions = self.conditioner(inputs) if self.conditioner is not None else None
         pattern = self.config.layout(codes.shape[2])
-        targets = pattern.targets(codes, frame_mask, IGNORE)                                            # [B, K, S-1]
+        targets = pattern.targets(codes, frame_mask if loss_mask is None else loss_mask, IGNORE)                                            # [B, K, S-1]
         if frame_mask is not None:
             codes = codes.masked_fill(~frame_mask[:, None], self.special)
         x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions, keys=keys)            # [B, S-1, D]

@@ -151,7 +151,7 @@ def wrap(model: nn.Module, ranks: Ranks, parallel: str) -> nn.Module:
     if ranks.world == 1 or parallel == "fsdp":
         return model
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)     # they are the same by themselves
 
 
 @contextlib.contextmanager
@@ -170,6 +170,11 @@ def synchronised(wrapped: nn.Module, last: bool):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tensors of several ranks
+
+
+def named(model: nn.Module) -> dict:
+    """{name: tensor}: the weights, and the statistics that no gradient moves. All that a model has to remember."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def local(tensors) -> list:

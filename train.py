@@ -5,7 +5,7 @@ Copet et al. 2023 (arXiv:2306.05284), sec. 3. The protocol, spelled in `main`:
     restore
     for each epoch:   train ─► valid (EMA weights) ─► keep_best ─► evaluate, generate (best weights) if due ─► commit
 
-One update: audio ─frozen codec─► codes, captions ─dropouts─► conditions; summed cross-entropy of each codebook over the
+One update: audio ─frozen codec─► codes; captions, chroma, excerpts ─dropouts─► conditions; summed cross-entropy of each codebook over the
 micro-batches, divided by the number of targets of all micro-batches and ranks; backward, unscale, clip, step, EMA.
 Whatever is random is a function of (seed, step, sample), so ranks, micro-batches and restarts change nothing.
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import chroma
 import conditioning
 import data
 import generate
@@ -60,6 +61,7 @@ NEUTRAL = {"out", "device", "workers", "resume", "init_from", "dry_run", "log_ev
            "epochs", "eval_samples", "generate_samples", "plan_gpus", "plan_tflops"}                        # may change on resume
 CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",
               "history", "sums", "data", "log_bytes", "assets", "names", "tensors", "shards"}                # what last.pt holds
+PLURALS = dict(text="captions", melody="melodies", style="styles")
 DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
 
 
@@ -88,11 +90,17 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--emb_std", type=float, default=None, help="initial spread of the code embeddings (audio: 1/sqrt(width))")
     g.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, 4/3 the work")
     g = new("conditions")
-    g.add_argument("--no_text", action="store_true", help="train an unconditional model")
+    g.add_argument("--conditions", nargs="+", default=["text"], choices=conditioning.CONDITIONERS, help="what music is conditioned on")
+    g.add_argument("--no_text", action="store_true", help="without text: alone, an unconditional model")
     g.add_argument("--fuse", nargs="+", default=None, help="how a condition enters: NAME=cross|prepend|sum, several joined by +")
     g.add_argument("--text_vocab", type=int, default=2000, help="most pieces of the vocabulary fitted to the captions")
     g.add_argument("--cfg_dropout", type=float, default=None, help="probability that a sample loses all its conditions")
-    g.add_argument("--text_dropout", type=float, default=0.0, help="probability that a sample loses its text alone")
+    for name in conditioning.CONDITIONERS:
+        g.add_argument(f"--{name}_dropout", type=float, default=0.0, help=f"probability that a sample loses its {name} alone")
+    g.add_argument("--melody_argmax", action=argparse.BooleanOptionalAction, default=True, help="melody: a frame's strongest class alone")
+    g.add_argument("--melody_stems", action="store_true", help="melody without drums and bass (needs demucs)")
+    g.add_argument("--style_seconds", type=float, nargs=2, default=None, metavar=("LOW", "HIGH"), help="length of a style excerpt, seconds")
+    g.add_argument("--style_levels", type=int, default=3, help="levels of the quantiser that a style is rounded by")
     g.add_argument("--word_dropout", type=float, default=None, help="probability that a word of a caption is dropped")
     g.add_argument("--merge_text_p", type=float, default=None, help="probability that metadata is merged into the caption")
     g.add_argument("--drop_desc_p", type=float, default=0.5, help="then: probability that the description is dropped")
@@ -103,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--batch_size", type=int, default=None, help="samples an update, over all ranks and micro-batches")
     g.add_argument("--micro_batch_size", type=int, default=None, help="samples a rank sends through at once (default: all)")
     g.add_argument("--lr", type=float, default=None, help="peak learning rate (AdamW)")
-    g.add_argument("--text_lr", type=float, default=None, help="peak learning rate of the text encoder")
+    g.add_argument("--text_lr", type=float, default=None, help="peak learning rate of the text and style encoders")
     g.add_argument("--warmup_steps", type=int, default=None, help="linear warm-up, then cosine to --lr_min_ratio of the peak")
     g.add_argument("--lr_min_ratio", type=float, default=0.0, help="final learning rate over the peak")
     g.add_argument("--beta1", type=float, default=0.9, help="AdamW's decay of the mean gradient")
@@ -152,7 +160,7 @@ def derive(args: argparse.Namespace, world: int) -> list:
     def fill(name, value, reason):
         if getattr(args, name) is None:
             setattr(args, name, value)
-            shown = " ".join(value) if isinstance(value, list) else value
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
             notes[reason] = f"{notes.get(reason, f'{reason}:')} --{name} {shown}"
 
     kind = "toy" if args.dataset == "toy" else "audio"
@@ -162,7 +170,14 @@ def derive(args: argparse.Namespace, world: int) -> list:
                                 valid_samples=4 * world).items():
             fill(name, value, "overfitting one batch")
     for name, value in PRESETS[kind].items():
-        fill(name, value, f"default for {kind}")
+        if name != "fuse" or "text" in args.conditions:              # it is about text
+            fill(name, value, f"default for {kind}")
+    args.fuse = args.fuse or []
+    if "style" in args.conditions:                                   # it must leave something to be learnt
+        short = args.segment_seconds < 9
+        fill("style_seconds", [args.segment_seconds / 4, args.segment_seconds / 2] if short else [1.5, 4.5],
+             "a quarter to a half of a short segment" if short else "as published")
+    args.style_seconds = args.style_seconds or [1.5, 4.5]
     fill("device", "cuda" if torch.cuda.is_available() else "cpu", "what there is")
     on_cuda = tokenizer.check_device(args.device).type == "cuda"
     fill("dtype", "bfloat16" if on_cuda and torch.cuda.is_bf16_supported() else "float32", f"best on {args.device}")
@@ -175,12 +190,12 @@ def derive(args: argparse.Namespace, world: int) -> list:
 
 def check(args: argparse.Namespace, world: int) -> None:
     """Refuses flags that contradict each other or lie outside their range. Errors: ValueError with the way out."""
-    for name in ("cfg_dropout", "text_dropout", "word_dropout", "merge_text_p", "drop_desc_p", "keep_other_p", "dropout",
+    for name in ("cfg_dropout", "text_dropout", "melody_dropout", "style_dropout", "word_dropout", "merge_text_p", "drop_desc_p", "keep_other_p", "dropout",
                  "ema_decay", "beta1", "beta2", "top_p", "lr_min_ratio", "min_segment_ratio"):
         if not 0 <= (value := getattr(args, name)) <= 1:
             raise ValueError(f"--{name} {value}: it lies between 0 and 1")
     for name in ("epochs", "updates_per_epoch", "batch_size", "micro_batch_size", "ema_every", "log_every", "valid_samples",
-                 "max_skipped", "text_vocab", "eval_samples"):
+                 "max_skipped", "text_vocab", "eval_samples", "style_levels"):
         if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name} {value}: at least 1")
     for name in ("warmup_steps", "weight_decay", "max_grad_norm", "workers", "evaluate_every", "generate_every", "seed",
@@ -210,8 +225,24 @@ def check(args: argparse.Namespace, world: int) -> None:
     if args.emb_std is not None and not 0 < args.emb_std < 100:
         raise ValueError(f"--emb_std {args.emb_std}: more than 0")
     generate.Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
-    if not args.no_text:
-        ConditionerConfig(fuse=parse_fuse(args.fuse))
+    low, high = args.style_seconds
+    if "style" in args.conditions and not 0 < low <= high < args.segment_seconds:
+        raise ValueError(f"--style_seconds {low:g} {high:g}: more than 0, the second not less than the first, both less than the segment "
+                         f"of {args.segment_seconds:g} s")
+    ConditionerConfig(fuse=fuses(args))
+    if args.melody_stems and "melody" in args.conditions:
+        chroma.load_separator()
+
+
+def fuses(args: argparse.Namespace) -> dict:
+    """{name: method} of the conditions trained on, in the order in which they stand before the codes: the melody next to them,
+    always as far from them, or with a text between as the reference has it."""
+    asked = parse_fuse(args.fuse)
+    if odd := [name for name in asked if name not in args.conditions]:
+        raise ValueError(f"--fuse {odd[0]}={asked[odd[0]]}: {odd[0]!r} is not among the --conditions {' '.join(args.conditions)}")
+    usual = dict(style="prepend", melody="prepend", **parse_fuse(PRESETS["toy" if args.dataset == "toy" else "audio"]["fuse"]))
+    return {name: asked.get(name, method) for name, method in usual.items()
+            if name in args.conditions and not (name == "text" and args.no_text)}
 
 
 def parse_fuse(entries: list) -> dict:
@@ -306,6 +337,8 @@ class Ema:
         self.count = self.count * self.decay + 1
         mine, new = (several.local(m.parameters()) for m in (self.model, model))
         torch._foreach_lerp_(mine, new, 1 / self.count)
+        for old, now in zip(self.model.buffers(), model.buffers()):  # statistics are averages already
+            old.copy_(now)
 
 
 @dataclass
@@ -332,7 +365,7 @@ class Run:
     best_ce: float = math.inf
     best: dict | None = None                                         # averaged weights of the best epoch, sharded as the model is
     best_values: dict | None = None                                  # and what validation said of them
-    valid_batches: list | None = None                                # [(codes, frame mask, attributes)] kept on the host
+    valid_batches: list | None = None                                # [(codes, frame mask, what counts, attributes)] on the host
     saved_at: float = 0.0                                            # time.monotonic of the last checkpoint
     unwritten: tuple = ()                                            # files that a full disk has kept from being written
     held: int | None = None                                          # the lock on the run folder
@@ -358,19 +391,39 @@ class Run:
                     os.truncate(path, size)
 
 
-def build_conditioner(args: argparse.Namespace, train_set, dim: int, ranks: Ranks, saved: dict | None) -> Conditioner | None:
+def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, saved: dict | None) -> Conditioner | None:
     """The conditioner, with the vocabulary of the checkpoint, or one fitted to the captions of the training set."""
-    if args.no_text:
+    if not (methods := fuses(args)):
         return None
-    if saved is not None:                                            # captions may have changed since
-        pieces = fitting(Path(args.out), conditioning.unpack, saved["assets"]["text"])
-        fitting(Path(args.out), conditioning.vocabulary_size, pieces)
-    else:
-        pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
-    config = ConditionerConfig(fuse=parse_fuse(args.fuse), text_vocab=conditioning.vocabulary_size(pieces))
-    if config.text_vocab < args.text_vocab:
-        ranks.print(f"text: {config.text_vocab} pieces, not {args.text_vocab}: the captions hold no more")
-    return Conditioner(config, dim, {"text": pieces})
+    shape, assets = condition_shapes(args, codec), {}
+    if "text" in methods:
+        if saved is not None:                                        # captions may have changed since
+            pieces = fitting(Path(args.out), conditioning.unpack, saved["assets"]["text"])
+            fitting(Path(args.out), conditioning.vocabulary_size, pieces)
+        else:
+            pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
+        assets["text"], shape["text_vocab"] = pieces, conditioning.vocabulary_size(pieces)
+        if shape["text_vocab"] < args.text_vocab:
+            ranks.print(f"text: {shape['text_vocab']} pieces, not {args.text_vocab}: the captions hold no more")
+    return Conditioner(ConditionerConfig(fuse=methods, **shape), SIZES[args.size]["dim"], assets)
+
+
+def condition_shapes(args: argparse.Namespace, codec) -> dict:
+    """What the melody's and the style's conditioners look like: by the segment, the codec and the model's size."""
+    size, (low, high) = SIZES[args.size], style_frames(args, codec)
+    bins = min(1024, max(16, args.batch_size * (low + high) // 16))  # of an update's frames each should have some
+    hop, width = chroma.hop_length(codec.sample_rate), min(512, size["dim"])
+    return dict(melody_frames=chroma.count_frames(round(args.segment_seconds * codec.sample_rate), codec.sample_rate),
+                melody_rate=codec.hop / hop, melody_argmax=args.melody_argmax, melody_stems=args.melody_stems,
+                style_codebooks=min(3, codec.K), style_card=codec.card, style_dim=width, style_heads=max(1, width // 64),
+                style_layers=min(8, size["num_layers"]), style_levels=args.style_levels, style_bins=bins,
+                style_every=max(1, min(round(codec.frame_rate / 5), low // 4)),        # 5 a second; of a short excerpt at least 4
+                style_frames=(low + high) // 2)
+
+
+def style_frames(args: argparse.Namespace, codec) -> tuple[int, int]:
+    """Least and most frames of a style excerpt."""
+    return tuple(max(1, round(seconds * codec.frame_rate)) for seconds in args.style_seconds)
 
 
 def sample_captions(args: argparse.Namespace, train_set, limit: int = 20_000) -> list:
@@ -386,7 +439,7 @@ def sample_captions(args: argparse.Namespace, train_set, limit: int = 20_000) ->
 def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
     """The training and validation sets, with a line on each. found: the dataset's name or what scanning it gave."""
     sets = [data.open_dataset(found, args.valid, split, args.segment_seconds, codec, args.seed, args.min_segment_ratio,
-                              args.cache) for split in ("train", "valid")]
+                              args.cache, "melody" in args.conditions, args.melody_stems) for split in ("train", "valid")]
     if isinstance(found, data.Scan):
         for line in data.skip_lines(found.skipped):
             ranks.print(f"skipped: {line}")
@@ -405,7 +458,7 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
     torch.manual_seed(args.seed)
     config, dtype = model_config(args, codec), getattr(torch, args.dtype)
     sharded = args.parallel == "fsdp" and ranks.world > 1
-    model = MusicGen(config, build_conditioner(args, train_set, config.dim, ranks, saved or start))
+    model = MusicGen(config, build_conditioner(args, train_set, codec, ranks, saved or start))
     if start is not None:
         load_start(model, start, args.init_from)
     model = model if sharded else model.to(ranks.device)             # sharding moves a layer at a time
@@ -425,8 +478,9 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
 
 
 def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
-    """Groups of the optimiser: decayed and not, the text encoder at its own learning rate (`lr_scale` times the other's)."""
-    text = {id(p) for p in model.conditioner.parameters()} if model.conditioner is not None else set()
+    """Groups of the optimiser: decayed and not, the encoders of text and style at their own learning rate (`lr_scale` times the other's)."""
+    parts = model.conditioner.parts if model.conditioner is not None else {}
+    text = {id(p) for name in ("text", "style") if name in parts for p in parts[name].parameters()}
     groups = []
     for group in decay_groups(model, args.weight_decay):
         for scale, inside in ((1.0, False), (args.text_lr / args.lr, True)):
@@ -437,7 +491,7 @@ def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
 
 def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     """The language model's shape from the flags and the codec."""
-    cross = not args.no_text and any("cross" in method for method in parse_fuse(args.fuse).values())
+    cross = any("cross" in method for method in fuses(args).values())
     level = [k // codec.lanes for k in range(codec.K)] if codec.lanes > 1 else None      # 0 0 1 1 ..: left and right at once
     return ModelConfig(K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross, pattern=args.pattern,
                        emb_std=args.emb_std, delays=level if args.pattern == "delay" else None,
@@ -457,17 +511,19 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | N
         stored = dict(channels=1) | start["codec"]                   # older files: mono
         their_codes = "codes {K} of {name} (channels {channels}, {fingerprint:.12})".format(**stored)
         weights, assets = start["model"], start["assets"]
-        if theirs["conditions"]:
+        if "text" in (theirs["conditions"] or ()):
             conditioning.vocabulary_size(conditioning.unpack(assets["text"]))
     except Exception as error:                                       # a foreign file can fail in any way
         raise ValueError(f"{args.init_from}: not {generate.WHAT}, or damaged ({tokenizer.reason(error)})") from None
-    mine = fixed_shape(config, None if args.no_text else parse_fuse(args.fuse))
+    mine = fixed_shape(config, fuses(args) or None)
     differ = [f"{k} {theirs[k]} there, {v} here" for k, v in mine.items() if theirs[k] != v]
     one = codec.over(codec.channels // codec.lanes)                  # the same codec over one of its interleaved channels
     copies = {one.fingerprint: codec.lanes, codec.fingerprint: 1}.get(stored["fingerprint"])
     if copies is None:
         differ.append(f"{their_codes} there, codes {codec.K} of {codec.name} (channels {codec.channels}, "
                       f"{codec.fingerprint:.12}) here")
+    if (copies or 1) > 1 and "style" in fuses(args):
+        differ.append("a style read from one channel there, from two here")
     if differ:
         raise ValueError(f"--init_from {args.init_from} does not fit: {'; '.join(differ)}. Give the flags it was trained with")
     return dict(model=weights, assets=assets, copies=copies)
@@ -535,21 +591,39 @@ def to_codes(run: Run, batch: data.Batch) -> tuple[Tensor, Tensor]:
 
 
 def micro_batches(run: Run, examples: list) -> list:
-    """A rank's share of an update as [(codes [b,K,T], frame mask [b,T], prepared conditions, dropout keys [b])]."""
-    args = run.args
+    """A rank's share of an update: the arguments of MusicGen.forward, of each micro-batch."""
+    args, conditioner, device = run.args, run.model.conditioner, run.ranks.device
     codes, mask = to_codes(run, data.collate(examples))
-    attributes, keys, step = [], None, 0 if args.overfit_one_batch else run.step
+    attributes, keys, learnt, step = [], None, mask, 0 if args.overfit_one_batch else run.step
     if args.dropout > 0:
         draws = [conditioning.generator(args.seed, DROPOUT_STREAM, step, e.index).integers(2**31) for e in examples]
-        keys = torch.tensor(draws, dtype=torch.int32, device=run.ranks.device)                          # [B]
-    if run.model.conditioner is not None:
+        keys = torch.tensor(draws, dtype=torch.int32, device=device)                                    # [B]
+    if conditioner is not None:
         merge = dict(merge_text_p=args.merge_text_p, drop_desc_p=args.drop_desc_p, keep_other_p=args.keep_other_p)
-        attributes = [conditioning.training_attributes(
-            e.meta, run.model.conditioner.names, args.seed, step, e.index, args.cfg_dropout, {"text": args.text_dropout},
-            args.word_dropout, merge) for e in examples]
+        alone = {name: getattr(args, f"{name}_dropout") for name in conditioner.names}
+        rngs = [conditioning.generator(args.seed, conditioning.STYLE_STREAM, step, e.index) for e in examples]
+        given, places = beside_text(run, examples, codes, rngs)
+        attributes = [conditioning.training_attributes(e.meta, conditioner.names, args.seed, step, e.index, args.cfg_dropout, alone,
+                                                       args.word_dropout, merge, more) for e, more in zip(examples, given)]
+        learnt = without_excerpts(mask, [place if a.get("style") is not None else (0, 0) for a, place in zip(attributes, places)])
     parts = [slice(i, i + args.micro_batch_size) for i in range(0, len(examples), args.micro_batch_size)]
-    return [(codes[p], mask[p], prepare(run.model, attributes[p], run.ranks.device), None if keys is None else keys[p])
+    return [(codes[p], mask[p], prepare(run.model, attributes[p], device), None if keys is None else keys[p], learnt[p])
             for p in parts]
+
+
+def beside_text(run: Run, examples: list, codes: Tensor, rngs: list) -> tuple[list, list]:
+    """(melody and style of each example, (start, stop) of its style excerpt) from codes [B,K,T]. rngs: None is the middle."""
+    names, (low, high) = run.model.conditioner.names, style_frames(run.args, run.codec)
+    places = [conditioning.excerpt(e.frames, low, high, rng) for e, rng in zip(examples, rngs)]
+    given = [{"melody": e.chroma, "style": row[:, slice(*place)].clone()} for e, row, place in zip(examples, codes, places)]
+    return [{name: value for name, value in each.items() if name in names} for each in given], places
+
+
+def without_excerpts(mask: Tensor, places: list) -> Tensor:
+    """Frames [B,T] less those of style excerpts [(start, stop)]: the model has read them already, and would learn to copy."""
+    frames = torch.arange(mask.shape[1])
+    shown = torch.stack([(start <= frames) & (frames < stop) for start, stop in places])
+    return mask & ~shown.to(mask.device, non_blocking=True)
 
 
 def prepare(model: MusicGen, attributes: list, device) -> dict | None:
@@ -562,7 +636,7 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     args, model = run.args, run.model
     for group in run.optimizer.param_groups:
         group["lr"] = lr_at(run.step, args) * group["lr_scale"]
-    counts = run.ranks.sum(sum(model.count_targets(mask) for _, mask, _, _ in micros)).clamp_min(1)     # [K]
+    counts = run.ranks.sum(sum(model.count_targets(learnt) for *_, learnt in micros)).clamp_min(1)      # [K]
     sums = torch.zeros(model.config.K, device=run.ranks.device)
     for i, micro in enumerate(micros):
         with several.synchronised(run.wrapped, last=i == len(micros) - 1):
@@ -579,6 +653,8 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     if math.isfinite(norm) or run.scaler.is_enabled():               # the scaler itself skips what is not finite
         run.scaler.step(run.optimizer)
         run.scaler.update()
+    if model.conditioner is not None:
+        model.conditioner.learn(run.ranks.sum, keep=math.isfinite(norm))
     count_skipped(run, norm, sums)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -681,9 +757,9 @@ def log_step(run: Run, norm: float, seconds: float) -> None:
 
 
 def load_valid(run: Run) -> list:
-    """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, attributes)].
+    """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, what counts, attributes)].
 
-    Which segments it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
+    A style excerpt is the middle of its clip, and does not count in the loss, whatever conditions are then given. Which segments it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
     if run.valid_batches is None:
         args, ranks = run.args, run.ranks
         source = run.train_set if args.overfit_one_batch else run.valid_set
@@ -692,8 +768,13 @@ def load_valid(run: Run) -> list:
                                      ranks.world, args.workers):
             for i in range(0, len(examples), args.micro_batch_size):
                 part = examples[i:i + args.micro_batch_size]
-                codes, mask = to_codes(run, data.collate(part))
-                run.valid_batches.append((codes.cpu(), mask.cpu(), [{"text": conditioning.describe(e.meta)} for e in part]))
+                codes, mask = (x.cpu() for x in to_codes(run, data.collate(part)))
+                given, places = [{} for _ in part], None
+                if run.model.conditioner is not None:
+                    given, places = beside_text(run, part, codes, [None] * len(part))
+                counted = without_excerpts(mask, places) if places and "style" in run.model.conditioner.names else mask
+                run.valid_batches.append((codes, mask, counted, [{"text": conditioning.describe(e.meta), **more}
+                                                                 for e, more in zip(part, given)]))
     return run.valid_batches
 
 
@@ -703,12 +784,12 @@ def mean_loss(run: Run, model: MusicGen, change=lambda attributes: attributes) -
     model.eval()
     totals = torch.zeros(2, model.config.K, device=run.ranks.device, dtype=torch.float64)
     batches = load_valid(run)
-    attributes = iter(run.ranks.change_all([a for _, _, part in batches for a in part], run.args.batch_size, change))
-    for codes, mask, part in batches:
-        codes, mask = codes.to(run.ranks.device), mask.to(run.ranks.device)
+    attributes = iter(run.ranks.change_all([a for *_, part in batches for a in part], run.args.batch_size, change))
+    for codes, mask, counted, part in batches:
+        codes, mask, counted = (x.to(run.ranks.device) for x in (codes, mask, counted))
         with run.autocast():
-            sums = model(codes, mask, prepare(model, [next(attributes) for _ in part], run.ranks.device))
-        totals += torch.stack([sums, model.count_targets(mask)])
+            sums = model(codes, mask, prepare(model, [next(attributes) for _ in part], run.ranks.device), None, counted)
+        totals += torch.stack([sums, model.count_targets(counted)])
     return figures(*run.ranks.sum(totals))
 
 
@@ -722,7 +803,7 @@ def keep_best(run: Run, values: dict) -> None:
     """Keeps the averaged weights, and writes best.pt, if the validation loss is the lowest so far."""
     if values["ce"] < run.best_ce:
         run.best_ce, run.best_values = values["ce"], values
-        run.best = {name: several.copy_of(p) for name, p in run.ema.model.named_parameters()}
+        run.best = {name: several.copy_of(x) for name, x in several.named(run.ema.model).items()}
         write_best(run)
 
 
@@ -737,7 +818,7 @@ def deployment(run: Run, keep: bool = True) -> dict:
     those that do not `keep` the weights get none."""
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
-    weights = run.best or dict(run.ema.model.named_parameters())     # none yet where every validation was not finite
+    weights = run.best or several.named(run.ema.model)               # none yet where every validation was not finite
     return dict(format=generate.FORMAT, model=several.gather_state(weights, keep), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
@@ -761,16 +842,20 @@ def best_music(run: Run) -> generate.MusicGenerator:
 
 
 def evaluate_stage(run: Run) -> dict:
-    """What captions are worth to the loss; on the toy set, how well generated clips follow them."""
+    """What each condition is worth to the loss; on the toy set, how well generated clips follow their captions."""
     began, music = time.perf_counter(), best_music(run)
     model, result = music.model, mean_loss(run, music.model)
-    if model.conditioner is not None:
-        result["ce_no_text"] = mean_loss(run, model, lambda a: [dict.fromkeys(x) for x in a])["ce"]
-        result["ce_shuffled_text"] = mean_loss(run, model, lambda a: a[1:] + a[:1])["ce"]
-        run.ranks.print(f"evaluate: ce {result['ce']:.4f} with captions, {result['ce_no_text']:.4f} without, "
-                        f"{result['ce_shuffled_text']:.4f} with those of other clips")
-        if run.args.dataset == "toy":
-            result["adherence"] = toy_adherence(run, music)
+    names = model.conditioner.names if model.conditioner is not None else []
+    for name in names:
+        without = mean_loss(run, model, lambda a: [{**x, name: None} for x in a])["ce"]
+        others = mean_loss(run, model, lambda a: [{**x, name: y[name]} for x, y in zip(a, a[1:] + a[:1])])["ce"]
+        result |= {f"ce_no_{name}": without, f"ce_shuffled_{name}": others}
+        run.ranks.print(f"evaluate: ce {result['ce']:.4f} with {PLURALS[name]}, {without:.4f} without, {others:.4f} with those of other clips")
+    if len(names) > 1:
+        result["ce_no_conditions"] = mean_loss(run, model, lambda a: [dict.fromkeys(x) for x in a])["ce"]
+        run.ranks.print(f"evaluate: ce {result['ce_no_conditions']:.4f} without any condition")
+    if run.args.dataset == "toy" and "text" in names:
+        result["adherence"] = toy_adherence(run, music)
     return result | dict(seconds=time.perf_counter() - began)
 
 
@@ -785,27 +870,28 @@ def toy_adherence(run: Run, music: generate.MusicGenerator) -> dict:
 
 
 def generate_stage(run: Run, epoch: int) -> dict:
-    """Writes samples for fixed captions of the validation set, wav and json, under samples/epoch_NNNN."""
+    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/epoch_NNNN."""
     args, began = run.args, time.perf_counter()
     if not run.ranks.is_main or args.generate_samples == 0:
         deployment(run, keep=False)                                  # lends its shards to rank 0
         return {}
     music = best_music(run)
-    texts = [a["text"] for _, _, attributes in load_valid(run) for a in attributes][:args.generate_samples]
+    names = music.model.conditioner.names if music.model.conditioner is not None else []
+    clips = [{name: a[name] for name in names} for *_, part in load_valid(run) for a in part][:args.generate_samples]
     folder = run.out / "samples" / f"epoch_{epoch:04d}"
-    prompts = texts if music.model.conditioner is not None else [None] * len(texts)
-    wavs = music.generate(prompts, args.segment_seconds, seed=args.seed)
+    wavs = run.codec.decode(music.codes(clips, args.segment_seconds, seed=args.seed)).cpu()
     record = dict(seed=args.seed, epoch=epoch, seconds=args.segment_seconds, **asdict(music.sampling))
-    note_written(run, "samples", attempt(write_samples, folder, prompts, wavs, run.codec.sample_rate, record), shared=False)
-    return dict(samples=len(texts), folder=str(folder), seconds=time.perf_counter() - began)
+    note_written(run, "samples", attempt(write_samples, folder, clips, wavs, run.codec.sample_rate, record), shared=False)
+    return dict(samples=len(clips), folder=str(folder), seconds=time.perf_counter() - began)
 
 
-def write_samples(folder: Path, prompts: list, wavs: Tensor, sample_rate: int, record: dict) -> None:
-    """Audio [B,C,N] and its settings as NNN.wav and NNN.json."""
+def write_samples(folder: Path, clips: list, wavs: Tensor, sample_rate: int, record: dict) -> None:
+    """Audio [B,C,N] and its settings as NNN.wav and NNN.json; `given` names the conditions it had."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (text, wav) in enumerate(zip(prompts, wavs)):
+    for i, (clip, wav) in enumerate(zip(clips, wavs)):
+        given, text = [name for name, value in clip.items() if value is not None], clip.get("text")
         tokenizer.write_audio(folder / f"{i:03d}.wav", wav, sample_rate)
-        (folder / f"{i:03d}.json").write_text(json.dumps(dict(prompt=text, **record), indent=1) + "\n")
+        (folder / f"{i:03d}.json").write_text(json.dumps(dict(prompt=text, given=given, **record), indent=1) + "\n")
         print(f"wrote {folder / f'{i:03d}.wav'}: {text}", flush=True)
 
 
@@ -833,8 +919,8 @@ def note_written(run: Run, name: str, problem: str | None, shared: bool = True) 
 def tensors(run: Run) -> dict:
     """Every tensor that resuming takes, as it lies on this rank: {"model/out_norm.weight": tensor, "optimizer/exp_avg/..": ..}."""
     names = {p: name for name, p in run.model.named_parameters()}
-    found = {f"model/{name}": p for p, name in names.items()}
-    found |= {f"ema/{name}": p for name, p in run.ema.model.named_parameters()}
+    found = {f"model/{name}": x for name, x in several.named(run.model).items()}
+    found |= {f"ema/{name}": x for name, x in several.named(run.ema.model).items()}
     found |= {f"best/{name}": x for name, x in (run.best or {}).items()}
     return found | {f"optimizer/{key}/{names[p]}": x for p, state in run.optimizer.state.items() for key, x in state.items()}
 
@@ -936,7 +1022,7 @@ def allocate(run: Run, names: list) -> None:
             like = params[rest]
             run.optimizer.state[like][key] = torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
     if any(name.startswith("best/") for name in names):
-        run.best = {name: several.copy_of(p) for name, p in run.ema.model.named_parameters()}
+        run.best = {name: several.copy_of(x) for name, x in several.named(run.ema.model).items()}
 
 
 def cut_log(path: Path, size: int) -> None:

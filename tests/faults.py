@@ -39,7 +39,8 @@ import train
 
 torch.set_num_threads(1)
 TINY = ("--size debug --epochs 2 --updates_per_epoch 10 --batch_size 4 --segment_seconds 0.5 --valid_samples 4 --eval_samples 2 "
-        "--generate_samples 1 --generate_every 1 --dropout 0.1 --log_every 3 --timeout 1 --device cpu").split()
+        "--generate_samples 1 --generate_every 1 --dropout 0.1 --log_every 3 --timeout 1 --device cpu --conditions text melody style --text_dropout 0.2 "
+        "--melody_dropout 0.2 --style_dropout 0.2").split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
