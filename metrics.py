@@ -86,7 +86,7 @@ def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, ranks=No
     return adherence([h for _, heard in parts for h in heard], [clip for clip, _ in drawn], music.codec, seed)
 
 
-def fit_analyser(codec, clips: int = 6000) -> toy.Analyser:
+def fit_analyser(codec, clips: int = 20_000) -> toy.Analyser:
     """The toy analyser with heads fitted on clean, degraded and round-tripped clips."""
     def through(wav: Tensor) -> Tensor:
         return codec.decode(codec.encode(wav[:, None]))[:, 0, :wav.shape[1]]

@@ -886,7 +886,7 @@ def fit_parser() -> argparse.ArgumentParser:
     shape.add_argument("--codebooks", type=int, default=4, help="levels of the quantiser (K)")
     shape.add_argument("--card", type=int, default=256, help="vectors of a codebook")
     learn = parser.add_argument_group("training")
-    learn.add_argument("--steps", type=int, default=5600, help="updates in all")
+    learn.add_argument("--steps", type=int, default=9000, help="updates in all")
     learn.add_argument("--batch_size", type=int, default=8, help="segments a step")
     learn.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
     learn.add_argument("--commitment", type=float, default=0.25, help="weight of the commitment loss")

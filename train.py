@@ -47,10 +47,10 @@ from ranks import Ranks
 
 REFERENCE_RUN = Path(__file__).parent / "assets" / "reference_run.jsonl"
 PRESETS = {                                                          # defaults that depend on what is trained on
-    "toy": dict(size="tiny", fuse=["text=cross+sum"], codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=16, epochs=10,
+    "toy": dict(size="tiny", fuse=["text=cross+sum"], codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=16, epochs=12,
                 updates_per_epoch=100, lr=8e-3, text_lr=1.5e-3, warmup_steps=20, ema_every=1, emb_std=1.0, cfg_dropout=0.1,
                 word_dropout=0.0, merge_text_p=0.0, valid_samples=128, cfg=1.0, temperature=0.3, top_k=50,
-                evaluate_every=0, generate_every=5),
+                evaluate_every=0, generate_every=6),
     "audio": dict(size="small", fuse=["text=cross"], codec="encodec_24khz", segment_seconds=30.0, batch_size=32, epochs=100,
                   updates_per_epoch=500, lr=1e-4, text_lr=1e-4, warmup_steps=1000, ema_every=10, cfg_dropout=0.3,
                   word_dropout=0.3, merge_text_p=0.25, valid_samples=512, cfg=3.0, temperature=1.0, top_k=250,

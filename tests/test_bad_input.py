@@ -501,7 +501,7 @@ REFUSED = {
     "tokenizer fit: segment nan": ("tokenizer fit --dataset toy --out c.pt --segment_seconds nan", "--segment_seconds nan"),
     "tokenizer fit: segment inf": ("tokenizer fit --dataset toy --out c.pt --segment_seconds inf", "--segment_seconds inf"),
     "tokenizer fit: segment longer than a clip": ("tokenizer fit --dataset toy --out c.pt --segment_seconds 9", "--segment_seconds 9",
-                                                  "2.0 s"),
+                                                  "1.6 s"),
     "tokenizer fit: one code": ("tokenizer fit --dataset toy --out c.pt --card 1", "--card 1", "at least 2"),
     "tokenizer fit: more codes than latents": ("tokenizer fit --dataset toy --out c.pt --card 60000", "--card 60000", "16000"),
     "tokenizer fit: stride zero": ("tokenizer fit --dataset toy --out c.pt --ratios 0 16", "--ratios 0 16", "at least 1"),
