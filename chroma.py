@@ -72,6 +72,15 @@ def strongest(x: Tensor) -> Tensor:
     return F.one_hot(x.argmax(-1), 12).to(x.dtype) * (x.amax(-1, keepdim=True) > 0)
 
 
+def similarity(a: Tensor, b: Tensor) -> float:
+    """Cosine similarity of two chromas [F,12], frame by frame, as a mean over the frames that the shorter has; a silent frame is
+    unlike any other and like another silent one."""
+    frames = min(len(a), len(b))
+    a, b = a[:frames], b[:frames]
+    both_silent = (a.amax(1) == 0) & (b.amax(1) == 0)
+    return float((F.cosine_similarity(a, b, dim=1) + both_silent).mean())
+
+
 def part_of_file(wav: Tensor, first_sample: int, start: int, stop: int | None, sample_rate: int) -> Tensor:
     """The frames of a long file whose centres lie at samples start..stop-1 (None: all that follow), from a piece of it.
 

@@ -11,6 +11,7 @@ Legend: B clips, C channels, N samples.
     python metrics.py --run runs/toy --cfg 1 3 --temperature 0 1     adherence at several sampling settings, as a table
     python metrics.py --codec toy                                    the analyser on clean clips and after a codec
     python metrics.py --codec toy --fit_analyser                     fits the analyser's heads again (assets/)
+    python metrics.py --run runs/toy --conditions                    given text, melody, style, or some of them: what follows what
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
+import chroma
 import data
 import generate
 import tokenizer
@@ -34,14 +36,16 @@ def hear(wav: Tensor, sample_rate: int) -> list:
     return toy.Analyser()(mono)
 
 
+def rendered(clips: list, codec) -> Tensor:
+    """Toy clips as a codec takes them: [B,C,N] at its rate."""
+    wav = torch.from_numpy(np.stack([data.pan(toy.render(c), c, codec.channels) for c in clips]))
+    return torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate)
+
+
 def round_trip(clips: list, codec) -> Tensor:
     """Toy clips as rendered, through the codec and back: [B,C,N] at the codec's rate."""
-    out, device = [], next(codec.parameters()).device
-    for start in range(0, len(clips), 16):
-        wav = torch.from_numpy(np.stack([data.pan(toy.render(c), c, codec.channels) for c in clips[start:start + 16]]))
-        wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate)                    # [B, C, N]
-        out.append(codec.decode(codec.encode(wav.to(device))).cpu())
-    return torch.cat(out)
+    device = next(codec.parameters()).device
+    return torch.cat([codec.decode(codec.encode(rendered(clips[i:i + 16], codec).to(device))).cpu() for i in range(0, len(clips), 16)])
 
 
 def adherence(heard: list, clips: list, codec, seed: int = 0) -> dict:
@@ -78,12 +82,60 @@ def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, ranks=No
     The captions start at index 100,000, far from those that validation reads. ranks: a ranks.Ranks that shares the batches
     out; each has a seed of its own, so that their number changes nothing."""
     drawn = [toy.draw(seed, 0, 100_000 + i, split) for i in range(n)]
+
+    def make(i: int) -> list:
+        texts = [text for _, text in drawn[i:i + batch]]
+        return hear(music.generate(texts, toy.CLIP_SECONDS, seed=seed + i, **settings), music.codec.sample_rate)
+
+    return adherence(share_out(make, n, batch, ranks), [clip for clip, _ in drawn], music.codec, seed)
+
+
+def share_out(make, n: int, batch: int, ranks=None) -> list:
+    """The lists make(0), make(batch), .. as one of n, made by all ranks, the same on each."""
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
-    mine = [(i, hear(music.generate([text for _, text in drawn[i:i + batch]], toy.CLIP_SECONDS, seed=seed + i, **settings),
-                     music.codec.sample_rate))
-            for i in range(rank * batch, n, batch * world)]
-    parts = sorted(part for share in (ranks.gather(mine) if ranks else [mine]) for part in share)
-    return adherence([h for _, heard in parts for h in heard], [clip for clip, _ in drawn], music.codec, seed)
+    mine = [(i, make(i)) for i in range(rank * batch, n, batch * world)]
+    parts = sorted((part for share in (ranks.gather(mine) if ranks else [mine]) for part in share), key=lambda part: part[0])
+    return [x for _, made in parts for x in made]
+
+
+GIVEN = (("text",), ("melody",), ("style",), ("text", "melody"), ("text", "style"), ("text", "melody", "style"), ())
+
+
+def toy_conditions(music, n: int, seed: int, batch: int = 64, ranks=None) -> dict:
+    """How far clips follow toy clips of which the model is given text, melody, style, several of them or none.
+
+    -> {"text+melody": {attribute: accuracy, "tune", "chroma", "shuffled"}, .., "codec": the clips themselves through the codec}.
+    tune: share of beats with the right pitch class; chroma: cosine similarity with the clip's own, shuffled: with another's."""
+    drawn, codec = [toy.draw(seed, 0, 100_000 + i, "valid") for i in range(n)], music.codec
+    clips, rate = [clip for clip, _ in drawn], codec.sample_rate
+    real = torch.cat([rendered(clips[i:i + batch], codec) for i in range(0, n, batch)])                  # [n, C, N]
+    tunes = [chroma.chroma(wav, rate) for wav in real]
+    given = [names for names in GIVEN if set(names) <= set(music.model.conditioner.names)]
+
+    def judge(wav: Tensor, i: int) -> list:
+        mono = torchaudio.functional.resample(wav.float().mean(1), rate, toy.SAMPLE_RATE)                # [b, N]
+        return [dict(heard=heard, tune=toy.tune_accuracy(mono[j], clips[i + j]), chroma=chroma.similarity(own, tunes[i + j]),
+                     shuffled=chroma.similarity(own, tunes[(i + j + 1) % n]))
+                for j, (heard, own) in enumerate(zip(hear(wav, rate), (chroma.chroma(x, rate) for x in wav)))]
+
+    def make(names: tuple, i: int) -> list:
+        own = slice(i, min(i + batch, n))
+        audio = {name: list(real[own]) for name in ("melody", "style") if name in names}
+        texts = [text if "text" in names else None for _, text in drawn[own]]
+        return judge(music.generate(texts, toy.CLIP_SECONDS, seed=seed + i, **audio), i)
+
+    rows = {"+".join(names) or "none": share_out(lambda i, names=names: make(names, i), n, batch, ranks) for names in given}
+    rows["codec"] = share_out(lambda i: judge(round_trip(clips[i:i + batch], codec), i), n, batch, ranks)
+    asked = [clip.attributes() for clip in clips]
+    return {title: toy.accuracy([r["heard"] for r in row], asked) |
+            {name: float(np.mean([r[name] for r in row])) for name in ("tune", "chroma", "shuffled")} for title, row in rows.items()}
+
+
+def conditions_table(result: dict, title: str) -> str:
+    """The figures of `toy_conditions` as lines to print."""
+    columns = list(next(iter(result.values())))
+    return "\n".join([f"{title:<24}" + "".join(f"{c:>11}" for c in columns)] +
+                     [f"  {name:<22}" + "".join(f"{row[c]:>11.3f}" for c in columns) for name, row in result.items()])
 
 
 def fit_analyser(codec, clips: int = 20_000) -> toy.Analyser:
@@ -127,6 +179,7 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
     parser.add_argument("--top_k", type=int, nargs="+", default=[250])
     parser.add_argument("--top_p", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--conditions", action="store_true", help="of --run: given some of its conditions, what the clips follow")
     parser.add_argument("--split", default="valid", choices=("valid", "heldout"), help="of the captions")
     parser.add_argument("--codec", default="toy")
     parser.add_argument("--fit_analyser", action="store_true", help="fit the heads first, and write them to assets/")
@@ -137,6 +190,14 @@ def main(argv: list | None = None) -> int:
         for name, low in (("n", 1), ("seed", 0)):
             if not low <= (value := getattr(args, name)) < 2 ** 31:
                 raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
+        if args.run and args.conditions:
+            music = generate.MusicGenerator.load(args.run)
+            if music.model.conditioner is None:
+                raise ValueError(f"{args.run}: an unconditional model follows nothing")
+            print(conditions_table(toy_conditions(music, args.n, args.seed), f"{args.n} clips, given"))
+            return 0
+        if args.conditions:
+            raise ValueError("--conditions: of which model? Give --run")
         if args.run:
             grid = itertools.product(args.cfg, args.temperature, args.top_k, args.top_p)
             sweep(args.run, [generate.Sampling(*point) for point in grid], args.n, args.seed, args.split)
