@@ -281,14 +281,14 @@ def stop_after(flags: list, world: int, log: Path, out: Path, step: int) -> None
 def starts(args: argparse.Namespace) -> None:
     """Starts two ranks again and again on one store, as torchrun does; one of them is late, or dead before the others have met it."""
     server, rng = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), random.Random(args.seed)
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
     tally = Counter()
     for i in range(args.tries):
         late, dies = rng.randrange(2), i % 4 == 1
         pids = []
         for rank in range(2):
             if (pid := os.fork()) == 0:
-                os.environ["RANK"] = str(rank)
+                os.environ |= shared | dict(RANK=str(rank))
                 time.sleep(0.3 * (rank == late))
                 if dies and rank == late:
                     os._exit(9)
