@@ -7,3 +7,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 torch.set_num_threads(1)
+
+import faults                                                        # after the paths
+
+faults.remember_captions()

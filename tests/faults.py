@@ -32,19 +32,47 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch._dynamo                                                 # 260 modules that every forked training would import by itself
 
 import checkpoint
+import conditioning
 import ranks as several
 import train
 
 torch.set_num_threads(1)
 TINY = ("--size debug --epochs 2 --updates_per_epoch 10 --batch_size 4 --segment_seconds 0.5 --valid_samples 4 --eval_samples 2 "
-        "--generate_samples 1 --generate_every 1 --dropout 0.1 --log_every 3 --timeout 1 --device cpu --conditions text melody style --text_dropout 0.2 "
-        "--melody_dropout 0.2 --style_dropout 0.2").split()
+        "--generate_samples 1 --generate_every 1 --dropout 0.1 --log_every 3 --timeout 1 --device cpu "
+        "--conditions text melody style --text_dropout 0.2 --melody_dropout 0.2 --style_dropout 0.2").split()
+SHORT = ["--updates_per_epoch", "4"]                                 # as many stages and saves at every step, fewer steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes
+
+
+def remember_captions() -> None:
+    """The toy set's captions and their vocabulary, a function of the seed, are made once for all trainings of this process and those
+    forked from it: a third of what a tiny one takes. Any other captions are fitted each time."""
+    draw, fit, captions, pieces = train.sample_captions, conditioning.fit_sentencepiece, {}, {}
+
+    def sample_captions(args, *rest):
+        if args.dataset != "toy" or args.cache is not None:
+            return draw(args, *rest)
+        if args.seed not in captions:
+            captions[args.seed] = draw(args, *rest)
+        return captions[args.seed]
+
+    def fit_sentencepiece(texts, vocab=2000):
+        seed = next((seed for seed, known in captions.items() if known is texts), None)
+        if seed is None:
+            return fit(texts, vocab)
+        if (seed, vocab) not in pieces:
+            pieces[seed, vocab] = fit(texts, vocab)
+        return pieces[seed, vocab]
+
+    train.sample_captions, conditioning.fit_sentencepiece = sample_captions, fit_sentencepiece
+    args = train.build_parser().parse_args(TINY)
+    fit_sentencepiece(sample_captions(args, None), args.text_vocab)
 
 
 def free_port() -> int:
@@ -204,7 +232,7 @@ def kills(args: argparse.Namespace) -> None:
         if hits == 0:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            result = campaign(Path(folder), TINY + flags, world, hits, number, random.Random(args.seed + i))
+            result = campaign(Path(folder), TINY + (SHORT if args.short else []) + flags, world, hits, number, random.Random(args.seed + i))
         print(f"{title:<34}" + "".join(f"{result.get(k, 0):>{w}}" for k, w in (
             ("kills", 6), ("writing", 12), ("runs", 6), ("equal", 7), ("lost", 6))), flush=True)
         assert result["equal"] == result["runs"] and not result.get("lost"), result
@@ -245,19 +273,20 @@ def worlds(args: argparse.Namespace) -> None:
     """Runs stopped after their first epoch with one layout and gone on with in another, beside one process all the way."""
     layouts = dict(single=(1, []), ddp=(2, ["--parallel", "ddp"]), fsdp=(2, ["--parallel", "fsdp"]),
                    sharded=(2, ["--parallel", "fsdp", "--sharded_checkpoint"]))
+    tiny, half = TINY + (SHORT if args.short else []), 4 if args.short else 10
     print(f"{'saved with':<12}{'gone on with':<14}{'loss, largest':>15}{'weight, largest':>17}")
     with tempfile.TemporaryDirectory() as folder:
         log, reference = Path(folder, "log"), Path(folder, "reference")
-        complete(TINY + ["--out", str(reference)], 1, log)
+        complete(tiny + ["--out", str(reference)], 1, log)
         pairs = (("fsdp", "single"), ("single", "ddp"), ("sharded", "single"), ("single", "fsdp"), ("ddp", "fsdp"), ("sharded", "ddp"),
                  ("single", "sharded"))
         for i, (before, after) in enumerate(pairs[:3] if args.short else pairs):
             out = Path(folder, str(i))
             world, more = layouts[before]
-            stop_after(TINY + more + ["--save_minutes", "60", "--out", str(out)], world, log, out, 10)
+            stop_after(tiny + more + ["--save_minutes", "60", "--out", str(out)], world, log, out, half)
             world, more = layouts[after]
             flags = [f for f in more if f != "--sharded_checkpoint"]           # so that the last checkpoint can be compared
-            complete(TINY + flags + ["--out", str(out)], world, log)
+            complete(tiny + flags + ["--out", str(out)], world, log)
             losses = max(abs(x["ce"] - y["ce"]) for x, y in zip(curve(out), curve(reference)) if x["kind"] == "step")
             assert losses < 1e-4, losses
             print(f"{before:<12}{after:<14}{losses:>15.1e}{largest_difference(state(out), state(reference), 'model/'):>17.1e}", flush=True)
@@ -282,14 +311,14 @@ def stop_after(flags: list, world: int, log: Path, out: Path, step: int) -> None
 def starts(args: argparse.Namespace) -> None:
     """Starts two ranks again and again on one store, as torchrun does; one of them is late, or dead before the others have met it."""
     server, rng = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), random.Random(args.seed)
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
     tally = Counter()
     for i in range(args.tries):
         late, dies = rng.randrange(2), i % 4 == 1
         pids = []
         for rank in range(2):
             if (pid := os.fork()) == 0:
-                os.environ["RANK"] = str(rank)
+                os.environ |= shared | dict(RANK=str(rank))
                 time.sleep(0.3 * (rank == late))
                 if dies and rank == late:
                     os._exit(9)
@@ -452,8 +481,9 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=1)
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--short", action="store_true", help="equal, worlds: the cases that differ most")
+    parser.add_argument("--short", action="store_true", help="equal, worlds: the cases that differ most; kills, worlds: fewer steps")
     args = parser.parse_args()
+    remember_captions()
     whats[args.what](args)
 
 

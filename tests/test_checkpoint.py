@@ -29,6 +29,25 @@ def two(folder: Path) -> None:
         checkpoint.write(folder / "last.pt", content(step), folder / "last.prev.pt")
 
 
+def in_a_child(action) -> str:
+    """Does something in a forked process -> the message of the error that ended it, "" for none."""
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        message = b""
+        try:
+            action()
+        except BaseException as error:
+            message = str(error).encode() or b"an error without words"
+        finally:
+            os.write(writer, message)
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as f:
+        message = f.read().decode()
+    assert os.waitpid(pid, 0)[1] == 0
+    return message
+
+
 def test_write_keeps_the_one_before(tmp_path):
     two(tmp_path)
     assert [checkpoint.read(tmp_path / name)["step"] for name in ("last.pt", "last.prev.pt")] == [2, 1]
@@ -91,13 +110,13 @@ def test_another_kind_of_file_is_refused(other, says, tmp_path):
 
 def test_a_full_disk_keeps_what_is_there(tmp_path):
     """A real failure of write(2): no file may grow past 64 KiB in the child."""
-    code = ("import resource, sys, torch, checkpoint; from pathlib import Path; folder = Path(sys.argv[1])\n"
-            "checkpoint.write(folder / 'last.pt', dict(x=torch.zeros(100)))\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
-            "try: checkpoint.write(folder / 'last.pt', dict(x=torch.zeros(100_000)), folder / 'last.prev.pt')\n"
-            "except OSError as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=HERE, timeout=120)
-    assert "last.pt could not be written ([Errno 27] File too large" in done.stdout, done
+    def fill() -> None:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+        checkpoint.write(tmp_path / "last.pt", dict(x=torch.zeros(100_000)), tmp_path / "last.prev.pt")
+
+    checkpoint.write(tmp_path / "last.pt", dict(x=torch.zeros(100)))
+    assert "last.pt could not be written ([Errno 27] File too large" in in_a_child(fill)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and checkpoint.read(tmp_path / "last.pt")["x"].numel() == 100
 
 
@@ -168,12 +187,9 @@ def test_shards_of_one_process(tmp_path, monkeypatch):
 def test_one_run_a_folder(tmp_path):
     """Another process is refused, for as long as this one lives."""
     handle = checkpoint.lock(tmp_path)
-    code = "import sys, checkpoint; from pathlib import Path; checkpoint.lock(Path(sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=120)
-    assert refused.returncode and "is in use by another process" in refused.stderr
+    assert "is in use by another process" in in_a_child(lambda: checkpoint.lock(tmp_path))
     os.close(handle)
-    assert subprocess.run(command, cwd=HERE, timeout=120).returncode == 0
+    assert in_a_child(lambda: checkpoint.lock(tmp_path)) == ""
 
 
 def test_a_killed_run_lets_go_of_its_folder(tmp_path):
@@ -187,6 +203,7 @@ def test_a_killed_run_lets_go_of_its_folder(tmp_path):
 
 def test_signals_wait_for_what_must_be_whole():
     """Held back within `hold`, obeyed at its end; outside of it at once; repeated at once they are one request."""
+    before = signal.getsignal(signal.SIGINT)
     with checkpoint.Stop() as stop:
         done = []
         with pytest.raises(checkpoint.Stopped, match="SIGTERM"):
@@ -198,4 +215,4 @@ def test_signals_wait_for_what_must_be_whole():
     with checkpoint.Stop():
         with pytest.raises(checkpoint.Stopped, match="SIGINT"):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,6 +1,4 @@
-"""The fault campaign in short: kills, signals, other numbers of ranks, equal numbers.
-
-tests/faults.py has all of it; `restarts` is only there, since gloo now and then fails to connect after torchrun's restart."""
+"""The fault campaign in short: kills, signals, restarts, other numbers of ranks, equal numbers. tests/faults.py has all of it."""
 
 import subprocess
 import sys
@@ -12,9 +10,11 @@ FAULTS = Path(__file__).parent / "faults.py"
 
 
 @pytest.mark.parametrize("command, says", [
-    ("kills --kills 4 --terms 2", "kill -9, one rank of two, DDP"),
+    ("kills --kills 4 --terms 2 --short", "kill -9, one rank of two, DDP"),
     ("equal --updates 4 --short", "float32, FSDP x2, micro-batches of 1"),
     ("worlds --short", "sharded     single"),
+    ("starts --tries 6", "6 of 6 starts"),
+    ("restarts --tries 1", "restarts  equal"),
     ("nan", "weight, FSDP"),
     ("hang", "exit code 1"),
 ])
