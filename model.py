@@ -339,7 +339,7 @@ class MusicGen(nn.Module):
         are read but not learnt, within frame_mask. The targets are shifted to the sequence: no logits are gathered."""
         conditions = self.conditioner(inputs) if self.conditioner is not None else None
         pattern = self.config.layout(codes.shape[2])
-        targets = pattern.targets(codes, frame_mask if loss_mask is None else loss_mask, IGNORE)                                            # [B, K, S-1]
+        targets = pattern.targets(codes, frame_mask if loss_mask is None else loss_mask, IGNORE)        # [B, K, S-1]
         if frame_mask is not None:
             codes = codes.masked_fill(~frame_mask[:, None], self.special)
         x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions, keys=keys)            # [B, S-1, D]

@@ -190,8 +190,8 @@ def derive(args: argparse.Namespace, world: int) -> list:
 
 def check(args: argparse.Namespace, world: int) -> None:
     """Refuses flags that contradict each other or lie outside their range. Errors: ValueError with the way out."""
-    for name in ("cfg_dropout", "text_dropout", "melody_dropout", "style_dropout", "word_dropout", "merge_text_p", "drop_desc_p", "keep_other_p", "dropout",
-                 "ema_decay", "beta1", "beta2", "top_p", "lr_min_ratio", "min_segment_ratio"):
+    for name in ("cfg_dropout", "text_dropout", "melody_dropout", "style_dropout", "word_dropout", "merge_text_p", "drop_desc_p",
+                 "keep_other_p", "dropout", "ema_decay", "beta1", "beta2", "top_p", "lr_min_ratio", "min_segment_ratio"):
         if not 0 <= (value := getattr(args, name)) <= 1:
             raise ValueError(f"--{name} {value}: it lies between 0 and 1")
     for name in ("epochs", "updates_per_epoch", "batch_size", "micro_batch_size", "ema_every", "log_every", "valid_samples",

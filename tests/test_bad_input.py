@@ -275,6 +275,8 @@ MATERIAL = {
     "no_audio": lone("empty.txt", "cover.jpg"), "no_captions": lone("good.wav"),
     "odd_names": lambda p, s: (p.mkdir(), (p / "\u00b2.wav").touch(), (p / "notes.txt").touch()),
     "blank_captions": captioned("blank.txt"), "long_caption": captioned("long.txt"),
+    "tune": copied("tune", "last*"), "cache_no_chroma": cache_with("shard_00000.chroma.npy", lambda raw: None),
+    "cache_cut_chroma": cache_with("shard_00000.chroma.npy", lambda raw: raw[:-9]),
     "run": copied("run"), "model": copied("run", "last*"), "mute": copied("mute", "last*"), "cache": copied("cache"),
     "no_log": run_with("log.jsonl", lambda raw: b"no log at all\n"),
     **{f"best_{name}": run_with("best.pt", damage) for name, damage in DAMAGES.items()},
@@ -311,7 +313,7 @@ def prepare(shared: Path) -> Path:
     """The tiny runs, with and without text, the songs and their token cache that cases copy and damage."""
     music(shared / "music")
     with contextlib.redirect_stdout(io.StringIO()):
-        for out, *flags in (("run",), ("mute", "--no_text")):
+        for out, *flags in (("run",), ("mute", "--no_text"), ("tune", "--conditions", "melody", "style")):
             assert train.main([*FIRST["train"].split(), "--out", str(shared / out), *flags]) == 0
         assert data.main(["cache", str(shared / "music"), "--codec", "toy", "--out", str(shared / "cache")]) == 0
     return shared
@@ -393,6 +395,15 @@ REFUSED = {
     "train: too many codebooks": ("train --num_codebooks 99", "num_codebooks 99", "1 to 4"),
     "train: vocabulary of one piece": ("train --text_vocab 1", "text_vocab 1", "characters"),
     "train: vocabulary smaller than the alphabet": ("train --text_vocab 9", "text_vocab 9", "characters"),
+    "train: a condition that does not exist": ("train --conditions smell", "'smell'", "melody"),
+    "train: probability of losing the melody over 1": ("train --melody_dropout 1.5", "--melody_dropout 1.5", "between 0 and 1"),
+    "train: style longer than the segment": ("train --conditions style --style_seconds 0.5 3", "--style_seconds 0.5 3", "less than the segment"),
+    "train: style from long to short": ("train --conditions style --style_seconds 0.5 0.2", "--style_seconds 0.5 0.2", "not less"),
+    "train: style of nan": ("train --conditions style --style_seconds nan 0.2", "--style_seconds nan 0.2", "more than 0"),
+    "train: no levels": ("train --conditions style --style_levels 0", "--style_levels 0", "at least 1"),
+    "train: stems without demucs": ("train --conditions melody --melody_stems", "--melody_stems", "pip install demucs"),
+    "train: melody from a cache without": ("train --cache @cache_no_chroma --conditions melody", "cache_no_chroma", "no chroma", "data.py cache"),
+    "train: melody from a damaged cache": ("train --cache @cache_cut_chroma --conditions melody", "cache_cut_chroma", "damaged"),
     # train.py: what it reads
     "train: dataset missing": ("train --dataset no/such", "'no/such'", "give a folder"),
     "train: dataset is a song": ("train --dataset @good.wav", "good.wav", "give a folder"),
@@ -589,6 +600,22 @@ REFUSED = {
     "metrics: unknown split": ("metrics --run @model --split test", "'test'", "heldout"),
     "metrics: codec unknown": ("metrics --codec mystery", "'mystery'", "toy, encodec_24khz"),
     "metrics: codec is a pickle": ("metrics --codec @pickle.pt", "pickle.pt", "not a codec file"),
+    "generate: melody for a model without": ("generate --run @model --prompt x --melody @good.wav", "--melody", "good.wav", "without melody"),
+    "generate: style for a model without": ("generate --run @model --prompt x --style @good.wav", "--style", "good.wav", "without style"),
+    "generate: text for a model of melodies": ("generate --run @tune --prompt x", "without text", "--unconditional"),
+    "generate: melody missing": ("generate --run @tune --melody gone.wav", "--melody gone.wav", "no such file"),
+    "generate: melody silent": ("generate --run @tune --melody @silent.wav", "--melody", "silent.wav", "it is silent"),
+    "generate: melody of one sample": ("generate --run @tune --melody @one.wav", "--melody", "one.wav", "at least 0.512 s"),
+    "generate: melody is text": ("generate --run @tune --melody @text.wav", "--melody", "text.wav", "not readable as audio"),
+    "generate: style of one sample": ("generate --run @tune --style @one.wav", "--style", "one.wav", "at least"),
+    "generate: three styles for two melodies": ("generate --run @tune --melody a b --style a b c", "2 of melody, 3 samples", "as many"),
+    "generate: stems without demucs": ("generate --run @tune --melody @good.wav --melody_stems", "--melody_stems", "pip install demucs"),
+    "generate: double guidance nan": ("generate --run @tune --melody @good.wav --cfg_style nan", "cfg_style nan", "between"),
+    "data cache: stems without demucs": ("data cache @music --out out --melody_stems", "--melody_stems", "pip install demucs"),
+    "conditioning: nothing": ("conditioning --run @tune", "--melody", "--style"),
+    "conditioning: style without a run": ("conditioning --style @good.wav", "--run"),
+    "conditioning: style of a run without": ("conditioning --style @good.wav --run @model", "model", "without style"),
+    "conditioning: melody missing": ("conditioning --melody gone.wav", "gone.wav", "not readable as audio"),
     "conditioning: no text": ("conditioning", "text"),
     "conditioning: run missing": ("conditioning organ --run no/such", "no/such", "give the folder of a run"),
     "conditioning: run is a pickle": ("conditioning organ --run @best_pickle", "best_pickle", "not a model"),
@@ -675,6 +702,10 @@ FINE = {                                                             # the words
     "generate: continue 7 channels": ("generate --run @model --unconditional --continue @seven.wav --seconds 1.1", "wrote"),
     "generate: continue silence": ("generate --run @model --unconditional --continue @silent.wav --seconds 1.1", "wrote"),
     "generate: names in the folder that are no numbers": ("generate --run @model --unconditional --out @odd_names", "wrote"),
+    "generate: a melody and a style": ("generate --run @tune --melody @good.wav --style @good.wav --cfg 2", "wrote"),
+    "generate: a melody that begins again": ("generate --run @tune --melody @good.wav --seconds 2.5", "wrote"),
+    "generate: style of silence": ("generate --run @tune --style @silent.wav", "wrote"),
+    "train: an old cache with text alone": ("train --cache @cache_no_chroma", "finished"),
     "conditioning: text with NUL": ("conditioning $nul --run @model", "pieces"),
     "conditioning: text that is no UTF-8": ("conditioning $surrogate --run @model", "pieces"),
     "conditioning: text of nothing": ("conditioning $empty --run @model", "pieces"),

@@ -122,8 +122,8 @@ def test_chroma_from_the_cache_against_live_audio(tmp_path, capsys):
         same, inner, count = same + (a == b).sum().item(), inner + (a == b)[2:-2].sum().item(), count + len(a)
     print(f"frames of the same class: {same / count:.3f}, without the two at each edge {inner / (count - 12 * 4):.3f}")
     assert same / count > 0.7 and inner / (count - 12 * 4) > 0.8
-    whole = data.CacheDataset(out, codec, 30.0, 0, 0.2, "train", 0.5, melody=True)             # longer than the song: from its start
-    live = data.open_dataset(str(root), 0.5, "train", 30.0, codec, 0, 0.2, melody=True)
+    whole = data.CacheDataset(out, codec, 30.0, 0, 0.8, "train", 0.5, melody=True)             # longer than the song: from its start
+    live = data.open_dataset(str(root), 0.5, "train", 30.0, codec, 0, 0.8, melody=True)
     a, b = whole.example(0, 0), live.example(0, 0)
     assert a.start_seconds == b.start_seconds == 0 and np.abs(a.chroma - b.chroma).max() < 2e-3, np.abs(a.chroma - b.chroma).max()
 
@@ -131,7 +131,8 @@ def test_chroma_from_the_cache_against_live_audio(tmp_path, capsys):
 def test_a_cache_of_before_chroma_trains_with_text_alone(tmp_path):
     codec, out = tokenizer.load_codec("toy"), str(tmp_path / "codes")
     data.cache("toy", out, codec, clips=3)
-    live, cached = (data.open_dataset("toy", codec=codec, melody=True, cache=c).example(0, 0) for c in (None, out))
+    cached = data.open_dataset("toy", codec=codec, melody=True, cache=out).example(0, 0)
+    live = data.open_dataset("toy", codec=codec, melody=True).example(0, int(cached.path.split("/")[1]))
     assert np.abs(live.chroma - cached.chroma).max() < 1e-3                                    # a whole clip: float16's rounding
     with pytest.raises(ValueError, match="drums and bass"):
         data.open_dataset("toy", codec=codec, melody=True, stems=True, cache=out)
@@ -203,11 +204,10 @@ def test_dropouts_of_three_conditions_are_independent():
         return [a[n] is None for n in names]
 
     got = np.array([draw(i) for i in range(20_000)])
-    alone = got[~got.all(1)]                                         # nearly all that CFG has left
     for i, name in enumerate(names):
         assert abs(got[:, i].mean() - (0.2 + 0.8 * rates[name])) < 0.012, name
         for j in range(i):
-            assert abs(np.corrcoef(alone[:, i], alone[:, j])[0, 1]) < 0.05
+            assert abs((got[:, i] & got[:, j]).mean() - (0.2 + 0.8 * rates[name] * rates[names[j]])) < 0.012, (name, names[j])
     assert [draw(i, ["text"])[0] for i in range(500)] == got[:500, 2].tolist()                 # a condition more moves no other's draw
 
 
@@ -228,18 +228,15 @@ def test_the_excerpt_is_not_learnt():
     codes, frames = torch.randint(13, (2, 3, 12)), torch.ones(2, 12, dtype=torch.bool)
     learnt = train.without_excerpts(frames, [(3, 7), (0, 0)])
     assert learnt.sum(1).tolist() == [8, 12] and not learnt[0, 3:7].any()
-    assert torch.equal(model.count_targets(learnt), torch.tensor([20, 20, 20]))
-    heads = [torch.nn.Parameter(h.weight.detach().clone()) for h in model.linears]
-    for head, weight in zip(model.linears, heads):
-        head.weight = weight
+    assert (model.count_targets(frames) - model.count_targets(learnt)).tolist() == [4, 4, 4]
     targets = model.config.layout(12).targets(codes, learnt, -100)
-    assert (targets != -100).sum((0, 2)).tolist() == [20, 20, 20]
-    model.hidden = lambda *a, **k: torch.zeros(2, 14, 32)            # so that the loss sees codes as targets alone
+    assert torch.equal((targets != -100).sum((0, 2)), model.count_targets(learnt))
+    constant = torch.randn(2, targets.shape[2], 32)
+    model.conditioner, model.hidden = None, lambda *a, **k: constant                       # so that the loss sees codes as targets alone
     changed = codes.clone()
     changed[0, :, 3:7] = (changed[0, :, 3:7] + 1) % 13
     a, b = (model(c, frames, loss_mask=learnt) for c in (codes, changed))
     assert torch.equal(a, b)
-    model.hidden = lambda *a, **k: torch.ones(2, 14, 32)
     c, d = (model(c, frames) for c in (codes, changed))
     assert not torch.equal(c, d)
 
