@@ -478,7 +478,7 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
 
 
 def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
-    """Groups of the optimiser: decayed and not, the encoders of text and style at their own learning rate (`lr_scale` times the other's)."""
+    """Groups of the optimiser: decayed and not, the encoders of text and style at their own learning rate (`lr_scale` times it)."""
     parts = model.conditioner.parts if model.conditioner is not None else {}
     text = {id(p) for name in ("text", "style") if name in parts for p in parts[name].parameters()}
     groups = []
