@@ -19,7 +19,8 @@ its beat: where it ends already tells the tempo.
 
 One combination of the five values in ten is held out of training (`split="heldout"`), to see whether a model composes
 attributes or recalls clips. There are 2,160 of them, for a reason: with a third as many, a model learns by heart which
-ones there are, and plays one of those when it is asked for another. Everything is a function of (seed, epoch, index): data are fresh in every epoch and cost no disk.
+ones there are, and plays one of those when it is asked for another. Everything is a function of (seed, epoch, index): data are
+fresh in every epoch and cost no disk.
 
 Legend: B clips, N samples (16 kHz), F analysis frames.
     python toy.py                    prints captions with the analyser's accuracies on clean clips
