@@ -103,9 +103,9 @@ def note(instrument: str, midi: int) -> np.ndarray:
     f = 440.0 * 2 ** ((midi - 69) / 12)
     partials = {                                                     # (ratio to f, amplitude, decay 1/s) below 7.6 kHz
         "flute": [(1, 1.0, 0), (2, 0.12, 0), (3, 0.03, 0)],
-        "chip": [(k, 1 / k, 0) for k in range(1, 40, 2)],
+        "chip": [(k, k ** -0.6, 0) for k in range(1, 40, 2)],
         "pluck": [(k, 1 / k, 3.0 + 1.5 * k) for k in range(1, 24)],
-        "bell": [(1, 1.0, 3.0), (2.76, 0.6, 4.0), (5.40, 0.35, 6.0)],
+        "bell": [(1, 1.0, 7.0), (2.76, 0.6, 9.0), (5.40, 0.35, 12.0)],
         "organ": [(1, 1.0, 0), (2, 0.9, 0), (4, 0.8, 0), (8, 0.5, 0)],
     }[instrument]
     phase = 2 * np.pi * f * t
