@@ -858,6 +858,9 @@ def evaluate_stage(run: Run) -> dict:
         run.ranks.print(f"evaluate: ce {result['ce_no_conditions']:.4f} without any condition")
     if run.args.dataset == "toy" and "text" in names:
         result["adherence"] = toy_adherence(run, music)
+    if run.args.dataset == "toy" and set(names) - {"text"}:
+        result["given"] = metrics.toy_conditions(music, run.args.eval_samples, run.args.seed, ranks=run.ranks)
+        run.ranks.print(metrics.conditions_table(result["given"], f"{run.args.eval_samples} clips, given"))
     return result | dict(seconds=time.perf_counter() - began)
 
 
