@@ -685,7 +685,8 @@ def log_step(run: Run, norm: float, seconds: float) -> None:
 def load_valid(run: Run) -> list:
     """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, what counts, attributes)].
 
-    A style excerpt is the middle of its clip, and does not count in the loss, whatever conditions are then given. Which segments it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
+    A style excerpt is the middle of its clip, and does not count in the loss, whatever conditions are then given. Which segments
+    it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
     if run.valid_batches is None:
         args, ranks = run.args, run.ranks
         source = run.train_set if args.overfit_one_batch else run.valid_set
