@@ -777,7 +777,8 @@ def evaluate_stage(run: Run) -> dict:
         without = mean_loss(run, model, lambda a: [{**x, name: None} for x in a])["ce"]
         others = mean_loss(run, model, lambda a: [{**x, name: y[name]} for x, y in zip(a, a[1:] + a[:1])])["ce"]
         result |= {f"ce_no_{name}": without, f"ce_shuffled_{name}": others}
-        run.ranks.print(f"evaluate: ce {result['ce']:.4f} with {PLURALS[name]}, {without:.4f} without, {others:.4f} with those of other clips")
+        run.ranks.print(f"evaluate: ce {result['ce']:.4f} with {PLURALS[name]}, {without:.4f} without, "
+                        f"{others:.4f} with those of other clips")
     if len(names) > 1:
         result["ce_no_conditions"] = mean_loss(run, model, lambda a: [dict.fromkeys(x) for x in a])["ce"]
         run.ranks.print(f"evaluate: ce {result['ce_no_conditions']:.4f} without any condition")
