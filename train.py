@@ -759,13 +759,8 @@ def log_step(run: Run, norm: float, seconds: float) -> None:
 def load_valid(run: Run) -> list:
     """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, what counts, attributes)].
 
-<<<<<<< HEAD
-    Which segments it has depends on the flags alone: --valid_samples, rounded up to whole batches. A style excerpt is the middle
-    of its clip, and does not count in the loss, whatever conditions are then given."""
-=======
     A style excerpt is the middle of its clip, and does not count in the loss, whatever conditions are then given. Which segments
     it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
->>>>>>> melody
     if run.valid_batches is None:
         args, ranks = run.args, run.ranks
         source = run.train_set if args.overfit_one_batch else run.valid_set
@@ -856,13 +851,8 @@ def evaluate_stage(run: Run) -> dict:
         without = mean_loss(run, model, lambda a: [{**x, name: None} for x in a])["ce"]
         others = mean_loss(run, model, lambda a: [{**x, name: y[name]} for x, y in zip(a, a[1:] + a[:1])])["ce"]
         result |= {f"ce_no_{name}": without, f"ce_shuffled_{name}": others}
-<<<<<<< HEAD
-        run.ranks.print(f"evaluate: ce {result['ce']:.4f} with {PLURALS[name]}, {without:.4f} without, {others:.4f} with those of "
-                        "other clips")
-=======
         run.ranks.print(f"evaluate: ce {result['ce']:.4f} with {PLURALS[name]}, {without:.4f} without, "
                         f"{others:.4f} with those of other clips")
->>>>>>> melody
     if len(names) > 1:
         result["ce_no_conditions"] = mean_loss(run, model, lambda a: [dict.fromkeys(x) for x in a])["ce"]
         run.ranks.print(f"evaluate: ce {result['ce_no_conditions']:.4f} without any condition")
