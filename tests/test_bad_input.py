@@ -624,7 +624,7 @@ REFUSED = {
     "conditioning: broken vocabulary": ("conditioning organ --run @best_bad_pieces", "best_bad_pieces", "not a model"),
     "toy: file missing": ("toy gone.wav", "gone.wav", "no such file"),
     "toy: text named .wav": ("toy @text.wav", "text.wav", "not readable as audio"),
-    "toy: one sample": ("toy @one.wav", "one.wav", "at least 0.8 s"),
+    "toy: one sample": ("toy @one.wav", "one.wav", "at least 0.64 s"),
     "toy: a rate that cannot be resampled": ("toy @prime.wav", "prime.wav", "999983 Hz"),
     "toy: a sample rate of 3 Hz": ("toy @rate3.wav", "rate3.wav", "3 Hz"),
     "toy: no clips": ("toy --clips 0", "--clips 0", "at least 1"),

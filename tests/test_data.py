@@ -151,7 +151,7 @@ def test_toy_dataset():
     valid = data.ToyDataset(0, "valid", replaced(sample_rate=RATE * 3 // 2, channels=2, hop=480), 1.0)
     x = train.example(1, 3)
     assert same(x, data.ToyDataset(0, "train", MONO).example(1, 3)) and not same(x, train.example(2, 3))
-    assert x.wav.shape == (1, 32_000) and x.frames == x.segment_frames == 100
+    assert x.wav.shape == (1, 25_600) and x.frames == x.segment_frames == 80
     assert isinstance(x.meta["description"], str) and x.meta["toy"]["root"]
     y = valid.example(0, 0)
     assert y.wav.shape == (2, 24_000) and y.frames == 50 and same(y, valid.example(9, 0))
@@ -461,12 +461,12 @@ def test_damaged_caches_and_bad_output_folders(tmp_path, codec):
 
 def test_toy_cache_and_cache_with_a_valid_folder(tmp_path, codec):
     data.cache("toy", str(tmp_path / "toy"), codec, clips=12)
-    train, valid = (data.open_dataset("toy", 0.05, s, 2.0, codec, cache=str(tmp_path / "toy"))
+    train, valid = (data.open_dataset("toy", 0.05, s, 1.6, codec, cache=str(tmp_path / "toy"))
                     for s in ("train", "valid"))
     assert (len(train.files), len(valid.files)) == (12, 1)
     x = train.example(0, 0)
     clip = data.ToyDataset(0, "train", MONO).example(0, int(x.path.split("/")[-1]))
-    assert x.meta == json.loads(json.dumps(clip.meta)) and (x.start_seconds, x.frames) == (0, 100)
+    assert x.meta == json.loads(json.dumps(clip.meta)) and (x.start_seconds, x.frames) == (0, 80)
     assert np.array_equal(codec.encode(torch.from_numpy(clip.wav)[None])[0], x.codes)
     folder(tmp_path / "t", 3, 1.0)
     folder(tmp_path / "v", 2, 1.0)

@@ -343,8 +343,8 @@ def test_command_line_round_trip(tmp_path, capsys):
     for words in ([], ["roundtrip"]):
         assert tokenizer.main([*words, str(tmp_path / "in.wav"), str(tmp_path / "out.wav")]) == 0
         said = capsys.readouterr().out
-        assert "[1, 4, 100]" in said and "SI-SNR" in said and "ppl_q4" in said
-        assert tokenizer.audio_info(tmp_path / "out.wav").seconds == 2
+        assert "[1, 4, 80]" in said and "SI-SNR" in said and "ppl_q4" in said
+        assert tokenizer.audio_info(tmp_path / "out.wav").seconds == 1.6
     assert tokenizer.main([str(tmp_path / "none.wav"), str(tmp_path / "out.wav")]) == 2
     assert tokenizer.main([str(tmp_path / "in.wav"), str(tmp_path / "out.wav"), "--codec", "tory"]) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -97,10 +97,12 @@ def test_best_holds_the_averaged_weights(finished):
 
 def test_generate_command(finished, tmp_path):
     flags = ["--run", str(finished), "--prompt", "a slow organ tune", "--prompt", "fast bells", "--seconds", "1"]
-    for name in ("a", "b"):
-        assert generate.main([*flags, "--out", str(tmp_path / name)]) == 0
-    a, b = ([(tmp_path / name / f"00{i}.wav").read_bytes() for i in (0, 1)] for name in ("a", "b"))
-    assert a == b and a[0] != a[1]                                   # bit for bit; two prompts differ
+    other = [*flags[:3], "a quick chip lead", *flags[4:], "--temperature", "1"]
+    for name, words in (("a", flags), ("b", flags), ("c", other), ("d", [*flags, "--temperature", "1"])):
+        assert generate.main([*words, "--out", str(tmp_path / name)]) == 0
+    a, b, c, d = ([(tmp_path / name / f"00{i}.wav").read_bytes() for i in (0, 1)] for name in "abcd")
+    assert a == b                                                    # bit for bit
+    assert c[0] != d[0]                                              # same seed, other prompt
     record = json.loads((tmp_path / "a" / "001.json").read_text())
     assert record["prompt"] == "fast bells" and record["seconds"] == 1 and record["cfg"] == train.PRESETS["toy"]["cfg"]
     assert generate.main([*flags, "--out", str(tmp_path / "a")]) == 0                # nothing is overwritten
