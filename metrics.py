@@ -1,4 +1,5 @@
-"""What the evaluate stage computes: how well generated toy clips follow their captions, between chance and the ceiling.
+"""What the evaluate stage computes, between chance and the ceiling: how near generated clips are to real ones, and how well toy
+clips follow their captions.
 
     ceiling     clips rendered as the caption says, through the codec and back: what the analyser can hear at best
     generated   what it hears in the model's clips
@@ -10,6 +11,7 @@ The accuracy of every attribute comes from toy.py's analyser, which knows nothin
 Legend: B clips, C channels, N samples.
     python metrics.py --run runs/toy --cfg 1 3 --temperature 0 1     adherence at several sampling settings, as a table
     python metrics.py --codec toy                                    the analyser on clean clips and after a codec
+    python metrics.py --reference DIR --generated DIR                two folders of audio: Frechet distance and more (distances.py)
     python metrics.py --codec toy --fit_analyser                     fits the analyser's heads again (assets/)
     python metrics.py --run runs/toy --conditions                    given text, melody, style, or some of them: what follows what
 """
@@ -17,6 +19,7 @@ Legend: B clips, C channels, N samples.
 import argparse
 import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from torch import Tensor
 
 import chroma
 import data
+import distances
 import generate
 import tokenizer
 import toy
@@ -138,6 +142,81 @@ def conditions_table(result: dict, title: str) -> str:
                      [f"  {name:<22}" + "".join(f"{row[c]:>11.3f}" for c in columns) for name, row in result.items()])
 
 
+LABELS = {name: values + (toy.NONE,) for name, values in toy.VALUES.items()}
+SETS = ("reference", "generated", "codec", "noise")
+
+
+def against_reference(make, n: int, codec, batch: int = 16, ranks=None, labels: bool = False, tunes: bool = False, inf: bool = False,
+                      embeddings: list | None = None) -> dict:
+    """`distances.compare` of n generated clips with reference clips. make(i, j) gives clips i..j-1 as two lists of audio [C,N] at
+    the codec's rate: the reference and the generated ones.
+
+    ranks: shares the batches out; each is embedded by itself and added up in its order, so that their number changes nothing."""
+    embeddings = embeddings or [distances.load_embedding(name, codec) for name in ("codec", "mel")]
+
+    def empty(groups: int = 1) -> dict:
+        return {kind: distances.Clips(embeddings, hear if labels else None, tunes, groups) for kind in SETS}
+
+    def embed(i: int) -> list:
+        sets = empty()
+        for number, (real, made) in enumerate(zip(*make(i, min(i + batch, n)), strict=True), i):
+            distances.take_all(sets, real, number, codec.sample_rate, codec)
+            sets["generated"].take(made, codec.sample_rate)
+        return [{kind: clips.kept() for kind, clips in sets.items()}]
+
+    kept = share_out(embed, n, batch, ranks)
+    return distances.compare({kind: clips.merged([k[kind] for k in kept]) for kind, clips in empty().items()}, labels and LABELS, inf)
+
+
+def list_audio(folder: str, flag: str) -> list:
+    """Audio files below a folder, sorted by name. Errors: ValueError if there are none."""
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in tokenizer.AUDIO_SUFFIXES and p.is_file())
+    if not found:
+        raise ValueError(f"{flag} {folder}: " + ("no audio files there" if Path(folder).is_dir() else "no such folder"))
+    return found
+
+
+def pieces(files: list):
+    """The clips of audio files: (audio [C,N], its rate), 30 s of a file at most each; less than 0.1 s is left out.
+
+    Errors: ValueError naming a file that cannot be read: what a set consists of must not depend on luck."""
+    for path in files:
+        info, start = tokenizer.audio_info(path), 0.0
+        tokenizer.check_rate(path, info.sample_rate, distances.MEL_RATE)
+        while start == 0 or info.seconds - start >= 0.1:
+            wav = tokenizer.read_audio(path, start, distances.CHUNK_SECONDS)
+            if wav.shape[1] < 0.1 * info.sample_rate:
+                raise ValueError(f"{path}: {info.seconds:.2f} s of audio; at least 0.1 s can be compared")
+            yield wav, info.sample_rate
+            start += distances.CHUNK_SECONDS
+
+
+def compare_folders(reference: str, generated: str, codec, names: list, clap: str | None, inf: bool, labels: bool) -> str:
+    """The report of `distances.compare` on two folders of audio, as lines to print. Melodies are compared where both hold files of
+    the same names. Errors: ValueError."""
+    embeddings = [distances.load_embedding(name, codec, clap) for name in dict.fromkeys(names)]
+    files = {"reference": list_audio(reference, "--reference"), "generated": list_audio(generated, "--generated")}
+    paired = [p.relative_to(reference) for p in files["reference"]] == [p.relative_to(generated) for p in files["generated"]]
+    sets = {kind: distances.Clips(embeddings, hear_any if labels else None, paired) for kind in SETS}
+    for number, (wav, rate) in enumerate(pieces(files["reference"])):
+        distances.take_all(sets, wav, number, rate, codec)
+    for wav, rate in pieces(files["generated"]):
+        sets["generated"].take(wav, rate)
+    lines = [f"{kind:<10} {folder}: {distances.together(sets[kind].parts[embeddings[0].name])}".rsplit(",", 1)[0]
+             for kind, folder in (("reference", reference), ("generated", generated))]
+    lines += [f"embedding  {e}" for e in embeddings]
+    lines.append(f"ceiling    the reference through the codec {codec.name} (fingerprint {codec.fingerprint[:12]})")
+    lines.append("floor      noise with the spectra of the reference; chroma: pairs of other clips")
+    return "\n".join(lines + [distances.table(distances.compare(sets, LABELS if labels else None, inf), "against the reference")])
+
+
+def hear_any(wav: Tensor, sample_rate: int) -> list:
+    """As `hear`; a clip [B,C,N] too short for the analyser is none of the sounds it knows."""
+    if wav.shape[-1] / sample_rate < 1.01 * toy.LEAST / toy.SAMPLE_RATE:
+        return [dict.fromkeys(toy.VALUES, toy.NONE) for _ in wav]
+    return hear(wav, sample_rate)
+
+
 def fit_analyser(codec, clips: int = 20_000) -> toy.Analyser:
     """The toy analyser with heads fitted on clean, degraded and round-tripped clips."""
     def through(wav: Tensor) -> Tensor:
@@ -173,7 +252,14 @@ def sweep(run: str, settings: list, n: int, seed: int, split: str) -> None:
 
 
 def main(argv: list | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Caption adherence on toy music.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Distances between sets of clips; caption adherence on toy music.", allow_abbrev=False)
+    parser.add_argument("--reference", metavar="DIR", help="folder of real audio, to compare --generated with")
+    parser.add_argument("--generated", metavar="DIR", help="folder of generated audio")
+    parser.add_argument("--fad_embedding", nargs="+", default=["codec", "mel"], choices=distances.EMBEDDINGS,
+                        help="what the Frechet distance is measured in: latents of --codec, log-mel statistics, features of --clap")
+    parser.add_argument("--clap", metavar="FOLDER", help="a CLAP model of the transformers package")
+    parser.add_argument("--fad_inf", action="store_true", help="also extrapolate the Frechet distance to infinitely many clips")
+    parser.add_argument("--labels", action="store_true", help="also compare what the toy analyser hears (toy sounds only)")
     parser.add_argument("--run", help="run folder, for a table over sampling settings")
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0])
     parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
@@ -187,6 +273,12 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the captions and the sampling")
     args = parser.parse_args(argv)
     try:
+        if args.reference or args.generated:
+            if not (args.reference and args.generated):
+                raise ValueError("give both --reference and --generated, folders of audio")
+            print(compare_folders(args.reference, args.generated, tokenizer.load_codec(args.codec), args.fad_embedding, args.clap,
+                                  args.fad_inf, args.labels))
+            return 0
         for name, low in (("n", 1), ("seed", 0)):
             if not low <= (value := getattr(args, name)) < 2 ** 31:
                 raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")

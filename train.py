@@ -13,6 +13,7 @@ Legend: B batch, K codebooks, T frames.
     python train.py                                         the embedded default: offline, minutes on two CPU cores
     python train.py --dataset ~/music --size small          a folder of audio with captions beside it
     python train.py --dry_run                               what it would take, without allocating it
+    python train.py --only evaluate --out runs/toy          a stage alone, of a run that is there, with its best weights
 """
 
 import argparse
@@ -35,8 +36,10 @@ import checkpoint
 import chroma
 import conditioning
 import data
+import distances
 import generate
 import metrics
+import page
 import ranks as several
 import tokenizer
 import toy
@@ -45,7 +48,7 @@ from conditioning import Conditioner, ConditionerConfig
 from model import SIZES, ModelConfig, MusicGen, count_parameters, decay_groups, flops_per_step
 from ranks import Ranks
 
-REFERENCE_RUN = Path(__file__).parent / "assets" / "reference_run.jsonl"
+REFERENCE_RUN = page.REFERENCE_RUN
 PRESETS = {                                                          # defaults that depend on what is trained on
     "toy": dict(size="tiny", fuse=["text=cross+sum"], codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=16, epochs=12,
                 updates_per_epoch=100, lr=8e-3, text_lr=1.5e-3, warmup_steps=20, ema_every=1, emb_std=1.0, cfg_dropout=0.1,
@@ -58,9 +61,12 @@ PRESETS = {                                                          # defaults 
 }
 NEUTRAL = {"out", "device", "workers", "resume", "init_from", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
            "micro_batch_size", "parallel", "zero", "cpu_offload", "sharded_checkpoint", "save_minutes", "timeout", "checkpointing",
-           "epochs", "eval_samples", "generate_samples", "plan_gpus", "plan_tflops"}                        # may change on resume
+           "epochs", "eval_samples", "generate_samples", "plan_gpus", "plan_tflops", "only", "tensorboard"}  # may change on resume
+HERE_ONLY = {"device", "dtype", "workers", "micro_batch_size", "parallel", "zero", "cpu_offload", "compile", "checkpointing", "out",
+             "resume", "init_from", "dry_run", "only", "tensorboard", "plan_gpus", "plan_tflops"}           # not taken from a run by --only
 CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",
               "history", "sums", "data", "log_bytes", "assets", "names", "tensors", "shards"}                # what last.pt holds
+ONLY = ("valid", "evaluate", "generate")
 PLURALS = dict(text="captions", melody="melodies", style="styles")
 DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
 
@@ -147,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--temperature", type=float, default=None, help="sampling temperature; 0 takes the likeliest code; stored likewise")
     g.add_argument("--top_k", type=int, default=None, help="sampling from the k likeliest codes; 0 is all; stored likewise")
     g.add_argument("--top_p", type=float, default=0.0, help="sampling from the likeliest codes of this mass; 0 is off; stored likewise")
+    g.add_argument("--only", default=None, choices=ONLY, help="a stage alone, of the run in --out, with its flags and best weights")
+    g.add_argument("--tensorboard", action="store_true", help="also write scalars, sound and spectrograms for TensorBoard")
     g.add_argument("--dry_run", action="store_true", help="print the estimate of memory and time, then stop")
     g.add_argument("--plan_gpus", type=int, nargs="+", default=None, help="dry run: for so many GPUs instead of this machine")
     g.add_argument("--plan_tflops", type=float, default=990.0, help="dry run: peak of one of them (default: H100, bfloat16)")
@@ -369,6 +377,9 @@ class Run:
     saved_at: float = 0.0                                            # time.monotonic of the last checkpoint
     unwritten: tuple = ()                                            # files that a full disk has kept from being written
     held: int | None = None                                          # the lock on the run folder
+    board: object = None                                             # TensorBoard's writer, on rank 0
+    drawn_at: float = 0.0                                            # time.monotonic of the last page
+    drawing_seconds: float = 1.0                                     # and what it took; at first a guess
 
     @property
     def dtype(self) -> torch.dtype:
@@ -389,6 +400,8 @@ class Run:
                 print(f"a line of {path} was not written ({error})", file=sys.stderr, flush=True)
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)
+            if self.board is not None:
+                page.show_record(self.board, record)
 
 
 def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, saved: dict | None) -> Conditioner | None:
@@ -619,6 +632,14 @@ def beside_text(run: Run, examples: list, codes: Tensor, rngs: list) -> tuple[li
     return [{name: value for name, value in each.items() if name in names} for each in given], places
 
 
+def in_full(run: Run, examples: list, codes: Tensor) -> tuple[list, list | None]:
+    """(all conditions of each example, nothing dropped, {name: value}; places of style excerpts, the middle of each clip, or None)."""
+    given, places = [{} for _ in examples], None
+    if run.model.conditioner is not None:
+        given, places = beside_text(run, examples, codes, [None] * len(examples))
+    return [{"text": conditioning.describe(e.meta), **more} for e, more in zip(examples, given)], places
+
+
 def without_excerpts(mask: Tensor, places: list) -> Tensor:
     """Frames [B,T] less those of style excerpts [(start, stop)]: the model has read them already, and would learn to copy."""
     frames = torch.arange(mask.shape[1])
@@ -756,6 +777,11 @@ def log_step(run: Run, norm: float, seconds: float) -> None:
                     (f" | skipped {run.skipped}" if run.skipped else ""))
 
 
+def valid_source(run: Run):
+    """What validation reads: the held-out clips, or the only batch there is."""
+    return run.train_set if run.args.overfit_one_batch else run.valid_set
+
+
 def load_valid(run: Run) -> list:
     """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, what counts, attributes)].
 
@@ -763,19 +789,15 @@ def load_valid(run: Run) -> list:
     it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
     if run.valid_batches is None:
         args, ranks = run.args, run.ranks
-        source = run.train_set if args.overfit_one_batch else run.valid_set
         run.valid_batches = []
-        for examples in data.batches(source, 0, 0, math.ceil(args.valid_samples / args.batch_size), args.batch_size, ranks.rank,
+        for examples in data.batches(valid_source(run), 0, 0, math.ceil(args.valid_samples / args.batch_size), args.batch_size, ranks.rank,
                                      ranks.world, args.workers):
             for i in range(0, len(examples), args.micro_batch_size):
                 part = examples[i:i + args.micro_batch_size]
                 codes, mask = (x.cpu() for x in to_codes(run, data.collate(part)))
-                given, places = [{} for _ in part], None
-                if run.model.conditioner is not None:
-                    given, places = beside_text(run, part, codes, [None] * len(part))
+                attributes, places = in_full(run, part, codes)
                 counted = without_excerpts(mask, places) if places and "style" in run.model.conditioner.names else mask
-                run.valid_batches.append((codes, mask, counted, [{"text": conditioning.describe(e.meta), **more}
-                                                                 for e, more in zip(part, given)]))
+                run.valid_batches.append((codes, mask, counted, attributes))
     return run.valid_batches
 
 
@@ -843,7 +865,8 @@ def best_music(run: Run) -> generate.MusicGenerator:
 
 
 def evaluate_stage(run: Run) -> dict:
-    """What each condition is worth to the loss; on the toy set, how well generated clips follow their captions."""
+    """What each condition is worth to the loss; how near generated clips are to real ones; on the toy set, how well they follow their
+    captions."""
     began, music = time.perf_counter(), best_music(run)
     model, result = music.model, mean_loss(run, music.model)
     names = model.conditioner.names if model.conditioner is not None else []
@@ -861,6 +884,7 @@ def evaluate_stage(run: Run) -> dict:
     if run.args.dataset == "toy" and set(names) - {"text"}:
         result["given"] = metrics.toy_conditions(music, run.args.eval_samples, run.args.seed, ranks=run.ranks)
         run.ranks.print(metrics.conditions_table(result["given"], f"{run.args.eval_samples} clips, given"))
+    result["distances"] = held_out_distances(run, music)
     return result | dict(seconds=time.perf_counter() - began)
 
 
@@ -874,30 +898,97 @@ def toy_adherence(run: Run, music: generate.MusicGenerator) -> dict:
     return result
 
 
-def generate_stage(run: Run, epoch: int) -> dict:
-    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/epoch_NNNN."""
+def held_out(run: Run, music: generate.MusicGenerator, first: int, stop: int) -> tuple[list, list]:
+    """Validation clips first..stop-1: the audio [C,N] of each, without padding, and its conditions {name: value}.
+
+    A token cache has no audio: then it is what the codec makes of its codes. Errors: ValueError where one cannot be read."""
+    examples = data.fetch(valid_source(run), 0, stop - first, first)
+    if isinstance(examples, ValueError):
+        raise examples
+    codes, _ = to_codes(run, data.collate(examples))
+    wavs = run.codec.decode(codes).cpu() if examples[0].wav is None else [torch.from_numpy(e.wav) for e in examples]
+    names = music.model.conditioner.names if music.model.conditioner is not None else []
+    conditions = [{name: a[name] for name in names} for a in in_full(run, examples, codes)[0]]
+    return [wav[:, :e.frames * run.codec.hop] for wav, e in zip(wavs, examples)], conditions
+
+
+def held_out_distances(run: Run, music: generate.MusicGenerator) -> dict:
+    """Distances of clips generated for the conditions of validation clips from these; prints them. All ranks call it."""
+    args, n = run.args, run.args.eval_samples
+
+    def make(first: int, stop: int) -> tuple[list, list]:
+        real, conditions = held_out(run, music, first, stop)
+        wavs = run.codec.decode(music.codes(conditions, args.segment_seconds, seed=args.seed + first)).cpu()
+        return real, [wav[:, :x.shape[1]] for wav, x in zip(wavs, real)]
+
+    heard = args.dataset == "toy" and args.cache is None and args.segment_seconds * toy.SAMPLE_RATE >= toy.LEAST
+    names = music.model.conditioner.names if music.model.conditioner is not None else []
+    found = metrics.against_reference(make, n, run.codec, ranks=run.ranks, labels=heard, tunes="melody" in names)
+    run.ranks.print(distances.table(found, f"{n} clips beside validation clips"))
+    if args.cache is not None:
+        run.ranks.print("(a cache has no audio: validation clips are as the codec decodes them, and the ceiling counts it twice)")
+    return found
+
+
+def generate_stage(run: Run, folder: str) -> dict:
+    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/FOLDER: see page.py. Once, under
+    samples/reference, the clips themselves."""
     args, began = run.args, time.perf_counter()
     if not run.ranks.is_main or args.generate_samples == 0:
         deployment(run, keep=False)                                  # lends its shards to rank 0
         return {}
     music = best_music(run)
-    names = music.model.conditioner.names if music.model.conditioner is not None else []
-    clips = [{name: a[name] for name in names} for *_, part in load_valid(run) for a in part][:args.generate_samples]
-    folder = run.out / "samples" / f"epoch_{epoch:04d}"
-    wavs = run.codec.decode(music.codes(clips, args.segment_seconds, seed=args.seed)).cpu()
-    record = dict(seed=args.seed, epoch=epoch, seconds=args.segment_seconds, **asdict(music.sampling))
-    note_written(run, "samples", attempt(write_samples, folder, clips, wavs, run.codec.sample_rate, record), shared=False)
-    return dict(samples=len(clips), folder=str(folder), seconds=time.perf_counter() - began)
+    real, conditions = held_out(run, music, 0, args.generate_samples)
+    record = dict(seed=args.seed, epoch=run.step // args.updates_per_epoch, step=run.step, seconds=args.segment_seconds,
+                  **asdict(music.sampling))
+    sets = references(run, real) | make_samples(run, music, real, conditions)
+    note_written(run, "samples", attempt(write_samples, run, folder, sets, conditions, record), shared=False)
+    return dict(samples=sum(map(len, sets.values())), folder=str(run.out / "samples" / folder), seconds=time.perf_counter() - began)
 
 
-def write_samples(folder: Path, clips: list, wavs: Tensor, sample_rate: int, record: dict) -> None:
-    """Audio [B,C,N] and its settings as NNN.wav and NNN.json; `given` names the conditions it had."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (clip, wav) in enumerate(zip(clips, wavs)):
-        given, text = [name for name, value in clip.items() if value is not None], clip.get("text")
-        tokenizer.write_audio(folder / f"{i:03d}.wav", wav, sample_rate)
-        (folder / f"{i:03d}.json").write_text(json.dumps(dict(prompt=text, given=given, **record), indent=1) + "\n")
-        print(f"wrote {folder / f'{i:03d}.wav'}: {text}", flush=True)
+def make_samples(run: Run, music: generate.MusicGenerator, real: list, conditions: list) -> dict:
+    """{kind: audio [B,C,N]} for the conditions of clips, the same seed for all: see page.KINDS."""
+    args, quarter = run.args, segment_frames(run.args, run.codec) // 4 * run.codec.hop                   # samples
+    asked = {"unprompted": dict(attributes=conditions)} if any(conditions) else {}
+    if quarter:
+        begun = [nn.functional.pad(wav[:, :quarter], (0, max(0, quarter - wav.shape[1]))) for wav in real]
+        asked["prompted"] = dict(attributes=conditions, prompt=torch.stack(begun))
+    asked["unconditional"] = dict(attributes=[dict.fromkeys(c) for c in conditions])
+    return {kind: run.codec.decode(music.codes(seconds=args.segment_seconds, seed=args.seed, **how)).cpu() for kind, how in asked.items()}
+
+
+def references(run: Run, real: list) -> dict:
+    """Clips as they are, and through the codec."""
+    return {"reference": real, "codec": [distances.reconstruction(wav, run.codec) for wav in real]}
+
+
+def write_samples(run: Run, folder: str, sets: dict, conditions: list, record: dict) -> None:
+    """{kind: audio} with its settings as NNN_KIND.wav and .json; `given` names the conditions it had. A reference is written once."""
+    samples = run.out / "samples"
+    for i, clip in enumerate(conditions):
+        for kind, wavs in sets.items():
+            once, name = kind in ("reference", "codec"), f"{i:03d}_{kind}"
+            if once and (samples / "reference" / f"{name}.json").is_file():
+                continue
+            made = {} if once else dict(record, given=[k for k, v in clip.items() if v is not None and kind != "unconditional"])
+            if kind == "prompted":
+                made["prompt_seconds"] = segment_frames(run.args, run.codec) // 4 / run.codec.frame_rate
+            place = samples / ("reference" if once else folder)
+            page.write_sample(place, name, wavs[i], run.codec.sample_rate, dict(prompt=clip.get("text"), kind=kind, **made))
+            if run.board is not None:
+                page.show_sample(run.board, name, place / f"{name}.wav", run.step)
+        kinds = ",".join(k for k in sets if k not in ("reference", "codec"))
+        print(f"wrote {samples / folder / f'{i:03d}'}_{{{kinds}}}.wav: {clip.get('text')}", flush=True)
+
+
+def draw_page(run: Run, final: bool) -> None:
+    """Writes index.html, on rank 0. Epochs so short that it would take over a twentieth of the time share one; the last has its own."""
+    if not run.ranks.is_main or not final and time.monotonic() - run.drawn_at < 20 * run.drawing_seconds:
+        return
+    began = time.monotonic()
+    note_written(run, page.NAME, attempt(page.write, run.out), shared=False)
+    run.drawn_at = time.monotonic()
+    run.drawing_seconds = run.drawn_at - began
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -908,7 +999,7 @@ def attempt(action, *arguments) -> str | None:
     """Does something that writes to the disk; what went wrong, or None."""
     try:
         action(*arguments)
-    except (OSError, RuntimeError) as error:                         # soundfile and torch report a full disk as the latter
+    except (OSError, RuntimeError, ValueError) as error:             # torch and write_audio report a full disk as the latter two
         return tokenizer.reason(error)
     return None
 
@@ -1061,13 +1152,9 @@ def finish_stage(run: Run, stage: str, epoch: int, values: dict) -> dict:
 
 def compare_with_reference(run: Run) -> None:
     """Prints how far the validation loss of this run is from the reference run's, at the same number of updates."""
-    if not REFERENCE_RUN.is_file():
-        return
-    lines = [json.loads(line) for line in REFERENCE_RUN.read_text().splitlines()]
-    same = all(getattr(run.args, k) == v for k, v in ({"channels": 1, "init_from": None} | lines[0]["args"]).items())
-    curve = {r["step"]: r for r in lines[1:] if r["kind"] == "stage" and r["stage"] == "valid"}
+    curve = {r["step"]: r for r in page.reference_curve(vars(run.args), REFERENCE_RUN) if r["stage"] == "valid"}
     mine = {r["step"]: r for r in run.history if r["stage"] == "valid"}
-    if not same or not (common := sorted(set(curve) & set(mine))):
+    if not (common := sorted(set(curve) & set(mine))):
         return
     step = common[-1]
     run.ranks.print(f"beside the reference run at step {step}: ce {mine[step]['ce']:.4f} here, {curve[step]['ce']:.4f} there; "
@@ -1098,10 +1185,11 @@ def run_epochs(run: Run) -> None:
         if final or (args.evaluate_every and epoch % args.evaluate_every == 0):
             finish_stage(run, "evaluate", epoch, evaluate_stage(run))
         if final or (args.generate_every and epoch % args.generate_every == 0):
-            finish_stage(run, "generate", epoch, generate_stage(run, epoch))
+            finish_stage(run, "generate", epoch, generate_stage(run, f"epoch_{epoch:04d}"))
         with run.stop.hold():
             run.epoch = epoch
             commit(run)
+        draw_page(run, final)
     if run.unwritten:
         raise OSError(f"the run is finished, but could not be written: {', '.join(run.unwritten)}; make room and start it again")
 
@@ -1129,11 +1217,12 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         if ranks.is_main:
             fitting(out, cut_log, out / "log.jsonl", saved["log_bytes"] if saved else 0)
             write_config(run)
+            run.board = page.open_board(out, run.step) if args.tensorboard else None
     except BaseException:
         if held is not None:
             os.close(held)
         raise
-    run.held, run.saved_at = held, time.monotonic()
+    run.held, run.saved_at, run.drawn_at = held, time.monotonic(), time.monotonic()
     return run
 
 
@@ -1145,6 +1234,32 @@ def fitting(out: Path, action, *arguments):
         if isinstance(error, torch.OutOfMemoryError) or several.lost(error):
             raise
         raise ValueError(f"{out}: its checkpoint does not fit this code ({tokenizer.reason(error)}): give another --out") from None
+
+
+def of_the_run(argv: list | None, out: str | None) -> argparse.Namespace:
+    """The flags of the run in a folder, for --only; those given now win. Errors: ValueError."""
+    if out is None:
+        raise ValueError("--only: of which run? Give --out, the folder of a run that has finished an epoch")
+    parser, stored = build_parser(), generate.read_deployment(out).get("args")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{out}: its best.pt does not say how it was trained")
+    parser.set_defaults(**{k: v for k, v in stored.items() if k not in HERE_ONLY and k in parser.parse_args([])})
+    return parser.parse_args(argv)
+
+
+def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> None:
+    """A stage of the run in --out with its best weights; prints a line a figure. History, log and checkpoints stay as they are."""
+    out, best = Path(args.out), generate.read_deployment(args.out)
+    found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
+    codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
+    if codec.fingerprint != best["codec"]["fingerprint"]:
+        raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: its fingerprint is another")
+    ranks.print(*notes)
+    run = build(args, ranks, codec, found, out, best, stop)
+    fitting(out, several.fill, several.named(run.ema.model), best["model"])
+    run.step = best["step"]
+    values = {"valid": lambda: valid_stage(run), "evaluate": lambda: evaluate_stage(run), "generate": lambda: generate_stage(run, "best")}
+    ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in page.flat(values[args.only]()).items()))
 
 
 def train(run: Run) -> None:
@@ -1175,10 +1290,13 @@ def main(argv: list | None = None) -> int:
     args, run, code, stop = build_parser().parse_args(argv), None, 0, Stop()
     try:
         with stop:
+            args = of_the_run(argv, args.out) if args.only else args
             notes = derive(args, world)
             check(args, world)
-            run = prepare_run(args, notes, several.setup(args.device, args.timeout), stop)
-            if run is not None:
+            ranks = several.setup(args.device, args.timeout)
+            if args.only:
+                stage_alone(args, notes, ranks, stop)
+            elif (run := prepare_run(args, notes, ranks, stop)) is not None:
                 train(run)
     except Stopped as signal:
         code = stopped(run, signal, rank)

@@ -12,7 +12,7 @@ import train
 
 HERE = Path(__file__).parent.parent
 FILES = sorted(p.stem for p in HERE.glob("*.py"))
-ORDER = ["patterns", "model", "chroma", "conditioning", "generate", "toy", "tokenizer", "data", "metrics", "ranks", "checkpoint", "train"]
+ORDER = ["patterns", "model", "chroma", "conditioning", "generate", "toy", "tokenizer", "data", "distances", "metrics", "page", "ranks", "checkpoint", "train"]
 NEVER = {"model": {"conditioning", "data", "tokenizer"}, "conditioning": {"data"}, "data": {"model", "conditioning"},
          "metrics": {"train"}}
 

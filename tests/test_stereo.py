@@ -198,7 +198,7 @@ def test_a_cache_of_before_goes_on(tmp_path, capsys):
 def test_training_and_generating(runs, tmp_path):
     assert {f"ce_q{k}" for k in range(1, 9)} <= lines(runs / "stereo")[0].keys()
     assert saved(runs / "stereo")["best_values"]["ce"] < lines(runs / "stereo")[0]["ce"] - 0.3
-    wav, rate = soundfile.read(runs / "stereo" / "samples" / "epoch_0001" / "000.wav")
+    wav, rate = soundfile.read(runs / "stereo" / "samples" / "epoch_0001" / "000_unprompted.wav")
     assert wav.shape == (25_600, 2) and rate == 16_000 and np.abs(wav[:, 0] - wav[:, 1]).max() > 0.01
     flags = ["--run", str(runs / "stereo"), "--prompt", "a slow organ tune", "--out", str(tmp_path)]
     assert generate.main([*flags, "--seconds", "3", "--stride", "1"]) == 0                           # two windows

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import generate
+import page
 import train
 
 HERE = Path(__file__).parent.parent
@@ -78,10 +79,12 @@ def test_log_has_flat_records(finished):
 
 
 def test_run_folder(finished):
-    assert {"config.json", "log.jsonl", "last.pt", "last.prev.pt", "best.pt", "samples"} <= \
+    assert {"config.json", "log.jsonl", "last.pt", "last.prev.pt", "best.pt", "samples", "index.html"} <= \
         {p.name for p in finished.iterdir()}
     samples = sorted(p.name for p in (finished / "samples" / "epoch_0002").iterdir())
-    assert samples == ["000.json", "000.wav", "001.json", "001.wav"]
+    assert samples == sorted(f"00{i}_{kind}.{end}" for i in (0, 1) for kind in page.KINDS for end in ("json", "wav"))
+    assert sorted(p.name for p in (finished / "samples" / "reference").glob("*.wav")) == \
+        ["000_codec.wav", "000_reference.wav", "001_codec.wav", "001_reference.wav"]
     config = json.loads((finished / "config.json").read_text())
     assert config["args"]["batch_size"] == 4 and config["model"]["card"] == 256
     best = torch.load(finished / "best.pt", weights_only=True)

@@ -1,0 +1,212 @@
+"""Distances between sets of clips: the arithmetic against independent formulas, and what must be near and what far."""
+
+import numpy as np
+import pytest
+import torch
+
+import distances
+import metrics
+import tokenizer
+import toy
+from distances import Moments, frechet
+
+CODEC = tokenizer.load_codec("toy")
+
+
+def moments(x: np.ndarray) -> Moments:
+    return Moments.of(torch.from_numpy(x))
+
+
+def reference_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Through the eigenvalues of the product of both covariances, which is not symmetric: another way to the same trace."""
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    overlap = np.sqrt(np.linalg.eigvals(A @ B).real.clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * overlap)
+
+
+def drawn(rng, n: int, D: int, rank: int, shift: float = 0.0) -> np.ndarray:
+    """n samples in D dimensions that span only `rank` of them."""
+    return rng.standard_normal((n, rank)) @ rng.standard_normal((rank, D)) + shift * rng.standard_normal(D)
+
+
+CASES = {"full": (500, 24, 24), "one dimension": (50, 2, 1), "low rank": (500, 24, 5), "fewer samples than numbers": (10, 32, 32),
+         "wide": (300, 128, 128)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("other", (None, "low rank"))
+def test_frechet_against_independent_formulas(case, other):
+    n, D, rank = CASES[case]
+    rng = np.random.default_rng(len(case))
+    a, b = drawn(rng, n, D, rank), drawn(rng, n, D, min(D, 5) if other else rank, 0.5)
+    found = frechet(moments(a), moments(b))
+    assert found == pytest.approx(reference_frechet(a, b), rel=1e-3)
+    assert found == pytest.approx(frechet(moments(b), moments(a)), rel=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frechet_against_the_published_formula(case):
+    """As the FID and FAD packages compute it: the square root of the product of the covariances, by scipy."""
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
+    n, D, rank = CASES[case]
+    rng = np.random.default_rng(1 + len(case))
+    a, b = drawn(rng, n, D, rank), drawn(rng, n, D, rank, 0.5)
+    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    singular = np.linalg.matrix_rank(A @ B) < D                      # they then add a little to the diagonals, as here
+    eps = 1e-9 * np.eye(D) if singular else 0
+    root = linalg.sqrtm((A + eps) @ (B + eps)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * np.trace(root)
+    assert frechet(moments(a), moments(b)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_set_lies_at_distance_zero_from_itself(case):
+    n, D, rank = CASES[case]
+    a = 100 * drawn(np.random.default_rng(2), n, D, rank, 3.0)
+    assert frechet(moments(a), moments(a)) <= 1e-9 * np.trace(np.cov(a, rowvar=False))
+
+
+def test_gaussians_with_a_known_distance():
+    """N(0, 1) and N(3, 4) in each of 8 dimensions: 8 * (9 + 1)."""
+    a = Moments(1, 0.0, 2, torch.zeros(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64))
+    b = Moments(1, 0.0, 2, torch.full((8,), 6.0, dtype=torch.float64), 4 * torch.eye(8, dtype=torch.float64) + 18)
+    assert frechet(a, b) == pytest.approx(80)
+
+
+def test_extrapolation_takes_the_bias_away():
+    """Two sets of one distribution: the distance of 60 clips is far over zero, that of infinitely many near it."""
+    rng = np.random.default_rng(3)
+    reference = moments(rng.standard_normal((20_000, 16)))
+    clips = [moments(rng.standard_normal((1, 16))) for _ in range(60)]
+    finite, infinite = frechet(reference, distances.together(clips)), distances.frechet_inf(reference, distances.grouped(clips))
+    assert finite > 1 and abs(infinite) < 0.35 * finite
+    with pytest.raises(ValueError, match="too few"):
+        distances.frechet_inf(reference, clips[:3])
+
+
+def test_divergence_of_labels():
+    values = ("a", "b", "c")
+    assert distances.kl_divergence(["a", "b"], ["b", "a"], values) == 0
+    some, more = (distances.kl_divergence(["a"] * 10 + ["b"] * 10, ["a"] * n + ["b"] * (20 - n), values) for n in (14, 20))
+    assert 0 < some < more < 10
+    p, q = np.array([10.5, 10.5, 0.5]) / 21.5, np.array([14.5, 6.5, 0.5]) / 21.5
+    assert some == pytest.approx((p * np.log(p / q)).sum())
+
+
+def clips(n: int = 8, seed: int = 0) -> list:
+    """n rendered toy clips [1,N]."""
+    return list(torch.from_numpy(np.stack([toy.sample(seed, 0, i, "valid").wav for i in range(n)]))[:, None])
+
+
+@pytest.mark.parametrize("name", ("codec", "mel"))
+def test_distance_grows_with_noise(name):
+    embedding, real = distances.load_embedding(name, CODEC), clips()
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(wav.shape, generator=generator) for wav in real]
+    whole = distances.together([embedding(wav, 16_000) for wav in real])
+    found = [frechet(whole, distances.together([embedding(wav + level * x, 16_000) for wav, x in zip(real, noise)]))
+             for level in (0, 0.003, 0.01, 0.03, 0.1)]
+    assert found[0] < 1e-6 and all(a < b for a, b in zip(found, found[1:])), found
+
+
+def test_embeddings_name_themselves():
+    codec, mel = (distances.load_embedding(name, CODEC) for name in ("codec", "mel"))
+    assert codec.fingerprint != mel.fingerprint and "frame of 20 ms" in str(codec) and codec.fingerprint[:12] in str(codec)
+    assert codec(torch.zeros(1, 16_000), 16_000).n == 50 and mel(torch.zeros(1, 16_000), 16_000).n == 2
+    assert mel(torch.zeros(2, 100), 44_100).n == 1                   # shorter than a window, stereo, another rate
+    assert codec(torch.zeros(1, 65 * 16_000), 16_000).n == 65 * 50   # in pieces
+
+
+def test_order_of_the_bounds():
+    """Other clips of the same kind lie nearer than the floor; each clip's own melody is nearer than another's."""
+    real, other = clips(48), clips(48, seed=5)                       # of twelve clips the bias alone is larger than the floor
+    through = [distances.reconstruction(wav, CODEC) for wav in other]
+    result = metrics.against_reference(lambda i, j: (real[i:j], through[i:j]), 48, CODEC, labels=True, tunes=True)
+    for name in ("fad_codec", "fad_mel"):
+        assert 0 < result[name]["ceiling"] < result[name]["generated"] < result[name]["floor"], (name, result)
+    assert result["kl_instrument"]["ceiling"] < result["kl_instrument"]["floor"]
+    same = metrics.against_reference(lambda i, j: (real[i:j], real[i:j]), 6, CODEC, batch=5, tunes=True)
+    assert same["fad_codec"]["generated"] < 1e-6 and same["chroma"]["generated"] > 0.999 > same["chroma"]["floor"] + 0.1
+
+
+def test_ranks_change_nothing():
+    """Two ranks, one after the other in this process, with the same figures as one."""
+    class Half:
+        def __init__(self, rank, others):
+            self.rank, self.world, self.others = rank, 2, others
+
+        def gather(self, value):
+            self.others[self.rank] = value
+            return self.others
+
+    real, other, shared = clips(7), clips(7, seed=5), [[], []]
+    make = lambda i, j: (real[i:j], other[i:j])
+    alone = metrics.against_reference(make, 7, CODEC, batch=2, labels=True, tunes=True)
+    metrics.against_reference(make, 7, CODEC, batch=2, ranks=Half(0, shared), labels=True, tunes=True)       # rank 1's part is not there yet
+    assert metrics.against_reference(make, 7, CODEC, batch=2, ranks=Half(1, shared), labels=True, tunes=True) == alone
+
+
+def test_floor_keeps_the_spectrum():
+    wav = clips(1)[0]
+    noise = distances.noise_like(wav, 3)
+    assert noise.shape == wav.shape and float(noise.square().mean()) == pytest.approx(float(wav.square().mean()), rel=1e-3)
+    assert torch.equal(noise, distances.noise_like(wav, 3)) and not torch.equal(noise, distances.noise_like(wav, 4))
+
+
+def folder(path, wavs: list, rate: int = 16_000):
+    path.mkdir()
+    for i, wav in enumerate(wavs):
+        tokenizer.write_audio(path / f"{i:03d}.wav", wav, rate)
+    return str(path)
+
+
+def test_folders(tmp_path, capsys):
+    reference, generated = folder(tmp_path / "a", clips(8)), folder(tmp_path / "b", clips(8, seed=5))
+    flags = ["--reference", reference, "--generated", generated]
+    assert metrics.main([*flags, "--fad_inf", "--labels"]) == 0
+    out = capsys.readouterr().out
+    for said in ("reference  " + reference + ": 8 clips, 12.8 s", "embedding  codec toy (fingerprint", "embedding  mel 32", "fad_codec",
+                 "fad_inf_mel", "kl_tempo", "chroma", CODEC.fingerprint[:12]):
+        assert said in out, said
+    stereo = folder(tmp_path / "c", [torch.randn(2, 30_000)], 44_100)
+    assert metrics.main(["--reference", stereo, "--generated", generated, "--fad_embedding", "mel"]) == 0
+    assert "chroma" not in capsys.readouterr().out                   # they are no pairs
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--reference {a}", "both --reference and --generated"),
+    ("--reference {a} --generated {none}", "no such folder"),
+    ("--reference {empty} --generated {a}", "no audio files there"),
+    ("--reference {a} --generated {bad}", "bad.wav"),
+    ("--reference {a} --generated {short}", "0.1 s"),
+    ("--reference {a} --generated {a} --fad_inf", "too few"),
+    ("--reference {a} --generated {a} --codec nowhere.pt", "nowhere.pt"),
+    ("--reference {a} --generated {a} --fad_embedding clap", "clap"),
+    ("--reference {a} --generated {nan}", "not finite"),
+])
+def test_bad_folders_are_one_line(flags, says, tmp_path, capsys):
+    import soundfile
+    places = {name: str(tmp_path / name) for name in ("a", "none", "empty", "bad", "short", "nan")}
+    folder(tmp_path / "a", clips(2))
+    for name in ("empty", "bad", "nan"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bad" / "bad.wav").write_text("no audio")
+    soundfile.write(tmp_path / "nan" / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    folder(tmp_path / "short", [torch.zeros(1, 100)])
+    assert metrics.main(flags.format(**places).split()) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1, error
+
+
+def test_clap_embedding_of_a_random_model(tmp_path):
+    """The way through transformers, with a tiny model that was never trained."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    audio = transformers.ClapAudioConfig(num_mel_bins=64, patch_embeds_hidden_size=32, depths=[1, 1, 1, 1], hidden_size=256,
+                                         num_attention_heads=[1, 2, 4, 8], projection_dim=32)
+    text = transformers.ClapTextConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                       projection_dim=32)
+    transformers.ClapModel(transformers.ClapConfig(text_config=text.to_dict(), audio_config=audio.to_dict(), projection_dim=32)
+                           ).save_pretrained(tmp_path)
+    transformers.ClapFeatureExtractor().save_pretrained(tmp_path)
+    embedding = distances.clap_embedding(str(tmp_path))
+    assert embedding(clips(1)[0], 16_000).total.shape == (32,)
