@@ -1,0 +1,270 @@
+"""Models on disk: ours, and the published MusicGens in the formats of Hugging Face and audiocraft, in and out.
+
+Copet et al. 2023 (arXiv:2306.05284) published weights; this file reads them into what best.pt of a run holds, so that everything
+that takes a run takes them too, and writes a run as a folder that the others' own loaders read. A model has three parts:
+
+    theirs                                              ours
+    decoder              ─ TABLE, q|k|v packed into one ─►  emb, transformer, out_norm, linears
+    text_encoder (T5), enc_to_dec_proj    ─ TABLE       ─►  conditioner.parts.text
+    audio_encoder (EnCodec)               ─ weights.py  ─►  tokenizer.Codec, which stays where it is and is named by its folder
+
+audiocraft's names are ours but for the conditioner's; its packages do not hold T5, which comes from a folder of its own (--t5).
+
+Legend: K codebooks, D width of the language model, T frames.
+    python convert.py DIR                                   says what a folder holds
+    python convert.py runs/NAME --to hf --out DIR           for transformers.MusicgenForConditionalGeneration
+    python convert.py DIR --t5 T5_DIR --to nano --out DIR2  audiocraft's package as a best.pt
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tokenizer
+import weights
+from conditioning import Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
+from model import ModelConfig, MusicGen
+
+FORMAT = "nanomusicgen-1"                                            # of best.pt
+WHAT = "a model of this project"                                     # and so it is called
+SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
+SEGMENT_SECONDS = 30.0                                               # what the published models were trained on
+LAYER, T5_LAYER = "decoder.model.decoder.layers.{}", "text_encoder.encoder.block.{}.layer"
+TABLE = {                                                            # our name: transformers'; {} is a number, [qkv] three tensors
+    "emb.{}.weight": "decoder.model.decoder.embed_tokens.{}.weight",
+    "transformer.layers.{}.self_attn.in_proj_weight": LAYER + ".self_attn.[qkv]_proj.weight",
+    "transformer.layers.{}.self_attn.out_proj.weight": LAYER + ".self_attn.out_proj.weight",
+    "transformer.layers.{}.norm1.weight": LAYER + ".self_attn_layer_norm.weight",
+    "transformer.layers.{}.norm1.bias": LAYER + ".self_attn_layer_norm.bias",
+    "transformer.layers.{}.cross_attention.in_proj_weight": LAYER + ".encoder_attn.[qkv]_proj.weight",
+    "transformer.layers.{}.cross_attention.out_proj.weight": LAYER + ".encoder_attn.out_proj.weight",
+    "transformer.layers.{}.norm_cross.weight": LAYER + ".encoder_attn_layer_norm.weight",
+    "transformer.layers.{}.norm_cross.bias": LAYER + ".encoder_attn_layer_norm.bias",
+    "transformer.layers.{}.linear1.weight": LAYER + ".fc1.weight",
+    "transformer.layers.{}.linear2.weight": LAYER + ".fc2.weight",
+    "transformer.layers.{}.norm2.weight": LAYER + ".final_layer_norm.weight",
+    "transformer.layers.{}.norm2.bias": LAYER + ".final_layer_norm.bias",
+    "out_norm.weight": "decoder.model.decoder.layer_norm.weight",
+    "out_norm.bias": "decoder.model.decoder.layer_norm.bias",
+    "linears.{}.weight": "decoder.lm_heads.{}.weight",
+    "conditioner.parts.text.output_proj.weight": "enc_to_dec_proj.weight",
+    "conditioner.parts.text.output_proj.bias": "enc_to_dec_proj.bias",
+    "conditioner.parts.text.encoder.embed.weight": "text_encoder.shared.weight",
+    "conditioner.parts.text.encoder.relative_bias.weight":
+        "text_encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "conditioner.parts.text.encoder.final_norm.weight": "text_encoder.encoder.final_layer_norm.weight",
+    "conditioner.parts.text.encoder.layers.{}.norm1.weight": T5_LAYER + ".0.layer_norm.weight",
+    "conditioner.parts.text.encoder.layers.{}.norm2.weight": T5_LAYER + ".1.layer_norm.weight",
+    **{f"conditioner.parts.text.encoder.layers.{{}}.{n}.weight": f"{T5_LAYER}.0.SelfAttention.{n}.weight" for n in "qkvo"},
+    **{f"conditioner.parts.text.encoder.layers.{{}}.{n}.weight": f"{T5_LAYER}.1.DenseReluDense.{n}.weight" for n in ("wi", "wo")},
+}
+PROJECTION = "enc_to_dec_proj."                                      # transformers has none where T5 is as wide as the model
+IGNORED = r"^audio_encoder\.|embed_positions\.weights$|^text_encoder\.encoder\.embed_tokens\.weight$"    # copies, and the codec
+T5_CONFIG = dict(                                                    # ours: (transformers' name, its default)
+    text_dim=("d_model", 512), text_layers=("num_layers", 6), text_heads=("num_heads", 8), text_head_dim=("d_kv", 64),
+    text_hidden=("d_ff", 2048), text_vocab=("vocab_size", 32128), text_buckets=("relative_attention_num_buckets", 32),
+    text_max_distance=("relative_attention_max_distance", 128))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models of this project
+
+
+def skeleton(config: ModelConfig, conditioner: ConditionerConfig | None, assets: dict) -> MusicGen:
+    """A model without storage (on the meta device): names and shapes, to compare or to give tensors to."""
+    with torch.device("meta"):
+        return MusicGen(config, None if conditioner is None else Conditioner(conditioner, config.dim, assets))
+
+
+def build_model(data: dict) -> MusicGen:
+    """The model of a deployment file (best.pt) with its weights, in eval mode on the CPU. It takes the tensors themselves: nothing
+    is there twice."""
+    conditioner = data["conditioner_config"]
+    model = skeleton(ModelConfig(**data["model_config"]), None if conditioner is None else ConditionerConfig(**conditioner),
+                     {name: unpack(t) for name, t in data["assets"].items()})
+    model.load_state_dict(data["model"], assign=True)
+    return model.float().eval()
+
+
+def read_deployment(run: str | Path) -> dict:
+    """The content of a run's best.pt (or of such a file itself), or the same of a folder that others have written.
+
+    Errors: ValueError says what is missing or wrong."""
+    path = locate(run)
+    if weights.kind_of(path):
+        return read(path)
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{run}: no best.pt there; give the folder of a run that has finished an epoch, or one with published "
+                         "weights")
+    data = tokenizer.load_file(path, WHAT)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{path}: not {WHAT}: its format is {data.get('format')!r}, not {FORMAT!r}")
+    return data
+
+
+def locate(name: str | Path) -> Path:
+    """The path of a model; a published one that is not there by its name is downloaded, where huggingface_hub can.
+
+    Errors: ValueError with the command that gets it."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"facebook/[\w.-]+", str(name)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "spiece.model"]))
+    except ImportError:
+        problem = "huggingface_hub is not installed"
+    except Exception as error:                                       # it has errors of a dozen libraries
+        problem = tokenizer.reason(error)
+    raise ValueError(f"{name}: no such path, and no download ({problem}). Where there is a network: pip install huggingface_hub && "
+                     f"hf download {name} --local-dir {path.name}; then give {path.name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in
+
+
+def read(path, t5=None) -> dict:
+    """A published model as what best.pt holds, from a Hugging Face folder or an audiocraft package. t5: folder with the latter's T5.
+
+    Errors: ValueError, one line with what was expected and what was found."""
+    config, conditioner, source = read_config(path, t5)
+    kind, folder = weights.kind_of(path), Path(path)
+    pieces = read_pieces(Path(t5) if kind == "audiocraft" else folder)
+    if vocabulary_size(pieces) > conditioner.text_vocab:
+        raise ValueError(f"{path}: spiece.model has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
+    try:
+        shapes = {name: list(x.shape) for name, x in skeleton(config, conditioner, {"text": pieces}).state_dict().items()}
+    except Exception as error:                                       # a foreign config can fail in any way
+        raise ValueError(f"{path}: its configuration makes no model ({tokenizer.reason(error)})") from None
+    if kind == "hf":
+        model = read_hf(folder, shapes, projected=conditioner.text_dim != config.dim)
+    else:
+        model = read_package(folder, Path(t5), shapes)
+    channels = source["channels"]
+    codec = tokenizer.load_codec(str(path), config.K // channels, "cpu", channels)
+    if (codec.K, codec.card) != (config.K, config.card):
+        raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, its codec has {codec.K} x {codec.card}")
+    return dict(format=FORMAT, model=model, model_config=asdict(config), conditioner_config=asdict(conditioner),
+                assets={"text": pack(pieces)}, codec=codec.reference, sampling={**SAMPLING, **source["sampling"]},
+                segment_frames=math.ceil(source["seconds"] * codec.frame_rate), metrics={}, step=0, args={})
+
+
+def read_config(path, t5=None) -> tuple[ModelConfig, ConditionerConfig, dict]:
+    """Shapes of a published model, and {channels, seconds, sampling}, without its weights. Errors: ValueError."""
+    return hf_config(Path(path)) if weights.kind_of(path) == "hf" else package_config(Path(path), t5)
+
+
+def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
+    """Shapes of the model in a Hugging Face folder. Errors: ValueError naming the setting that is not MusicGen's."""
+    config = weights.read_json(folder / "config.json")
+    if config.get("model_type") != "musicgen":
+        raise ValueError(f"{folder}: config.json is of {config.get('model_type')!r}, 'musicgen' was expected")
+    try:
+        decoder, text = config["decoder"], config["text_encoder"]
+        K, D, channels = decoder["num_codebooks"], decoder["hidden_size"], decoder.get("audio_channels", 1)
+        for name, allowed in (("activation_function", "gelu"), ("scale_embedding", False), ("tie_word_embeddings", False)):
+            if decoder.get(name, allowed) != allowed:
+                raise ValueError(f"{folder}: its decoder has {name} {decoder[name]}, {allowed} was expected")
+        if decoder["ffn_dim"] % D or K % channels or D % decoder["num_attention_heads"]:
+            raise ValueError(f"{folder}: its decoder has ffn_dim {decoder['ffn_dim']}, hidden_size {D}, "
+                             f"{decoder['num_attention_heads']} heads, {K} codebooks, {channels} channels, which do not divide")
+        model = ModelConfig(K=K, card=decoder["vocab_size"], dim=D, num_layers=decoder["num_hidden_layers"],
+                            num_heads=decoder["num_attention_heads"], hidden_scale=decoder["ffn_dim"] // D,
+                            delays=[k // 2 for k in range(K)] if channels == 2 else None)        # 0 0 1 1 ..: left and right at once
+        conditioner = t5_config(text, folder)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: config.json is not that of a MusicGen ({tokenizer.reason(error)})") from None
+    path = folder / "generation_config.json"
+    guidance = weights.read_json(path).get("guidance_scale") if path.is_file() else None
+    return model, conditioner, dict(channels=channels, seconds=SEGMENT_SECONDS, sampling=dict(cfg=float(guidance)) if guidance else {})
+
+
+def t5_config(config: dict, where) -> ConditionerConfig:
+    """The text encoder of a transformers T5Config. Errors: ValueError for another encoder or a variant of it."""
+    if config.get("model_type") != "t5":
+        raise ValueError(f"{where}: its text encoder is {config.get('model_type')!r}, 't5' was expected")
+    for name, allowed in (("feed_forward_proj", "relu"), ("layer_norm_epsilon", 1e-6)):
+        if config.get(name, allowed) != allowed:
+            raise ValueError(f"{where}: its T5 has {name} {config[name]}, {allowed} was expected")
+    fields = {ours: config.get(theirs, default) for ours, (theirs, default) in T5_CONFIG.items()}
+    return ConditionerConfig(fuse={"text": "cross"}, text_max_tokens=512, text_frozen=True, **fields)
+
+
+def read_pieces(folder: Path) -> bytes:
+    """T5's sentencepiece model. Errors: ValueError naming the file."""
+    path = folder / "spiece.model"
+    if not path.is_file():
+        also = " (tokenizer.json holds the same pieces in another form, which is not read)" if (folder / "tokenizer.json").is_file() else ""
+        raise ValueError(f"{path}: no such file{also}: the sentencepiece model of T5 was expected, as in google-t5/t5-base")
+    pieces = path.read_bytes()
+    try:
+        vocabulary_size(pieces)
+    except Exception as error:                                       # a foreign file can fail in any way
+        raise ValueError(f"{path}: not a sentencepiece model ({tokenizer.reason(error)})") from None
+    return pieces
+
+
+def rename(name: str) -> list:
+    """Our name of a tensor -> transformers': one, or q, k and v of what is packed."""
+    number = r"(?<=\.)\d+(?=\.)"
+    theirs = TABLE[re.sub(number, "{}", name)].format(*re.findall(number, name))
+    return [theirs.replace("[qkv]", part) for part in "qkv"] if "[qkv]" in theirs else [theirs]
+
+
+def read_hf(folder: Path, shapes: dict, projected: bool, prefix: str = "") -> dict:
+    """Weights by our names from a Hugging Face folder. shapes: {our name: shape}; projected: whether T5's width is another than the
+    model's; prefix: what their names begin with and the folder's do not. Errors: ValueError listing what does not fit."""
+    tensors, names = weights.hf_tensors(folder), {ours: rename(ours) for ours in shapes}
+    absent = [] if projected else [ours for ours, theirs in names.items() if theirs[0].startswith(PROJECTION)]
+    names = {ours: [name.removeprefix(prefix) for name in theirs] for ours, theirs in names.items() if ours not in absent}
+    wanted = {name: [shapes[ours][0] // len(theirs), *shapes[ours][1:]] for ours, theirs in names.items() for name in theirs}
+    weights.check_names(folder, tensors.shapes, wanted, IGNORED if not prefix else r"^(?!encoder\.block|encoder\.final|shared)")
+    found = {name: tensors[name] for name in tensors.in_order_of_files(wanted)}
+    model = {ours: torch.cat([found.pop(name) for name in theirs]) if len(theirs) > 1 else found.pop(theirs[0])
+             for ours, theirs in names.items()}
+    for ours in absent:                                              # then it is the identity
+        model[ours] = torch.eye(shapes[ours][0]) if len(shapes[ours]) == 2 else torch.zeros(shapes[ours])
+    return {ours: model[ours] for ours in shapes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def describe(data: dict) -> list:
+    """Lines on what a model is."""
+    config, codec = data["model_config"], data["codec"]
+    parameters = sum(x.numel() for name, x in data["model"].items() if ".encoder." not in name)
+    fuse = (data["conditioner_config"] or {}).get("fuse") or {}
+    return [f"model: {parameters / 1e6:.1f}M parameters without text encoder; width {config['dim']}, {config['num_layers']} layers, "
+            f"{config['num_heads']} heads; {config['K']} x {config['card']} codes, pattern {config['pattern']}",
+            f"conditions: {', '.join(f'{name} ({method})' for name, method in fuse.items()) or 'none'}",
+            f"codec: {codec['name']}, fingerprint {codec['fingerprint'][:12]}"]
+
+
+def main(argv: list | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Published weights in, ours out.", allow_abbrev=False)
+    parser.add_argument("model", help="run folder, best.pt, a Hugging Face folder, or a package of audiocraft")
+    parser.add_argument("--t5", help="folder with the T5 of an audiocraft package (config.json, weights, spiece.model)")
+    args = parser.parse_args(argv)
+    try:
+        path = locate(args.model)
+        data = read(path, args.t5) if weights.kind_of(path) else read_deployment(path)
+        print(*describe(data), sep="\n")
+    except (ValueError, OSError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
