@@ -128,6 +128,22 @@ def locate(name: str | Path) -> Path:
                      f"hf download {name} --local-dir {path.name}; then give {path.name}")
 
 
+def peek(path: str | Path) -> tuple[ModelConfig, ConditionerConfig | None, dict | None] | None:
+    """Shapes of a model without its weights, and what `read_config` adds if it is a published one. None where there is no model.
+
+    Errors: ValueError for a published one whose configuration is not that of a MusicGen."""
+    path = locate(path)
+    if weights.kind_of(path):
+        return read_config(path)
+    path = path / "best.pt" if path.is_dir() else path
+    try:
+        data = weights.read_pickle(path)                             # mapped: its weights are not read
+        conditioner = data["conditioner_config"]
+        return ModelConfig(**data["model_config"]), ConditionerConfig(**conditioner) if conditioner else None, None
+    except (ValueError, TypeError, LookupError):                     # `read_deployment` says what is wrong
+        return None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # in
 

@@ -195,7 +195,8 @@ class MusicGenerator:
 
     @classmethod
     def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype: torch.dtype = torch.float32):
-        """From a run folder, a best.pt, or a folder with published weights. codec: where its codec lies now, if not where it was in training."""
+        """From a run folder, a best.pt, or a folder with published weights. codec: where its codec lies now, if not where it was in
+        training."""
         data = read_deployment(run)
         try:
             model, window, sampling = build_model(data), data["segment_frames"], Sampling(**data["sampling"])

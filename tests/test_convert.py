@@ -265,3 +265,59 @@ def test_full_sizes(size, millions):
     assert shapes["conditioner.parts.text.output_proj.weight"] == (D, 768)
     theirs = [n for name in model.state_dict() for n in convert.rename(name)]
     assert len(set(theirs)) == len(theirs) == len(model.state_dict()) + 4 * train.SIZES[size]["num_layers"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+@needs_transformers
+def test_generate_and_round_trip_from_a_folder(pair, tmp_path, capsys):
+    _, ours, folder = pair
+    assert generate.main(["--model", str(folder), "--prompt", "slow organ", "--seconds", "0.4", "--out", str(tmp_path / "g")]) == 0
+    wav = tokenizer.read_audio(tmp_path / "g" / "000.wav")
+    assert wav.shape == (ours.codec.channels, 6400)
+    assert tokenizer.main([str(tmp_path / "g" / "000.wav"), str(tmp_path / "back.wav"), "--codec", str(folder)]) == 0
+    assert "4 x 32 codes" in capsys.readouterr().out
+
+
+TINY = ["--dataset", "toy", "--updates_per_epoch", "4", "--epochs", "1", "--batch_size", "4", "--valid_samples", "4", "--eval_samples", "1",
+        "--generate_samples", "1", "--warmup_steps", "0", "--lr", "1e-3", "--dtype", "float32", "--device", "cpu"]
+
+
+@needs_transformers
+def test_fine_tuning_changes_what_is_trainable_alone(tmp_path, capsys):
+    """A run from a folder: T5 stays bit for bit and out of the optimiser; it is resumed, and another starts from it."""
+    folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
+    before = convert.read(folder)["model"]
+    command = [*TINY, "--init_from", str(folder), "--out", str(out)]
+    assert train.main(command) == 0, capsys.readouterr().err
+    data = convert.read_deployment(out)
+    frozen = {name for name in before if ".encoder." in name}
+    same = {name for name, x in data["model"].items() if torch.equal(x, before[name])}
+    assert frozen and same == frozen
+    saved = torch.load(out / "last.pt", weights_only=True)
+    assert not any(name in key for key in saved["names"] if key.startswith("optimizer/") for name in frozen)
+    assert data["conditioner_config"]["text_frozen"] and data["codec"]["name"] == str(folder)
+    assert train.main([*command, "--epochs", "2"]) == 0 and "going on from step 4" in capsys.readouterr().out
+    again = [*command[:-1], str(tmp_path / "second")]
+    again[again.index("--init_from") + 1] = str(out)
+    assert train.main([*again, "--codec", str(folder)]) == 2         # no --size has this shape: it says so
+    assert "does not fit" in capsys.readouterr().err
+
+
+@needs_transformers
+def test_fine_tuning_t5_as_well(tmp_path, capsys):
+    folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
+    before = convert.read(folder)["model"]
+    assert train.main([*TINY, "--init_from", str(folder), "--out", str(out), "--no-freeze_text_encoder"]) == 0, capsys.readouterr().err
+    data = convert.read_deployment(out)
+    assert not data["conditioner_config"]["text_frozen"]
+    assert not any(torch.equal(x, before[name]) for name, x in data["model"].items())
+
+
+@needs_transformers
+def test_stereo_fine_tuning_from_mono(tmp_path, capsys):
+    folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
+    assert train.main([*TINY, "--init_from", str(folder), "--out", str(out), "--channels", "2"]) == 0, capsys.readouterr().err
+    assert convert.read_deployment(out)["model_config"]["K"] == 8
