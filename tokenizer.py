@@ -342,7 +342,9 @@ def _encodec_24khz(num_codebooks: int | None) -> Codec:
     for module in model.modules():                                   # fold the weight norm: same output, faster
         if hasattr(module, "weight_g"):
             nn.utils.remove_weight_norm(module)
-    return Codec("encodec_24khz", model.sample_rate, model.encoder, model.quantizer, model.decoder, K)
+    codec = Codec("encodec_24khz", model.sample_rate, model.encoder, model.quantizer, model.decoder, K)
+    codec.config = dict(sample_rate=24_000, seanet=dict(causal=True), rvq=dict(dimension=128, n_q=32, bins=1024))     # else defaults
+    return codec
 
 
 def check_device(name) -> torch.device:

@@ -177,7 +177,10 @@ def derive(args: argparse.Namespace, world: int) -> list:
                                 valid_samples=4 * world).items():
             fill(name, value, "overfitting one batch")
     for name, value in start_defaults(args).items():
-        fill(name, value, f"as in {args.init_from}")
+        if args.init_from:
+            fill(name, value, f"as in {args.init_from}")
+        elif getattr(args, name) is None:                            # nothing to say of it
+            setattr(args, name, value)
     for name, value in PRESETS[kind].items():
         if name != "fuse" or "text" in args.conditions:              # it is about text
             fill(name, value, f"default for {kind}")

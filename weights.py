@@ -10,6 +10,7 @@ when it is asked for, so that a large model does not need twice its size. No pic
 """
 
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -165,6 +166,8 @@ def read_yaml(text: str) -> dict:
     """Nested dict of the part of YAML that OmegaConf writes: keys by indentation, scalars, lists, references ${a.b}.
 
     What is not understood stays text: only a few values are asked for."""
+    if text.lstrip().startswith("{"):                                # JSON is YAML too
+        return json.loads(text)
     lines = [(len(line) - len(line.lstrip()), line.strip()) for line in text.splitlines()
              if line.strip() and not line.lstrip().startswith("#")]
     return _block(lines, 0)[0] if lines and not lines[0][1].startswith("-") else {}
@@ -309,6 +312,85 @@ def package_codec_config(config: dict, where) -> dict:
         raise ValueError(f"{where}: its xp.cfg lacks seanet.{lacking[0]}")
     rvq = dict(dimension=seanet["dimension"], n_q=setting(config, "rvq.n_q"), bins=setting(config, "rvq.bins"))
     return dict(sample_rate=setting(config, "sample_rate"), seanet=seanet, rvq=rvq)
+
+
+def plain_seanet(config: dict) -> dict:
+    """A codec's seanet configuration with every default of the encodec package filled in."""
+    return {**SEANET_DEFAULTS, **config["seanet"]}
+
+
+SEANET_DEFAULTS = dict(channels=1, dimension=128, n_filters=32, n_residual_layers=1, ratios=[8, 5, 4, 2], activation="ELU",
+                       activation_params={"alpha": 1.0}, kernel_size=7, last_kernel_size=7, residual_kernel_size=3, dilation_base=2,
+                       causal=False, pad_mode="reflect", true_skip=False, compress=2, lstm=2)
+
+
+def to_hf_codec_config(config: dict, levels: int) -> dict:
+    """The transformers EncodecConfig of a codec's plain config, with its first `levels`. Errors: ValueError for what that lacks."""
+    seanet, rate, card = plain_seanet(config), config["sample_rate"], config["rvq"]["bins"]
+    if (seanet["activation"], seanet["activation_params"]) != ("ELU", {"alpha": 1.0}):
+        raise ValueError(f"transformers' EnCodec has ELU alone, this codec {seanet['activation']} {seanet['activation_params']}")
+    if card & (card - 1):
+        raise ValueError(f"transformers' EnCodec takes powers of two as cardinality, this codec has {card}")
+    hop = 1
+    for ratio in seanet["ratios"]:
+        hop *= ratio
+    kbps = levels * -(-rate // hop) * (card - 1).bit_length() / 1000
+    while hf_levels(kbps, rate, hop, card) < levels:                 # it divides and rounds down
+        kbps = math.nextafter(kbps, math.inf)
+    return dict(model_type="encodec", target_bandwidths=[kbps], sampling_rate=rate, audio_channels=seanet["channels"], normalize=False,
+                chunk_length_s=None, overlap=None, hidden_size=seanet["dimension"], codebook_dim=seanet["dimension"],
+                num_filters=seanet["n_filters"], num_residual_layers=seanet["n_residual_layers"], upsampling_ratios=seanet["ratios"],
+                norm_type="weight_norm", kernel_size=seanet["kernel_size"], last_kernel_size=seanet["last_kernel_size"],
+                residual_kernel_size=seanet["residual_kernel_size"], dilation_growth_rate=seanet["dilation_base"],
+                use_causal_conv=seanet["causal"], pad_mode=seanet["pad_mode"], compress=seanet["compress"],
+                num_lstm_layers=seanet["lstm"] or 1, trim_right_ratio=1.0, codebook_size=card, use_conv_shortcut=not seanet["true_skip"])
+
+
+def to_hf_codec(state: dict, config: dict, levels: int) -> dict:
+    """A codec's tensors by transformers' names, weight norms put back, the codebooks' buffers of training made up.
+
+    transformers' EnCodec always has an LSTM beside a skip connection; where ours has none it gets one of zeros, which adds
+    exactly nothing and moves the numbers of what follows."""
+    seanet, found, move = plain_seanet(config), {}, 0 if plain_seanet(config)["lstm"] else 1
+    last = max(int(re.match(r"encoder\.model\.(\d+)", name)[1]) for name in state if name.startswith("encoder."))     # its last convolution
+    if move:
+        width = seanet["n_filters"] * 2 ** len(seanet["ratios"])
+        found = {f"{side}.layers.{at}.{name}": torch.zeros_like(x) for side, at in (("encoder", last - 1), ("decoder", 1))
+                 for name, x in torch.nn.ModuleDict({"lstm": torch.nn.LSTM(width, width)}).state_dict().items()}
+    for name, x in state.items():
+        side, _, rest = name.partition(".model.")
+        if rest:
+            number, _, leaf = rest.partition(".")
+            at = int(number) + move * ((side == "encoder" and int(number) == last) or (side == "decoder" and int(number) > 0))
+            name = f"{side}.model.{at}.{leaf}"
+        elif int(name.split(".")[3]) >= levels:                      # quantizer.vq.layers.{level}
+            continue
+        theirs = hf_codec_name(name)
+        if name.endswith((".conv.conv.weight", ".convtr.convtr.weight")):
+            length, direction = (theirs.removesuffix(".weight") + end for end in WEIGHT_NORMS[1])
+            found |= {length: x.flatten(1).norm(dim=1)[:, None, None], direction: x.contiguous()}
+        else:
+            found[theirs] = x.contiguous()
+        if name.endswith("._codebook.embed"):
+            stem = theirs.removesuffix("embed")
+            found |= {stem + "embed_avg": x.clone(), stem + "cluster_size": x.new_ones(len(x)), stem + "inited": x.new_ones(1)}
+    return found
+
+
+def to_package_codec(state: dict, levels: int) -> dict:
+    """A codec's tensors by audiocraft's names: ours, with weight norms and the codebooks' buffers of training put back."""
+    found = {}
+    for name, x in state.items():
+        if name.startswith("quantizer."):
+            if int(name.split(".")[3]) < levels:
+                stem = name.removesuffix("embed")
+                found |= {name: x.clone(), stem + "embed_avg": x.clone(), stem + "cluster_size": x.new_ones(len(x)),
+                          stem + "inited": x.new_ones(1)}
+        elif name.endswith((".conv.conv.weight", ".convtr.convtr.weight")):
+            found |= {name + "_g": x.flatten(1).norm(dim=1)[:, None, None], name + "_v": x.clone()}
+        else:
+            found[name] = x.clone()
+    return found
 
 
 def open_codec(path) -> tuple[dict, Tensors, str, object]:

@@ -321,3 +321,74 @@ def test_stereo_fine_tuning_from_mono(tmp_path, capsys):
     folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
     assert train.main([*TINY, "--init_from", str(folder), "--out", str(out), "--channels", "2"]) == 0, capsys.readouterr().err
     assert convert.read_deployment(out)["model_config"]["K"] == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out
+
+
+def write(source, to, out, capsys, *more) -> str:
+    """Runs convert.py, which must succeed; what it printed."""
+    assert convert.main([str(source), "--to", to, "--out", str(out), *more]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@needs_transformers
+def test_in_and_out_is_the_identity(pair, tmp_path, capsys):
+    """On every tensor of the folder: names, shapes and values; and the configuration that transformers reads is the same."""
+    theirs, _, folder = pair
+    printed = write(folder, "hf", tmp_path / "out", capsys)
+    assert "wrote" in printed and "note" not in printed
+    before, after = (convert.weights.hf_tensors(f) for f in (folder, tmp_path / "out"))
+    assert before.shapes == after.shapes
+    assert all(torch.equal(before[name], after[name]) for name in before.shapes)
+    loaded = transformers.MusicgenForConditionalGeneration.from_pretrained(tmp_path / "out")
+    for part in ("text_encoder", "audio_encoder", "decoder"):
+        ours, wanted = (getattr(m.config, part).to_dict() for m in (loaded, theirs))
+        free = {"_name_or_path", "dtype", "torch_dtype", "architectures", "dropout", "dropout_rate", "decoder_start_token_id", "use_cache",
+                "initializer_factor", "is_encoder_decoder", "transformers_version"}
+        assert {k: v for k, v in ours.items() if k not in free} == {k: v for k, v in wanted.items() if k not in free}
+    write(folder, "nano", tmp_path / "nano", capsys)
+    write(tmp_path / "nano", "hf", tmp_path / "again", capsys)
+    again = convert.weights.hf_tensors(tmp_path / "again")
+    assert again.shapes == before.shapes and all(torch.equal(before[name], again[name]) for name in before.shapes)
+
+
+@needs_transformers
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_trained_run_generates_the_same_in_transformers(tmp_path, capsys, channels):
+    """A toy run with its own vocabulary and the toy codec, whose graph has no LSTM: text, tokens, codes and audio."""
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--size", "debug", "--fuse", "text=cross", "--out", str(out), "--channels", str(channels)]) == 0
+    write(out, "hf", tmp_path / "hf", capsys)
+    theirs, info = transformers.MusicgenForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    music, texts = MusicGenerator.load(out), ["a slow deep organ tune in D major with drums", "bells, fast"]
+    tokens = transformers.T5Tokenizer.from_pretrained(tmp_path / "hf")(texts, padding=True, return_tensors="pt")
+    ids, mask = music.model.conditioner.parts["text"].prepare(texts)
+    assert torch.equal(tokens.input_ids, ids) and torch.equal(tokens.attention_mask.bool(), mask)
+    codes = generate_codes(music.model, [{"text": t} for t in texts], 60, Sampling(cfg=3, temperature=0))
+    assert torch.equal(greedy(theirs.eval(), ids, mask, 60), codes)
+    with torch.no_grad():
+        mono = tokenizer.load_codec("toy")
+        audio = torch.randn(2, 1, 8000) * 0.2
+        assert torch.equal(theirs.audio_encoder.encode(audio).audio_codes[0], mono.encode(audio))
+        sound = theirs.audio_encoder.decode(codes[None, :, ::channels], [None])[0]
+        assert (sound - mono.decode(codes[:, ::channels])).abs().max() < 1e-4
+    settings = theirs.generation_config
+    assert settings.top_k == 50 and settings.guidance_scale == 1.0 and settings.max_length == convert.read_deployment(out)["segment_frames"] + 4
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, capsys):
+    """With every reason, in one line; and nothing is overwritten."""
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--size", "debug", "--pattern", "parallel", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert convert.main([str(out), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
+    error = capsys.readouterr().err
+    assert "text=cross+sum" in error and "parallel" in error and error.count("\n") == 1 and not (tmp_path / "hf").exists()
+    assert convert.main([str(out), "--to", "hf", "--out", str(out)]) == 2 and "is there already" in capsys.readouterr().err
+    assert convert.main([str(tmp_path / "none"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
+    assert "no best.pt" in capsys.readouterr().err
+    assert convert.main([str(out), "--to", "hf", "--out", str(tmp_path / "hf"), "--codec", str(tmp_path / "gone.pt")]) == 2
+    assert "gone.pt" in capsys.readouterr().err
