@@ -60,6 +60,7 @@ class ConditionerConfig:
     text_buckets: int = 32                                           # relative position buckets
     text_max_distance: int = 128
     text_max_tokens: int = 256                                       # longer texts are cut there
+    text_frozen: bool = False                                        # the encoder is T5's as published, or as it began
     melody_frames: int = 235                                         # chroma frames of a segment (30 s)
     melody_rate: float = 0.15625                                     # chroma frames a code frame (50 Hz)
     melody_argmax: bool = True                                       # the strongest class alone, not all twelve
@@ -266,8 +267,8 @@ class TextConditioner(nn.Module):
         self.pieces = pieces                                         # the serialised sentencepiece model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=pieces)
         self.max_tokens = c.text_max_tokens
-        assert c.text_vocab == self.processor.vocab_size(), f"{c.text_vocab} pieces configured, the model has " \
-            f"{self.processor.vocab_size()}"
+        assert c.text_vocab >= self.processor.vocab_size(), f"{c.text_vocab} pieces configured, the model has " \
+            f"{self.processor.vocab_size()}"                         # T5 has more rows than pieces
         self.encoder = TextEncoder(c)
         self.output_proj = nn.Linear(c.text_dim, dim)
 
@@ -360,7 +361,7 @@ class Bottleneck(nn.Module):
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("vectors", torch.randn(levels, bins, dim, generator=fixed))                # [Q, V, E]
+        self.register_buffer("vectors", torch.randn(levels, bins, dim, generator=fixed, device="cpu"))              # [Q, V, E]
         self.register_buffer("sizes", torch.zeros(levels, bins))     # frames an update that fall to a vector
         self.collected = None                                        # no buffer: DDP and checkpoints leave it alone
 

@@ -40,11 +40,9 @@ from tqdm import tqdm
 
 import chroma
 import tokenizer
-from conditioning import Conditioner, ConditionerConfig, clean_text, excerpt, melody_window, unpack
-from model import Cache, Conditions, ModelConfig, MusicGen
-
-FORMAT = "nanomusicgen-1"                                            # of best.pt
-WHAT = "a model of this project"                                     # and so it is called
+from conditioning import clean_text, excerpt, melody_window
+from convert import FORMAT, WHAT, build_model, read_deployment       # FORMAT and WHAT for those who import this file
+from model import Cache, Conditions, MusicGen
 
 
 @dataclass
@@ -189,30 +187,6 @@ def generate_long(model: MusicGen, attributes: list, T: int, sampling: Sampling,
     return codes                                                                                        # [B, K, T]
 
 
-def build_model(data: dict) -> MusicGen:
-    """The model of a deployment file (best.pt) with its weights, in eval mode on the CPU."""
-    config = ModelConfig(**data["model_config"])
-    conditioner = None
-    if data["conditioner_config"] is not None:
-        assets = {name: unpack(t) for name, t in data["assets"].items()}
-        conditioner = Conditioner(ConditionerConfig(**data["conditioner_config"]), config.dim, assets)
-    model = MusicGen(config, conditioner)
-    model.load_state_dict(data["model"])
-    return model.eval()
-
-
-def read_deployment(run: str | Path) -> dict:
-    """The content of a run's best.pt (or of such a file itself). Errors: ValueError says what is missing or wrong."""
-    path = Path(run)
-    path = path / "best.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{run}: no best.pt there; give the folder of a run that has finished an epoch")
-    data = tokenizer.load_file(path, WHAT)
-    if data.get("format") != FORMAT:
-        raise ValueError(f"{path}: not {WHAT}: its format is {data.get('format')!r}, not {FORMAT!r}")
-    return data
-
-
 class MusicGenerator:
     """A trained model with its codec: `generate` gives audio, `codes` the codes behind it."""
 
@@ -221,7 +195,8 @@ class MusicGenerator:
 
     @classmethod
     def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype: torch.dtype = torch.float32):
-        """From a run folder or a best.pt. codec: where its codec lies now, if not where it was in training."""
+        """From a run folder, a best.pt, or a folder with published weights. codec: where its codec lies now, if not where it was in
+        training."""
         data = read_deployment(run)
         try:
             model, window, sampling = build_model(data), data["segment_frames"], Sampling(**data["sampling"])
@@ -313,12 +288,14 @@ def free_name(folder: Path) -> int:
 
 def main(argv: list | None = None) -> int:
     parser = argparse.ArgumentParser(description="Generate music with a trained model.", allow_abbrev=False)
-    parser.add_argument("--run", required=True, help="run folder (or its best.pt)")
+    parser.add_argument("--run", "--model", dest="run", required=True,
+                        help="run folder (or its best.pt), or a folder with published weights, Hugging Face's or audiocraft's")
     parser.add_argument("--prompt", action="append", default=[], help="text; repeat it for several in one batch")
     parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line")
     parser.add_argument("--unconditional", action="store_true", help="no text at all")
     parser.add_argument("--melody", nargs="+", default=[], metavar="AUDIO", help="whose melody to follow: one for all, or as many as texts")
-    parser.add_argument("--melody_stems", action="store_true", help="without its drums and bass (needs demucs; as trained, if trained so)")
+    parser.add_argument("--melody_stems", action="store_true",
+                        help="without its drums and bass (needs demucs; as trained, if trained so)")
     parser.add_argument("--style", nargs="+", default=[], metavar="AUDIO", help="whose style to take: one for all, or as many as texts")
     parser.add_argument("--continue", dest="continued", metavar="AUDIO", help="audio file to continue; it is part of --seconds")
     parser.add_argument("--seconds", type=float, default=None, help="length of the result (default: the training window)")

@@ -41,6 +41,9 @@ from encodec.modules.seanet import SEANetResnetBlock
 from encodec.quantization import ResidualVectorQuantizer
 from torch import nn
 
+import weights
+from weights import TRAINING_BUFFERS
+
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MP3_LEAD = 16 * 1152                                                 # samples: MP3 frames lean on those before them, so
                                                                      # what is decoded right after a seek is wrong
@@ -140,6 +143,7 @@ class Codec(nn.Module):
         self.lanes = 1                                               # channels that have codebooks of their own: see `over`
         self.K = quantizer.n_q if num_codebooks is None else num_codebooks
         self.card = quantizer.bins
+        self.config = None                                           # plain, of `build_networks`, where it is known
         self.requires_grad_(False)
         self.eval()
 
@@ -248,9 +252,6 @@ def clip_by_clip(function, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(threads)                               # the pool has set the default of new threads to 1
 
 
-TRAINING_BUFFERS = ("inited", "cluster_size", "embed_avg")           # of the package's codebooks: not part of the codec
-
-
 def build_networks(config: dict) -> tuple:
     """(encoder, quantizer, decoder) of a codec's plain config: the arguments of SEANet and RVQ by their own names."""
     seanet = {**config["seanet"], "norm": "none"}                    # weight norm, if there was one, has been folded
@@ -278,6 +279,21 @@ def load_file(path, what: str) -> dict:
     return stored
 
 
+def _codec_of_folder(path, num_codebooks: int | None) -> Codec:
+    """EnCodec out of a Hugging Face folder or an audiocraft package, its own or that of a whole MusicGen."""
+    config, tensors, prefix, rename = weights.open_codec(path)
+    try:
+        codec = Codec(str(path), config["sample_rate"], *build_networks(config), num_codebooks)
+    except Exception as error:                                       # a foreign config can fail in any way
+        raise ValueError(f"{path}: its configuration makes no codec ({reason(error)})") from None
+    if not 1 <= codec.K <= codec.quantizer.n_q:
+        raise ValueError(f"num_codebooks {codec.K}: the codec {path} has 1 to {codec.quantizer.n_q}")
+    shapes = {name: x.shape for name, x in codec.state_dict().items() if not name.endswith(TRAINING_BUFFERS)}
+    codec.load_state_dict(weights.read_codec(tensors, shapes, rename, prefix, path), strict=False)
+    codec.config = config
+    return codec
+
+
 def _codec_of_file(path, name: str, num_codebooks: int | None) -> Codec:
     what = "a codec file made by `python tokenizer.py fit`"
     stored = load_file(path, what)
@@ -296,6 +312,7 @@ def _codec_of_file(path, name: str, num_codebooks: int | None) -> Codec:
         raise ValueError(f"{path}: weights do not fit its config: {wrong[0]} is {found.get(wrong[0])}, "
                          f"not {wanted.get(wrong[0])} ({len(wrong)} differ)")
     codec.load_state_dict({k: v.float() for k, v in stored["state"].items()}, strict=False)
+    codec.config = stored["config"]
     return codec
 
 
@@ -325,7 +342,9 @@ def _encodec_24khz(num_codebooks: int | None) -> Codec:
     for module in model.modules():                                   # fold the weight norm: same output, faster
         if hasattr(module, "weight_g"):
             nn.utils.remove_weight_norm(module)
-    return Codec("encodec_24khz", model.sample_rate, model.encoder, model.quantizer, model.decoder, K)
+    codec = Codec("encodec_24khz", model.sample_rate, model.encoder, model.quantizer, model.decoder, K)
+    codec.config = dict(sample_rate=24_000, seanet=dict(causal=True), rvq=dict(dimension=128, n_q=32, bins=1024))     # else defaults
+    return codec
 
 
 def check_device(name) -> torch.device:
@@ -343,7 +362,8 @@ def check_device(name) -> torch.device:
 
 
 def load_codec(name: str, num_codebooks: int | None = None, device="cpu", channels: int = 1) -> Codec:
-    """The codec `toy` (embedded), `encodec_24khz` (public weights) or a PATH to a file of the fit command, frozen.
+    """The codec `toy` (embedded), `encodec_24khz` (public weights) or a PATH, frozen: a file of the fit command, or a folder of
+    Hugging Face or audiocraft with an EnCodec in it.
 
     `num_codebooks` takes the first so many levels, of each channel where a mono codec serves two: see `Codec.over`.
     Errors: ValueError, one line with a way out."""
@@ -355,10 +375,15 @@ def load_codec(name: str, num_codebooks: int | None = None, device="cpu", channe
     elif name == "encodec_48khz":
         raise ValueError("encodec_48khz scales every second by a factor of its own, which a language model over codes "
                          "loses: use encodec_24khz")
+    elif weights.kind_of(name):
+        codec = _codec_of_folder(name, num_codebooks)
+    elif Path(name).is_dir():
+        raise ValueError(f"{name}: no codec in this folder: config.json with {weights.HF_FILES[0]}, or {weights.PACKAGE_FILES[1]}, "
+                         "was expected")
     elif Path(name).exists() or Path(name).suffix:
         codec = _codec_of_file(Path(name), str(name), num_codebooks)
     else:
-        raise ValueError(f"codec {name!r}: choose toy, encodec_24khz or the path of a codec file")
+        raise ValueError(f"codec {name!r}: choose toy, encodec_24khz or the path of a codec")
     return codec.over(channels).to(device)
 
 
@@ -927,7 +952,7 @@ def roundtrip(argv: list) -> None:
     parser = argparse.ArgumentParser(prog="tokenizer.py", description="Audio -> codes -> audio. Also: tokenizer.py fit")
     parser.add_argument("input", help="audio file")
     parser.add_argument("output", help="audio file to write, at the codec's sample rate")
-    parser.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec file (default toy)")
+    parser.add_argument("--codec", default="toy", help="toy, encodec_24khz, a codec file, or a folder with an EnCodec (default toy)")
     parser.add_argument("--num_codebooks", type=int, help="use the first so many codebooks of a channel (default all)")
     parser.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, each channel by itself (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")

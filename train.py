@@ -35,6 +35,7 @@ from tqdm import tqdm
 import checkpoint
 import chroma
 import conditioning
+import convert
 import data
 import distances
 import generate
@@ -67,6 +68,7 @@ HERE_ONLY = {"device", "dtype", "workers", "micro_batch_size", "parallel", "zero
 CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",
               "history", "sums", "data", "log_bytes", "assets", "names", "tensors", "shards"}                # what last.pt holds
 ONLY = ("valid", "evaluate", "generate")
+PUBLISHED = "published"                                              # stands for the --size of weights that have no name for theirs
 PLURALS = dict(text="captions", melody="melodies", style="styles")
 DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
 
@@ -99,6 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--conditions", nargs="+", default=["text"], choices=conditioning.CONDITIONERS, help="what music is conditioned on")
     g.add_argument("--no_text", action="store_true", help="without text: alone, an unconditional model")
     g.add_argument("--fuse", nargs="+", default=None, help="how a condition enters: NAME=cross|prepend|sum, several joined by +")
+    g.add_argument("--mask_padding", action=argparse.BooleanOptionalAction, default=None,
+                   help="whether padded text is hidden (default: yes, or as --init_from has it)")
+    g.add_argument("--freeze_text_encoder", action=argparse.BooleanOptionalAction, default=None,
+                   help="leave the text encoder as it is (default: yes for published weights, else no)")
     g.add_argument("--text_vocab", type=int, default=2000, help="most pieces of the vocabulary fitted to the captions")
     g.add_argument("--cfg_dropout", type=float, default=None, help="probability that a sample loses all its conditions")
     for name in conditioning.CONDITIONERS:
@@ -139,7 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
     g = new("run")
     g.add_argument("--out", default=None, help="run folder (default: runs/ and the name of the dataset)")
     g.add_argument("--seed", type=int, default=0, help="of weights, data, dropouts and samples")
-    g.add_argument("--init_from", default=None, help="run folder or best.pt to start from; mono weights also start a stereo run")
+    g.add_argument("--init_from", default=None, 
+                   help="run folder, best.pt or published weights to start from; mono weights also start a stereo run")
     g.add_argument("--resume", default="auto", choices=("auto", "never"), help="auto: go on from the folder's checkpoint")
     g.add_argument("--save_minutes", type=float, default=10.0, help="checkpoint within an epoch; 0: after every update")
     g.add_argument("--sharded_checkpoint", action="store_true", help="all ranks write their shards, nothing is gathered")
@@ -177,6 +184,11 @@ def derive(args: argparse.Namespace, world: int) -> list:
                                 warmup_steps=20, cfg_dropout=0.0, word_dropout=0.0, merge_text_p=0.0, evaluate_every=0,
                                 valid_samples=4 * world).items():
             fill(name, value, "overfitting one batch")
+    for name, value in start_defaults(args).items():
+        if args.init_from:
+            fill(name, value, f"as in {args.init_from}")
+        elif getattr(args, name) is None:                            # nothing to say of it
+            setattr(args, name, value)
     for name, value in PRESETS[kind].items():
         if name != "fuse" or "text" in args.conditions:              # it is about text
             fill(name, value, f"default for {kind}")
@@ -194,6 +206,31 @@ def derive(args: argparse.Namespace, world: int) -> list:
     fill("log_every", max(1, args.updates_per_epoch // 10), "a tenth of an epoch")
     fill("out", f"runs/{Path(args.cache or args.dataset).resolve().stem if kind != 'toy' else 'toy'}", "by dataset")
     return list(notes.values())
+
+
+def start_defaults(args: argparse.Namespace) -> dict:
+    """Flags that follow from what --init_from names; published weights bring their size, codec and text encoder."""
+    found = convert.peek(args.init_from) if args.init_from else None
+    if found is None:
+        return dict(mask_padding=True, freeze_text_encoder=False)
+    config, conditioner, published = found
+    flags = dict(mask_padding=config.mask_padding, freeze_text_encoder=bool(conditioner and conditioner.text_frozen))
+    if published is None:
+        return flags
+    shape = published_shape(config)
+    name = next((name for name, size in SIZES.items() if {**size, "hidden_scale": 4} == shape), PUBLISHED)
+    return flags | dict(size=name, fuse=[f"{k}={v}" for k, v in conditioner.fuse.items()], codec=str(convert.locate(args.init_from)),
+                        num_codebooks=config.K // published["channels"])
+
+
+def published_shape(config: ModelConfig) -> dict:
+    """Of a model's shape what --size stands for."""
+    return {name: getattr(config, name) for name in ("dim", "num_layers", "num_heads", "hidden_scale")}
+
+
+def size_of(args: argparse.Namespace) -> dict:
+    """Width, layers and heads of --size; of published weights that have no such size, theirs."""
+    return published_shape(convert.peek(args.init_from)[0]) if args.size == PUBLISHED else SIZES[args.size]
 
 
 def check(args: argparse.Namespace, world: int) -> None:
@@ -238,6 +275,8 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--style_seconds {low:g} {high:g}: more than 0, the second not less than the first, both less than the segment "
                          f"of {args.segment_seconds:g} s")
     ConditionerConfig(fuse=fuses(args))
+    if args.freeze_text_encoder and "text" not in fuses(args):
+        raise ValueError("--freeze_text_encoder: there is none without text; leave one of both out")
     if args.melody_stems and "melody" in args.conditions:
         chroma.load_separator()
 
@@ -416,14 +455,17 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
         else:
             pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
         assets["text"], shape["text_vocab"] = pieces, conditioning.vocabulary_size(pieces)
-        if shape["text_vocab"] < args.text_vocab:
+        if stored := (saved or {}).get("conditioner_config"):        # T5 has another shape than ours, and more rows than pieces
+            shape |= {name: value for name, value in stored.items() if name.startswith("text_")}
+        elif shape["text_vocab"] < args.text_vocab:
             ranks.print(f"text: {shape['text_vocab']} pieces, not {args.text_vocab}: the captions hold no more")
-    return Conditioner(ConditionerConfig(fuse=methods, **shape), SIZES[args.size]["dim"], assets)
+        shape["text_frozen"] = args.freeze_text_encoder
+    return Conditioner(ConditionerConfig(fuse=methods, **shape), size_of(args)["dim"], assets)
 
 
 def condition_shapes(args: argparse.Namespace, codec) -> dict:
     """What the melody's and the style's conditioners look like: by the segment, the codec and the model's size."""
-    size, (low, high) = SIZES[args.size], style_frames(args, codec)
+    size, (low, high) = size_of(args), style_frames(args, codec)
     bins = min(1024, max(16, args.batch_size * (low + high) // 16))  # of an update's frames each should have some
     hop, width = chroma.hop_length(codec.sample_rate), min(512, size["dim"])
     return dict(melody_frames=chroma.count_frames(round(args.segment_seconds * codec.sample_rate), codec.sample_rate),
@@ -471,9 +513,12 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
     torch.manual_seed(args.seed)
     config, dtype = model_config(args, codec), getattr(torch, args.dtype)
     sharded = args.parallel == "fsdp" and ranks.world > 1
-    model = MusicGen(config, build_conditioner(args, train_set, codec, ranks, saved or start))
+    with torch.device("cpu" if start is None else "meta"):           # without storage where it takes the tensors of another
+        model = MusicGen(config, build_conditioner(args, train_set, codec, ranks, saved or start))
     if start is not None:
         load_start(model, start, args.init_from)
+    if args.freeze_text_encoder:
+        model.conditioner.parts["text"].encoder.requires_grad_(False)
     model = model if sharded else model.to(ranks.device)             # sharding moves a layer at a time
     model.transformer.checkpointing = args.checkpointing
     ema = Ema(model, args.ema_decay)
@@ -508,7 +553,7 @@ def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     level = [k // codec.lanes for k in range(codec.K)] if codec.lanes > 1 else None      # 0 0 1 1 ..: left and right at once
     return ModelConfig(K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross, pattern=args.pattern,
                        emb_std=args.emb_std, delays=level if args.pattern == "delay" else None,
-                       flattening=level if args.pattern == "unrolled" else None, **SIZES[args.size])
+                       flattening=level if args.pattern == "unrolled" else None, mask_padding=args.mask_padding, **size_of(args))
 
 
 def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | None:
@@ -539,7 +584,7 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | N
         differ.append("a style read from one channel there, from two here")
     if differ:
         raise ValueError(f"--init_from {args.init_from} does not fit: {'; '.join(differ)}. Give the flags it was trained with")
-    return dict(model=weights, assets=assets, copies=copies)
+    return dict(model=weights, assets=assets, copies=copies, conditioner_config=start["conditioner_config"])
 
 
 def load_start(model: MusicGen, start: dict, where: str) -> None:
@@ -553,7 +598,7 @@ def load_start(model: MusicGen, start: dict, where: str) -> None:
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
         raise ValueError(f"--init_from {where}: weights are not what this model has: {wrong[0]} is {found.get(wrong[0])} there, "
                          f"{wanted.get(wrong[0])} here ({len(wrong)} differ)")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
 
 
 def fixed_shape(config: ModelConfig, fuse: dict | None) -> dict:
@@ -572,7 +617,7 @@ def both_channels(weights: dict, copies: int) -> dict:
         part, _, rest = name.partition(".")
         if part in ("emb", "linears"):
             k, _, leaf = rest.partition(".")
-            spread |= {f"{part}.{int(k) * copies + c}.{leaf}": x / copies if part == "emb" else x for c in range(copies)}
+            spread |= {f"{part}.{int(k) * copies + c}.{leaf}": x / copies if part == "emb" else x.clone() for c in range(copies)}
         else:
             spread[name] = x
     return spread
@@ -1040,7 +1085,9 @@ def commit(run: Run) -> None:
             format=generate.FORMAT, args=vars(run.args), step=run.step, epoch=run.epoch, ema_count=run.ema.count,
             scaler=run.scaler.state_dict(), skipped=run.skipped, skipped_in_a_row=run.skipped_in_a_row, best_ce=run.best_ce,
             best_values=run.best_values, history=run.history, sums=sums.cpu(), data=run.train_set.describe(),
-            log_bytes=flush_log(run), assets=stored_assets(run.model), names=list(every), tensors=whole, shards=shards)
+            log_bytes=flush_log(run), assets=stored_assets(run.model),
+            conditioner_config=asdict(run.model.conditioner.config) if run.model.conditioner else None,
+            names=list(every), tensors=whole, shards=shards)
         problem = attempt(checkpoint.write, run.out / checkpoint.LAST, content, run.out / checkpoint.PREVIOUS)
         checkpoint.drop_unnamed_shards(run.out)
     note_written(run, checkpoint.LAST, problem)

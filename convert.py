@@ -1,0 +1,511 @@
+"""Models on disk: ours, and the published MusicGens in the formats of Hugging Face and audiocraft, in and out.
+
+Copet et al. 2023 (arXiv:2306.05284) published weights; this file reads them into what best.pt of a run holds, so that everything
+that takes a run takes them too, and writes a run as a folder that the others' own loaders read. A model has three parts:
+
+    theirs                                              ours
+    decoder              ─ TABLE, q|k|v packed into one ─►  emb, transformer, out_norm, linears
+    text_encoder (T5), enc_to_dec_proj    ─ TABLE       ─►  conditioner.parts.text
+    audio_encoder (EnCodec)               ─ weights.py  ─►  tokenizer.Codec, which stays where it is and is named by its folder
+
+audiocraft's names are ours but for the conditioner's; its packages do not hold T5, which comes from a folder of its own (--t5).
+
+Legend: K codebooks, D width of the language model, T frames.
+    python convert.py DIR                                   says what a folder holds
+    python convert.py runs/NAME --to hf --out DIR           for transformers.MusicgenForConditionalGeneration
+    python convert.py DIR --t5 T5_DIR --to nano --out DIR2  audiocraft's package as a best.pt
+"""
+
+import argparse
+import functools
+import json
+import math
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tokenizer
+import weights
+from conditioning import Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
+from model import ModelConfig, MusicGen
+
+FORMAT = "nanomusicgen-1"                                            # of best.pt
+WHAT = "a model of this project"                                     # and so it is called
+SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
+SEGMENT_SECONDS = 30.0                                               # what the published models were trained on
+LAYER, T5_LAYER = "decoder.model.decoder.layers.{}", "text_encoder.encoder.block.{}.layer"
+TABLE = {                                                            # our name: transformers'; {} is a number, [qkv] three tensors
+    "emb.{}.weight": "decoder.model.decoder.embed_tokens.{}.weight",
+    "transformer.layers.{}.self_attn.in_proj_weight": LAYER + ".self_attn.[qkv]_proj.weight",
+    "transformer.layers.{}.self_attn.out_proj.weight": LAYER + ".self_attn.out_proj.weight",
+    "transformer.layers.{}.norm1.weight": LAYER + ".self_attn_layer_norm.weight",
+    "transformer.layers.{}.norm1.bias": LAYER + ".self_attn_layer_norm.bias",
+    "transformer.layers.{}.cross_attention.in_proj_weight": LAYER + ".encoder_attn.[qkv]_proj.weight",
+    "transformer.layers.{}.cross_attention.out_proj.weight": LAYER + ".encoder_attn.out_proj.weight",
+    "transformer.layers.{}.norm_cross.weight": LAYER + ".encoder_attn_layer_norm.weight",
+    "transformer.layers.{}.norm_cross.bias": LAYER + ".encoder_attn_layer_norm.bias",
+    "transformer.layers.{}.linear1.weight": LAYER + ".fc1.weight",
+    "transformer.layers.{}.linear2.weight": LAYER + ".fc2.weight",
+    "transformer.layers.{}.norm2.weight": LAYER + ".final_layer_norm.weight",
+    "transformer.layers.{}.norm2.bias": LAYER + ".final_layer_norm.bias",
+    "out_norm.weight": "decoder.model.decoder.layer_norm.weight",
+    "out_norm.bias": "decoder.model.decoder.layer_norm.bias",
+    "linears.{}.weight": "decoder.lm_heads.{}.weight",
+    "conditioner.parts.text.output_proj.weight": "enc_to_dec_proj.weight",
+    "conditioner.parts.text.output_proj.bias": "enc_to_dec_proj.bias",
+    "conditioner.parts.text.encoder.embed.weight": "text_encoder.shared.weight",
+    "conditioner.parts.text.encoder.relative_bias.weight":
+        "text_encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "conditioner.parts.text.encoder.final_norm.weight": "text_encoder.encoder.final_layer_norm.weight",
+    "conditioner.parts.text.encoder.layers.{}.norm1.weight": T5_LAYER + ".0.layer_norm.weight",
+    "conditioner.parts.text.encoder.layers.{}.norm2.weight": T5_LAYER + ".1.layer_norm.weight",
+    **{f"conditioner.parts.text.encoder.layers.{{}}.{n}.weight": f"{T5_LAYER}.0.SelfAttention.{n}.weight" for n in "qkvo"},
+    **{f"conditioner.parts.text.encoder.layers.{{}}.{n}.weight": f"{T5_LAYER}.1.DenseReluDense.{n}.weight" for n in ("wi", "wo")},
+}
+PROJECTION = "enc_to_dec_proj."                                      # transformers has none where T5 is as wide as the model
+IGNORED = r"^audio_encoder\.|embed_positions\.weights$|^text_encoder\.encoder\.embed_tokens\.weight$"    # copies, and the codec
+T5_CONFIG = dict(                                                    # ours: (transformers' name, its default)
+    text_dim=("d_model", 512), text_layers=("num_layers", 6), text_heads=("num_heads", 8), text_head_dim=("d_kv", 64),
+    text_hidden=("d_ff", 2048), text_vocab=("vocab_size", 32128), text_buckets=("relative_attention_num_buckets", 32),
+    text_max_distance=("relative_attention_max_distance", 128))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models of this project
+
+
+def skeleton(config: ModelConfig, conditioner: ConditionerConfig | None, assets: dict) -> MusicGen:
+    """A model without storage (on the meta device): names and shapes, to compare or to give tensors to."""
+    with torch.device("meta"):
+        return MusicGen(config, None if conditioner is None else Conditioner(conditioner, config.dim, assets))
+
+
+def build_model(data: dict) -> MusicGen:
+    """The model of a deployment file (best.pt) with its weights, in eval mode on the CPU. It takes the tensors themselves: nothing
+    is there twice."""
+    conditioner = data["conditioner_config"]
+    model = skeleton(ModelConfig(**data["model_config"]), None if conditioner is None else ConditionerConfig(**conditioner),
+                     {name: unpack(t) for name, t in data["assets"].items()})
+    model.load_state_dict(data["model"], assign=True)
+    return model.float().eval()
+
+
+def read_deployment(run: str | Path) -> dict:
+    """The content of a run's best.pt (or of such a file itself), or the same of a folder that others have written.
+
+    Errors: ValueError says what is missing or wrong."""
+    path = locate(run)
+    if weights.kind_of(path):
+        return read(path)
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{run}: no best.pt there; give the folder of a run that has finished an epoch, or one with published "
+                         "weights")
+    data = tokenizer.load_file(path, WHAT)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{path}: not {WHAT}: its format is {data.get('format')!r}, not {FORMAT!r}")
+    return data
+
+
+def locate(name: str | Path) -> Path:
+    """The path of a model; a published one that is not there by its name is downloaded, where huggingface_hub can.
+
+    Errors: ValueError with the command that gets it."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"facebook/[\w.-]+", str(name)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "spiece.model"]))
+    except ImportError:
+        problem = "huggingface_hub is not installed"
+    except Exception as error:                                       # it has errors of a dozen libraries
+        problem = tokenizer.reason(error)
+    raise ValueError(f"{name}: no such path, and no download ({problem}). Where there is a network: pip install huggingface_hub && "
+                     f"hf download {name} --local-dir {path.name}; then give {path.name}")
+
+
+def peek(path: str | Path) -> tuple[ModelConfig, ConditionerConfig | None, dict | None] | None:
+    """Shapes of a model without its weights, and what `read_config` adds if it is a published one. None where there is no model.
+
+    Errors: ValueError for a published one whose configuration is not that of a MusicGen."""
+    path = locate(path)
+    if weights.kind_of(path):
+        return read_config(path)
+    path = path / "best.pt" if path.is_dir() else path
+    try:
+        data = weights.read_pickle(path)                             # mapped: its weights are not read
+        conditioner = data["conditioner_config"]
+        return ModelConfig(**data["model_config"]), ConditionerConfig(**conditioner) if conditioner else None, None
+    except (ValueError, TypeError, LookupError):                     # `read_deployment` says what is wrong
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in
+
+
+def read(path, t5=None) -> dict:
+    """A published model as what best.pt holds, from a Hugging Face folder or an audiocraft package. t5: folder with the latter's T5.
+
+    Errors: ValueError, one line with what was expected and what was found."""
+    config, conditioner, source = read_config(path, t5)
+    kind, folder = weights.kind_of(path), Path(path)
+    pieces = read_pieces(Path(t5) if kind == "audiocraft" else folder)
+    if vocabulary_size(pieces) > conditioner.text_vocab:
+        raise ValueError(f"{path}: spiece.model has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
+    try:
+        shapes = {name: list(x.shape) for name, x in skeleton(config, conditioner, {"text": pieces}).state_dict().items()}
+    except Exception as error:                                       # a foreign config can fail in any way
+        raise ValueError(f"{path}: its configuration makes no model ({tokenizer.reason(error)})") from None
+    if kind == "hf":
+        model = read_hf(folder, shapes, projected=conditioner.text_dim != config.dim)
+    else:
+        model = read_package(folder, Path(t5), shapes)
+    channels = source["channels"]
+    codec = tokenizer.load_codec(str(path), config.K // channels, "cpu", channels)
+    if (codec.K, codec.card) != (config.K, config.card):
+        raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, its codec has {codec.K} x {codec.card}")
+    return dict(format=FORMAT, model=model, model_config=asdict(config), conditioner_config=asdict(conditioner),
+                assets={"text": pack(pieces)}, codec=codec.reference, sampling={**SAMPLING, **source["sampling"]},
+                segment_frames=math.ceil(source["seconds"] * codec.frame_rate), metrics={}, step=0, args={})
+
+
+def read_config(path, t5=None) -> tuple[ModelConfig, ConditionerConfig, dict]:
+    """Shapes of a published model, and {channels, seconds, sampling}, without its weights. Errors: ValueError."""
+    return hf_config(Path(path)) if weights.kind_of(path) == "hf" else package_config(Path(path), t5)
+
+
+def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
+    """Shapes of the model in a Hugging Face folder. Errors: ValueError naming the setting that is not MusicGen's."""
+    config = weights.read_json(folder / "config.json")
+    if config.get("model_type") != "musicgen":
+        raise ValueError(f"{folder}: config.json is of {config.get('model_type')!r}, 'musicgen' was expected")
+    try:
+        decoder, text = config["decoder"], config["text_encoder"]
+        K, D, channels = decoder["num_codebooks"], decoder["hidden_size"], decoder.get("audio_channels", 1)
+        for name, allowed in (("activation_function", "gelu"), ("scale_embedding", False), ("tie_word_embeddings", False)):
+            if decoder.get(name, allowed) != allowed:
+                raise ValueError(f"{folder}: its decoder has {name} {decoder[name]}, {allowed} was expected")
+        if decoder["ffn_dim"] % D or K % channels or D % decoder["num_attention_heads"]:
+            raise ValueError(f"{folder}: its decoder has ffn_dim {decoder['ffn_dim']}, hidden_size {D}, "
+                             f"{decoder['num_attention_heads']} heads, {K} codebooks, {channels} channels, which do not divide")
+        model = ModelConfig(K=K, card=decoder["vocab_size"], dim=D, num_layers=decoder["num_hidden_layers"],
+                            num_heads=decoder["num_attention_heads"], hidden_scale=decoder["ffn_dim"] // D,
+                            delays=[k // 2 for k in range(K)] if channels == 2 else None)        # 0 0 1 1 ..: left and right at once
+        conditioner = t5_config(text, folder)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: config.json is not that of a MusicGen ({tokenizer.reason(error)})") from None
+    path = folder / "generation_config.json"
+    guidance = weights.read_json(path).get("guidance_scale") if path.is_file() else None
+    return model, conditioner, dict(channels=channels, seconds=SEGMENT_SECONDS, sampling=dict(cfg=float(guidance)) if guidance else {})
+
+
+def t5_config(config: dict, where) -> ConditionerConfig:
+    """The text encoder of a transformers T5Config. Errors: ValueError for another encoder or a variant of it."""
+    if config.get("model_type") != "t5":
+        raise ValueError(f"{where}: its text encoder is {config.get('model_type')!r}, 't5' was expected")
+    for name, allowed in (("feed_forward_proj", "relu"), ("layer_norm_epsilon", 1e-6)):
+        if config.get(name, allowed) != allowed:
+            raise ValueError(f"{where}: its T5 has {name} {config[name]}, {allowed} was expected")
+    fields = {ours: config.get(theirs, default) for ours, (theirs, default) in T5_CONFIG.items()}
+    return ConditionerConfig(fuse={"text": "cross"}, text_max_tokens=512, text_frozen=True, **fields)
+
+
+def read_pieces(folder: Path) -> bytes:
+    """T5's sentencepiece model. Errors: ValueError naming the file."""
+    path = folder / "spiece.model"
+    if not path.is_file():
+        also = " (tokenizer.json holds the same pieces in another form, which is not read)" if (folder / "tokenizer.json").is_file() else ""
+        raise ValueError(f"{path}: no such file{also}: the sentencepiece model of T5 was expected, as in google-t5/t5-base")
+    pieces = path.read_bytes()
+    try:
+        vocabulary_size(pieces)
+    except Exception as error:                                       # a foreign file can fail in any way
+        raise ValueError(f"{path}: not a sentencepiece model ({tokenizer.reason(error)})") from None
+    return pieces
+
+
+def rename(name: str) -> list:
+    """Our name of a tensor -> transformers': one, or q, k and v of what is packed."""
+    number = r"(?<=\.)\d+(?=\.)"
+    theirs = TABLE[re.sub(number, "{}", name)].format(*re.findall(number, name))
+    return [theirs.replace("[qkv]", part) for part in "qkv"] if "[qkv]" in theirs else [theirs]
+
+
+def read_hf(folder: Path, shapes: dict, projected: bool, prefix: str = "") -> dict:
+    """Weights by our names from a Hugging Face folder. shapes: {our name: shape}; projected: whether T5's width is another than the
+    model's; prefix: what their names begin with and the folder's do not. Errors: ValueError listing what does not fit."""
+    tensors, names = weights.hf_tensors(folder), {ours: rename(ours) for ours in shapes}
+    absent = [] if projected else [ours for ours, theirs in names.items() if theirs[0].startswith(PROJECTION)]
+    names = {ours: [name.removeprefix(prefix) for name in theirs] for ours, theirs in names.items() if ours not in absent}
+    wanted = {name: [shapes[ours][0] // len(theirs), *shapes[ours][1:]] for ours, theirs in names.items() for name in theirs}
+    weights.check_names(folder, tensors.shapes, wanted, IGNORED if not prefix else r"^(?!encoder\.block|encoder\.final|shared)")
+    found = {name: tensors[name] for name in tensors.in_order_of_files(wanted)}
+    model = {ours: torch.cat([found.pop(name) for name in theirs]) if len(theirs) > 1 else found.pop(theirs[0])
+             for ours, theirs in names.items()}
+    for ours in absent:                                              # then it is the identity
+        model[ours] = torch.eye(shapes[ours][0]) if len(shapes[ours]) == 2 else torch.zeros(shapes[ours])
+    return {ours: model[ours] for ours in shapes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audiocraft's packages, in
+
+
+def package_config(folder: Path, t5) -> tuple[ModelConfig, ConditionerConfig, dict]:
+    """Shapes of the model in a package of audiocraft. Errors: ValueError naming the setting that is not MusicGen's."""
+    path = folder / weights.PACKAGE_FILES[0]
+    get = functools.partial(weights.setting, weights.package(path)[0])
+    if t5 is None:
+        raise ValueError(f"{folder}: a package of audiocraft does not hold its T5 ({get('conditioners.description.t5.name', 't5-base')}): "
+                         f"python convert.py {folder} --t5 T5_FOLDER --to nano --out NEW, then give NEW")
+    lm = {name: get(f"transformer_lm.{name}") for name in ("n_q", "card", "dim", "num_heads", "num_layers", "hidden_scale")}
+    if lacking := [name for name, value in lm.items() if not isinstance(value, int)]:
+        raise ValueError(f"{path}: its xp.cfg lacks transformer_lm.{lacking[0]}")
+    for name, allowed in PACKAGE_SETTINGS.items():
+        if (value := get(name, allowed)) != allowed:
+            raise ValueError(f"{path}: its {name} is {value}, {allowed} was expected")
+    if get("fuser.cross") != ["description"] or get("fuser.prepend", []) or get("fuser.sum", []):
+        raise ValueError(f"{path}: its fuser has cross {get('fuser.cross')}, prepend {get('fuser.prepend')}; text by cross was expected")
+    K, channels = lm["n_q"], get("channels", 1)
+    delays = get("codebooks_pattern.delay.delays", list(range(K)))
+    config = ModelConfig(K=K, card=lm["card"], dim=lm["dim"], num_layers=lm["num_layers"], num_heads=lm["num_heads"],
+                         hidden_scale=lm["hidden_scale"], mask_padding=False, delays=None if delays == list(range(K)) else delays)
+    sampling = dict(cfg=float(get("classifier_free_guidance.inference_coef", SAMPLING["cfg"])))
+    return config, t5_config(weights.read_json(Path(t5) / "config.json"), t5), dict(
+        channels=channels, seconds=float(get("dataset.segment_duration", SEGMENT_SECONDS)), sampling=sampling)
+
+
+PACKAGE_SETTINGS = {                                                 # of audiocraft, where there is only one that this model has
+    "lm_model": "transformer_lm", "codebooks_pattern.modeling": "delay", "conditioners.description.model": "t5",
+    "transformer_lm.activation": "gelu", "transformer_lm.norm_first": True, "transformer_lm.bias_ff": False,
+    "transformer_lm.bias_attn": False, "transformer_lm.bias_proj": False, "transformer_lm.causal": True,
+    "transformer_lm.positional_embedding": "sin", "transformer_lm.norm": "layer_norm", "transformer_lm.layer_scale": None,
+    "transformer_lm.qk_layer_norm": False, "transformer_lm.kv_repeat": 1, "transformer_lm.past_context": None}
+PACKAGE_PREFIX = ("conditioner.parts.text.output_proj.", "condition_provider.conditioners.description.output_proj.")
+
+
+def read_package(folder: Path, t5: Path, shapes: dict) -> dict:
+    """Weights by our names from a package of audiocraft and a folder with T5. Errors: ValueError listing what does not fit."""
+    encoder = "conditioner.parts.text.encoder."
+    _, tensors = weights.package(folder / weights.PACKAGE_FILES[0])
+    names = {ours: ours.replace(*PACKAGE_PREFIX) for ours in shapes if not ours.startswith(encoder)}
+    weights.check_names(folder / weights.PACKAGE_FILES[0], tensors.shapes, {theirs: shapes[ours] for ours, theirs in names.items()})
+    text = read_hf(t5, {name: shape for name, shape in shapes.items() if name.startswith(encoder)}, True, "text_encoder.")
+    return {ours: text[ours] if ours in text else tensors[names[ours]] for ours in shapes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out
+
+
+def misfits(data: dict, codec, target: str) -> list:
+    """What of a model the target's classes cannot express."""
+    config, conditioner = ModelConfig(**data["model_config"]), data["conditioner_config"] or {"fuse": {}}
+    usual = [k // codec.lanes for k in range(config.K)]
+    found = []
+    if conditioner["fuse"] != {"text": "cross"}:
+        shown = " ".join(f"{name}={method}" for name, method in conditioner["fuse"].items()) or "no condition"
+        found.append(f"its conditions are {shown}, only text=cross can be written")
+    if config.pattern != "delay" or (config.delays or list(range(config.K))) != usual:
+        found.append(f"its pattern is {config.pattern} {config.delays or ''}, only delay {' '.join(map(str, usual))} can be written")
+    if codec.channels > codec.lanes:
+        found.append(f"its codec takes {codec.channels} channels at once")
+    if codec.config is None:
+        found.append("its codec's configuration is not known")
+    if target == "hf" and conditioner.get("text_dim") == config.dim and not found and not is_identity(data["model"]):
+        found.append(f"text encoder and model are both {config.dim} wide, and then transformers has no projection between them")
+    if target == "audiocraft" and not found and t5_name(conditioner) is None:
+        found.append("its text encoder is not a published T5 left as it is, which audiocraft fetches by name")
+    return found
+
+
+def is_identity(model: dict) -> bool:
+    """Whether the text's projection leaves it as it is."""
+    weight, bias = (model[f"conditioner.parts.text.output_proj.{leaf}"] for leaf in ("weight", "bias"))
+    return torch.equal(weight, torch.eye(len(weight))) and not bias.any()
+
+
+def write_out(data: dict, target: str, out: Path) -> list:
+    """Writes a model (as `read_deployment` gives it) as a folder for hf or audiocraft, or as best.pt for nano -> lines to print.
+
+    Errors: ValueError says what of it the target cannot express."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: is there already: name a new folder")
+    stored = dict(channels=1, levels=data["codec"]["K"]) | data["codec"]                 # older files: mono
+    codec = tokenizer.load_codec(stored["name"], stored["levels"], "cpu", stored["channels"])
+    if codec.fingerprint != stored["fingerprint"]:
+        raise ValueError(f"codec {stored['name']} has fingerprint {codec.fingerprint[:12]}, the model was trained on codes of "
+                         f"{stored['fingerprint'][:12]}: give that codec by --codec")
+    if target != "nano" and (found := misfits(data, codec, target)):
+        raise ValueError(f"it cannot be written for {target}: {'; '.join(found)}")
+    notes = []
+    if target == "hf" and not data["model_config"]["mask_padding"]:
+        notes = ["note: this model attends to padded text, transformers hides it: a batch of texts of several lengths gives other numbers"]
+    if target == "audiocraft" and data["model_config"]["mask_padding"]:
+        notes = ["note: this model hides padded text, audiocraft attends to it: a batch of texts of several lengths gives other numbers"]
+    files = dict(hf=hf_files, audiocraft=package_files, nano=nano_files)[target](data, codec)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, write in files.items():
+        write(out / name)
+    return notes + [f"wrote {out / name} ({(out / name).stat().st_size / 1e6:.1f} MB)" for name in files]
+
+
+def nano_files(data: dict, codec) -> dict:
+    """{name: function that writes it} of a run's deployment file."""
+    return {"best.pt": lambda path: torch.save(data, path)}
+
+
+def hf_files(data: dict, codec) -> dict:
+    """{name: function that writes it} of a folder for transformers.MusicgenForConditionalGeneration and MusicgenProcessor."""
+    conditioner, pieces = ConditionerConfig(**data["conditioner_config"]), unpack(data["assets"]["text"])
+    projected = conditioner.text_dim != data["model_config"]["dim"]
+    tensors = {}
+    for ours, x in data["model"].items():
+        names = rename(ours)
+        if projected or not names[0].startswith(PROJECTION):
+            tensors |= {name: part.contiguous() for name, part in zip(names, x.float().chunk(len(names)))}
+    tensors |= {f"audio_encoder.{name}": x for name, x in codec_tensors(codec).items()}
+    text = {theirs: getattr(conditioner, ours) for ours, (theirs, _) in T5_CONFIG.items()}
+    extra = 100 if conditioner.text_vocab - vocabulary_size(pieces) >= 100 else 0        # T5's <extra_id_N>, which no text has
+    config = dict(
+        architectures=["MusicgenForConditionalGeneration"], model_type="musicgen", is_encoder_decoder=True, torch_dtype="float32",
+        text_encoder=dict(model_type="t5", feed_forward_proj="relu", layer_norm_epsilon=1e-6, dropout_rate=0.0, pad_token_id=0,
+                          eos_token_id=1, decoder_start_token_id=0, **text),
+        audio_encoder=weights.to_hf_codec_config(codec.config, codec.levels), decoder=hf_decoder_config(data["model_config"], codec))
+    tokens = dict(tokenizer_class="T5Tokenizer", extra_ids=extra, legacy=True, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                  model_max_length=conditioner.text_max_tokens, additional_special_tokens=[f"<extra_id_{i}>" for i in range(extra)])
+    processor = dict(processor_class="MusicgenProcessor", feature_extractor_type="EncodecFeatureExtractor", feature_size=codec.channels,
+                     sampling_rate=codec.sample_rate, padding_side="left", padding_value=0.0, return_attention_mask=True)
+
+    def save(path):
+        from safetensors.torch import save_file
+        save_file(tensors, str(path), {"format": "pt"})
+
+    plain = {"config.json": config, "generation_config.json": hf_generation_config(data, codec), "tokenizer_config.json": tokens,
+             "preprocessor_config.json": processor}
+    return {"model.safetensors": save, "spiece.model": lambda path: path.write_bytes(pieces),
+            **{name: lambda path, content=content: path.write_text(json.dumps(content, indent=2) + "\n")
+               for name, content in plain.items()}}
+
+
+def hf_decoder_config(config: dict, codec) -> dict:
+    """transformers' configuration of the decoder."""
+    return dict(model_type="musicgen_decoder", vocab_size=config["card"], hidden_size=config["dim"], ffn_dim=config["dim"] * config["hidden_scale"],
+                num_hidden_layers=config["num_layers"], num_attention_heads=config["num_heads"], num_codebooks=config["K"],
+                audio_channels=codec.lanes, activation_function="gelu", scale_embedding=False, dropout=config["dropout"],
+                pad_token_id=config["card"], bos_token_id=config["card"], tie_word_embeddings=False)
+
+
+def hf_generation_config(data: dict, codec) -> dict:
+    """transformers' defaults of generation: as the run has them, over a training window."""
+    sampling, special = data["sampling"], data["model_config"]["card"]
+    chosen = dict(temperature=sampling["temperature"], top_k=sampling["top_k"]) if sampling["temperature"] > 0 else {}
+    chosen |= dict(top_p=sampling["top_p"], top_k=0) if chosen and sampling["top_p"] > 0 else {}
+    return dict(do_sample=bool(chosen), guidance_scale=sampling["cfg"], max_length=data["segment_frames"] + codec.levels,
+                bos_token_id=special, pad_token_id=special, decoder_start_token_id=special, **chosen)
+
+
+def codec_tensors(codec) -> dict:
+    """A codec's tensors by transformers' names: those of the folder it came from as they stand there, else made of ours."""
+    if weights.kind_of(codec.name) == "hf":
+        config, tensors, prefix, _ = weights.open_codec(codec.name)
+        if config["rvq"]["n_q"] == codec.levels:
+            return {name.removeprefix(prefix): tensors[name] for name in tensors.shapes if name.startswith(prefix)}
+    state = {name: x for name, x in codec.state_dict().items() if not name.endswith(weights.TRAINING_BUFFERS)}
+    return weights.to_hf_codec(state, codec.config, codec.levels)
+
+
+T5_NAMES = {                                                         # (width, layers, heads, of a head, feed-forward, rows)
+    (512, 6, 8, 64, 2048, 32128): "t5-small", (768, 12, 12, 64, 3072, 32128): "t5-base", (1024, 24, 16, 64, 4096, 32128): "t5-large"}
+
+
+def t5_name(conditioner: dict) -> str | None:
+    """The published T5 that a text encoder is, if it was left as it is; None for any other."""
+    shape = tuple(conditioner[name] for name in ("text_dim", "text_layers", "text_heads", "text_head_dim", "text_hidden", "text_vocab"))
+    return T5_NAMES.get(shape) if conditioner["text_frozen"] else None
+
+
+def package_files(data: dict, codec) -> dict:
+    """{name: function that writes it} of a package of audiocraft. Its configuration is JSON, which is YAML too."""
+    config, sampling, special = data["model_config"], data["sampling"], dict(version="1.3.0", exported=True)
+    lm = dict(
+        sample_rate=codec.sample_rate, channels=codec.channels, lm_model="transformer_lm", compression_model="encodec",
+        dataset=dict(segment_duration=data["segment_frames"] / codec.frame_rate),
+        transformer_lm=dict(n_q=config["K"], card=config["card"], dim=config["dim"], num_heads=config["num_heads"],
+                            num_layers=config["num_layers"], hidden_scale=config["hidden_scale"], dropout=0.0, emb_lr=None, activation="gelu",
+                            norm_first=True, bias_ff=False, bias_attn=False, bias_proj=False, causal=True, custom=False,
+                            memory_efficient=True, attention_as_float32=False, layer_scale=None, positional_embedding="sin", xpos=False,
+                            past_context=None, weight_init="gaussian", depthwise_init="current", zero_bias_init=True, norm="layer_norm",
+                            cross_attention=False, qk_layer_norm=False, qk_layer_norm_cross=False, attention_dropout=None, kv_repeat=1,
+                            checkpointing="none", two_step_cfg=False),
+        codebooks_pattern=dict(modeling="delay", delay=dict(delays=config["delays"] or list(range(config["K"])), flatten_first=0,
+                                                            empty_initial=0)),
+        classifier_free_guidance=dict(training_dropout=0.0, inference_coef=sampling["cfg"]), attribute_dropout={},
+        conditioners=dict(description=dict(model="t5", t5=dict(name=t5_name(data["conditioner_config"]), finetune=False,
+                                                               word_dropout=0.0, normalize_text=False))),
+        fuser=dict(cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1, sum=[], prepend=[], cross=["description"],
+                   input_interpolate=[]),
+        interleave_stereo_codebooks=dict(use=codec.lanes == 2, per_timestep=False))
+    seanet = {**weights.plain_seanet(codec.config), "norm": "weight_norm", "norm_params": {}, "disable_norm_outer_blocks": 0}
+    own = codec.channels // codec.lanes
+    codec_config = dict(
+        sample_rate=codec.sample_rate, channels=own, compression_model="encodec",
+        encodec=dict(autoencoder="seanet", quantizer="rvq", sample_rate=codec.sample_rate, channels=own, causal=seanet["causal"],
+                     renormalize=False),
+        seanet={**seanet, "encoder": {}, "decoder": dict(trim_right_ratio=1.0, final_activation=None, final_activation_params=None)},
+        rvq=dict(n_q=codec.levels, bins=codec.card, q_dropout=False, kmeans_init=False, decay=0.99))
+    state = {name: x for name, x in codec.state_dict().items() if not name.endswith(weights.TRAINING_BUFFERS)}
+    model = {name.replace(*PACKAGE_PREFIX): x.float() for name, x in data["model"].items() if ".text.encoder." not in name}
+    contents = zip(weights.PACKAGE_FILES, ((model, lm), (weights.to_package_codec(state, codec.levels), codec_config)))
+    return {name: functools.partial(torch.save, {"best_state": tensors, "xp.cfg": json.dumps(settings, indent=1), **special})
+            for name, (tensors, settings) in contents}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def describe(data: dict) -> list:
+    """Lines on what a model is."""
+    config, codec = data["model_config"], data["codec"]
+    parameters = sum(x.numel() for name, x in data["model"].items() if ".encoder." not in name)
+    fuse = (data["conditioner_config"] or {}).get("fuse") or {}
+    return [f"model: {parameters / 1e6:.1f}M parameters without text encoder; width {config['dim']}, {config['num_layers']} layers, "
+            f"{config['num_heads']} heads; {config['K']} x {config['card']} codes, pattern {config['pattern']}",
+            f"conditions: {', '.join(f'{name} ({method})' for name, method in fuse.items()) or 'none'}",
+            f"codec: {codec['name']}, fingerprint {codec['fingerprint'][:12]}"]
+
+
+def main(argv: list | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Published weights in, ours out.", allow_abbrev=False)
+    parser.add_argument("model", help="run folder, best.pt, a Hugging Face folder, or a package of audiocraft")
+    parser.add_argument("--to", choices=("hf", "audiocraft", "nano"), help="what to write; without it, say what is there")
+    parser.add_argument("--out", help="folder to write")
+    parser.add_argument("--codec", help="where the codec lies, if it has moved since training")
+    parser.add_argument("--t5", help="folder with the T5 of an audiocraft package (config.json, weights, spiece.model)")
+    args = parser.parse_args(argv)
+    if bool(args.to) != bool(args.out):
+        parser.error("--to and --out go together")
+    try:
+        path = locate(args.model)
+        data = read(path, args.t5) if weights.kind_of(path) else read_deployment(path)
+        if args.codec:
+            data["codec"] = {**data["codec"], "name": args.codec}
+        try:
+            print(*(write_out(data, args.to, Path(args.out)) if args.to else describe(data)), sep="\n")
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:          # a foreign file can fail in any way
+            raise ValueError(f"{path}: not {WHAT}, or damaged ({tokenizer.reason(error)})") from None
+    except (ValueError, OSError) as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
