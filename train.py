@@ -466,12 +466,12 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
 def condition_shapes(args: argparse.Namespace, codec) -> dict:
     """What the melody's and the style's conditioners look like: by the segment, the codec and the model's size."""
     size, (low, high) = size_of(args), style_frames(args, codec)
-    bins = min(1024, max(16, args.batch_size * (low + high) // 16))  # of an update's frames each should have some
+    bins = min(1024, max(16, args.batch_size * (low + high) // 4))  # some frames of every update fall to each
     hop, width = chroma.hop_length(codec.sample_rate), min(512, size["dim"])
     return dict(melody_frames=chroma.count_frames(round(args.segment_seconds * codec.sample_rate), codec.sample_rate),
                 melody_rate=codec.hop / hop, melody_argmax=args.melody_argmax, melody_stems=args.melody_stems,
                 style_codebooks=min(3, codec.K), style_card=codec.card, style_dim=width, style_heads=max(1, width // 64),
-                style_layers=min(8, size["num_layers"]), style_levels=args.style_levels, style_bins=bins,
+                style_layers=min(8, size["num_layers"] // 2), style_levels=args.style_levels, style_bins=bins,
                 style_every=max(1, min(round(codec.frame_rate / 5), low // 4)),        # 5 a second; of a short excerpt at least 4
                 style_frames=(low + high) // 2)
 
