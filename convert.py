@@ -149,8 +149,10 @@ def peek(path: str | Path) -> tuple[ModelConfig, ConditionerConfig | None, dict 
 # in
 
 
-def read(path, t5=None) -> dict:
-    """A published model as what best.pt holds, from a Hugging Face folder or an audiocraft package. t5: folder with the latter's T5.
+def read(path, t5=None, codec=None) -> dict:
+    """A published model as what best.pt holds, from a Hugging Face folder or an audiocraft package.
+
+    t5: folder with the latter's T5; codec: where its codec lies, if it does not lie there.
 
     Errors: ValueError, one line with what was expected and what was found."""
     config, conditioner, source = read_config(path, t5)
@@ -167,7 +169,7 @@ def read(path, t5=None) -> dict:
     else:
         model = read_package(folder, Path(t5), shapes)
     channels = source["channels"]
-    codec = tokenizer.load_codec(str(path), config.K // channels, "cpu", channels)
+    codec = tokenizer.load_codec(str(codec or path), config.K // channels, "cpu", channels)
     if (codec.K, codec.card) != (config.K, config.card):
         raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, its codec has {codec.K} x {codec.card}")
     return dict(format=FORMAT, model=model, model_config=asdict(config), conditioner_config=asdict(conditioner),
@@ -396,8 +398,9 @@ def hf_files(data: dict, codec) -> dict:
 
 def hf_decoder_config(config: dict, codec) -> dict:
     """transformers' configuration of the decoder."""
-    return dict(model_type="musicgen_decoder", vocab_size=config["card"], hidden_size=config["dim"], ffn_dim=config["dim"] * config["hidden_scale"],
-                num_hidden_layers=config["num_layers"], num_attention_heads=config["num_heads"], num_codebooks=config["K"],
+    return dict(model_type="musicgen_decoder", vocab_size=config["card"], hidden_size=config["dim"],
+                ffn_dim=config["dim"] * config["hidden_scale"], num_hidden_layers=config["num_layers"],
+                num_attention_heads=config["num_heads"], num_codebooks=config["K"],
                 audio_channels=codec.lanes, activation_function="gelu", scale_embedding=False, dropout=config["dropout"],
                 pad_token_id=config["card"], bos_token_id=config["card"], tie_word_embeddings=False)
 
@@ -438,8 +441,8 @@ def package_files(data: dict, codec) -> dict:
         sample_rate=codec.sample_rate, channels=codec.channels, lm_model="transformer_lm", compression_model="encodec",
         dataset=dict(segment_duration=data["segment_frames"] / codec.frame_rate),
         transformer_lm=dict(n_q=config["K"], card=config["card"], dim=config["dim"], num_heads=config["num_heads"],
-                            num_layers=config["num_layers"], hidden_scale=config["hidden_scale"], dropout=0.0, emb_lr=None, activation="gelu",
-                            norm_first=True, bias_ff=False, bias_attn=False, bias_proj=False, causal=True, custom=False,
+                            num_layers=config["num_layers"], hidden_scale=config["hidden_scale"], dropout=0.0, emb_lr=None,
+                            activation="gelu", norm_first=True, bias_ff=False, bias_attn=False, bias_proj=False, causal=True, custom=False,
                             memory_efficient=True, attention_as_float32=False, layer_scale=None, positional_embedding="sin", xpos=False,
                             past_context=None, weight_init="gaussian", depthwise_init="current", zero_bias_init=True, norm="layer_norm",
                             cross_attention=False, qk_layer_norm=False, qk_layer_norm_cross=False, attention_dropout=None, kv_repeat=1,
@@ -487,15 +490,16 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("model", help="run folder, best.pt, a Hugging Face folder, or a package of audiocraft")
     parser.add_argument("--to", choices=("hf", "audiocraft", "nano"), help="what to write; without it, say what is there")
     parser.add_argument("--out", help="folder to write")
-    parser.add_argument("--codec", help="where the codec lies, if it has moved since training")
+    parser.add_argument("--codec", help="where the codec lies, if it has moved since training or is not in the folder")
     parser.add_argument("--t5", help="folder with the T5 of an audiocraft package (config.json, weights, spiece.model)")
     args = parser.parse_args(argv)
     if bool(args.to) != bool(args.out):
         parser.error("--to and --out go together")
     try:
         path = locate(args.model)
-        data = read(path, args.t5) if weights.kind_of(path) else read_deployment(path)
-        if args.codec:
+        published = weights.kind_of(path)
+        data = read(path, args.t5, args.codec) if published else read_deployment(path)
+        if args.codec and not published:
             data["codec"] = {**data["codec"], "name": args.codec}
         try:
             print(*(write_out(data, args.to, Path(args.out)) if args.to else describe(data)), sep="\n")

@@ -376,7 +376,7 @@ def test_a_trained_run_generates_the_same_in_transformers(tmp_path, capsys, chan
         sound = theirs.audio_encoder.decode(codes[None, :, ::channels], [None])[0]
         assert (sound - mono.decode(codes[:, ::channels])).abs().max() < 1e-4
     settings = theirs.generation_config
-    assert settings.top_k == 50 and settings.guidance_scale == 1.0 and settings.max_length == convert.read_deployment(out)["segment_frames"] + 4
+    assert settings.top_k == 50 and settings.guidance_scale == 1.0 and settings.max_length == 84         # 1.6 s and the delays
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, capsys):
@@ -392,3 +392,192 @@ def test_what_cannot_be_written_is_refused(tmp_path, capsys):
     assert "no best.pt" in capsys.readouterr().err
     assert convert.main([str(out), "--to", "hf", "--out", str(tmp_path / "hf"), "--codec", str(tmp_path / "gone.pt")]) == 2
     assert "gone.pt" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audiocraft's packages
+
+
+XP_CFG = """\
+sample_rate: 16000
+channels: {channels}
+lm_model: transformer_lm
+compression_model: encodec
+dataset:
+  segment_duration: 30
+  train:
+    num_samples: 1000000
+transformer_lm:
+  n_q: {K}
+  card: 32
+  dim: 32
+  num_heads: 2
+  num_layers: 3
+  hidden_scale: 4
+  activation: gelu
+  norm_first: true
+  bias_ff: false
+  layer_scale: null
+  positional_embedding: sin
+codebooks_pattern:
+  modeling: delay
+  delay:
+    delays:
+    {delays}
+    flatten_first: 0
+classifier_free_guidance:
+  training_dropout: 0.3
+  inference_coef: 3.0
+conditioners:
+  description:
+    model: t5
+    t5:
+      name: t5-base
+      finetune: false
+fuser:
+  sum: []
+  prepend: []
+  cross:
+  - description
+note: 'a long text: that
+  goes on'
+"""
+CODEC_CFG = """\
+sample_rate: 16000
+channels: 1
+compression_model: encodec
+encodec:
+  autoencoder: seanet
+  quantizer: rvq
+  sample_rate: ${sample_rate}
+  channels: ${channels}
+  causal: false
+  renormalize: false
+seanet:
+  dimension: 16
+  channels: ${channels}
+  causal: ${encodec.causal}
+  n_filters: 4
+  n_residual_layers: 1
+  ratios:
+  - 8
+  - 5
+  - 4
+  - 2
+  activation: ELU
+  activation_params:
+    alpha: 1.0
+  kernel_size: 7
+  residual_kernel_size: 3
+  last_kernel_size: 7
+  dilation_base: 2
+  pad_mode: reflect
+  true_skip: true
+  compress: 2
+  lstm: 2
+rvq:
+  n_q: 4
+  bins: 32
+"""
+
+
+def package_of(theirs, folder):
+    """What audiocraft writes of such a model, by its names (SPEC L7), and a folder with its T5."""
+    channels, K = theirs.config.decoder.audio_channels, theirs.config.decoder.num_codebooks
+    state, lm, codec = theirs.state_dict(), {}, {}
+    layer = "decoder.model.decoder.layers."
+    parts = dict(fc1="linear1", fc2="linear2", self_attn_layer_norm="norm1", final_layer_norm="norm2", encoder_attn_layer_norm="norm_cross")
+    for name, x in state.items():
+        if name.startswith(layer) and "_proj." not in name:
+            number, part, leaf = name.removeprefix(layer).split(".")
+            lm[f"transformer.layers.{number}.{parts[part]}.{leaf}"] = x
+        elif name.endswith("q_proj.weight"):
+            number, part = name.removeprefix(layer).split(".")[:2]
+            ours = f"transformer.layers.{number}.{'cross_attention' if part == 'encoder_attn' else part}"
+            lm[f"{ours}.in_proj_weight"] = torch.cat([state[name.replace("q_proj", f"{i}_proj")] for i in "qkv"])
+            lm[f"{ours}.out_proj.weight"] = state[name.replace("q_proj", "out_proj")]
+        elif name.startswith("audio_encoder."):
+            name = name.removeprefix("audio_encoder.").replace("quantizer.layers", "quantizer.vq.layers").replace(".codebook", "._codebook")
+            name = name.replace("coder.layers", "coder.model").replace(".conv.", ".conv.conv.")
+            name = name.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v")
+            transposed = name.startswith("decoder.model.") and ".block." not in name and name.split(".")[2] in ("3", "6", "9", "12")
+            codec[name.replace("conv.conv", "convtr.convtr") if transposed else name] = x
+    for k in range(K):
+        lm[f"emb.{k}.weight"], lm[f"linears.{k}.weight"] = (state[f"{n}.{k}.weight"] for n in
+                                                            ("decoder.model.decoder.embed_tokens", "decoder.lm_heads"))
+    for leaf in ("weight", "bias"):
+        lm[f"out_norm.{leaf}"] = state[f"decoder.model.decoder.layer_norm.{leaf}"]
+        lm[f"condition_provider.conditioners.description.output_proj.{leaf}"] = state[f"enc_to_dec_proj.{leaf}"]
+    delays = "\n    ".join(f"- {k // channels}" for k in range(K))
+    folder.mkdir()
+    config = XP_CFG.format(K=K, channels=channels, delays=delays)
+    torch.save({"best_state": lm, "xp.cfg": config, "version": "1.3.0", "exported": True}, folder / "state_dict.bin")
+    torch.save({"best_state": codec, "xp.cfg": CODEC_CFG, "version": "1.3.0", "exported": True}, folder / "compression_state_dict.bin")
+    theirs.text_encoder.save_pretrained(folder.parent / "t5")
+    (folder.parent / "t5" / "spiece.model").write_bytes(PIECES)
+    return folder, folder.parent / "t5"
+
+
+def test_plain_yaml():
+    read = convert.weights.read_yaml(CODEC_CFG)
+    get = lambda path: convert.weights.setting(read, path)           # noqa: E731
+    assert get("seanet.ratios") == [8, 5, 4, 2] and get("encodec.channels") == 1 and get("seanet.causal") is False
+    assert get("seanet.activation_params") == {"alpha": 1.0} and get("rvq.bins") == 32 and get("rvq.no.such") is None
+    read = convert.weights.read_yaml(XP_CFG.format(K=2, channels=1, delays="- 0\n    - 1"))
+    assert read["codebooks_pattern"]["delay"] == {"delays": [0, 1], "flatten_first": 0} and read["fuser"]["cross"] == ["description"]
+    assert read["transformer_lm"]["layer_scale"] is None and read["fuser"]["sum"] == [] and "note" in read
+
+
+@needs_transformers
+def test_package_in_and_out(pair, tmp_path, capsys, monkeypatch):
+    """The same tensors as from the Hugging Face folder, in and out again; padded text is attended to, as audiocraft has it."""
+    theirs, _, folder = pair
+    package, t5 = package_of(theirs, tmp_path / "package")
+    wanted, found = convert.read(folder), convert.read(package, t5)
+    assert found["model"].keys() == wanted["model"].keys()
+    assert all(torch.equal(x, found["model"][name]) for name, x in wanted["model"].items())
+    assert found["codec"]["fingerprint"] == wanted["codec"]["fingerprint"]
+    assert {**found["model_config"], "mask_padding": True} == wanted["model_config"] and not found["model_config"]["mask_padding"]
+    assert found["segment_frames"] == 1500 and found["sampling"]["cfg"] == 3.0
+    assert generate.main(["--model", str(package), "--prompt", "x"]) == 2
+    assert "--t5 T5_FOLDER --to nano" in capsys.readouterr().err
+    write(package, "nano", tmp_path / "nano", capsys, "--t5", str(t5))
+    command = ["--model", str(tmp_path / "nano"), "--prompt", "slow organ", "--seconds", "0.2", "--out", str(tmp_path / "g")]
+    assert generate.main(command) == 0
+    capsys.readouterr()
+    assert convert.main([str(tmp_path / "nano"), "--to", "audiocraft", "--out", str(tmp_path / "no")]) == 2
+    assert "fetches by name" in capsys.readouterr().err
+    monkeypatch.setitem(convert.T5_NAMES, (24, 2, 3, 8, 40, 80), "t5-tiny")
+    write(tmp_path / "nano", "audiocraft", tmp_path / "out", capsys)
+    back = convert.read(tmp_path / "out", t5)
+    assert back["model_config"] == found["model_config"] and back["segment_frames"] == 1500
+    for name in convert.weights.PACKAGE_FILES:
+        (_, before), (_, after) = (convert.weights.package(f / name) for f in (package, tmp_path / "out"))
+        assert before.shapes == after.shapes
+        if name == "state_dict.bin":
+            assert all(torch.equal(before[n], after[n]) for n in before.shapes)
+    a, b = (tokenizer.load_codec(str(f)) for f in (package, tmp_path / "out"))           # the weight norms are written anew
+    wav = torch.randn(1, 1, 4000) * 0.3
+    assert torch.equal(a.encode(wav), b.encode(wav)) and (a.decode(a.encode(wav)) - b.decode(a.encode(wav))).abs().max() < 1e-5
+
+
+@needs_transformers
+def test_wrong_packages(tmp_path, capsys):
+    package, t5 = package_of(published(), tmp_path / "package")
+    content = torch.load(package / "state_dict.bin")
+    cases = [
+        (lambda: torch.save({**content, "xp.cfg": content["xp.cfg"].replace("modeling: delay", "modeling: parallel")},
+                            package / "state_dict.bin"), "codebooks_pattern.modeling is parallel, delay was expected"),
+        (lambda: torch.save({**content, "xp.cfg": "nothing"}, package / "state_dict.bin"), "lacks transformer_lm.n_q"),
+        (lambda: torch.save(dict(best_state={}), package / "state_dict.bin"), "best_state and xp.cfg as text were expected"),
+        (lambda: torch.save({**content, "best_state": {}}, package / "state_dict.bin"), "missing: "),
+        (lambda: (package / "state_dict.bin").write_bytes(b"PK\3\4"), "not a file of plain tensors"),
+        (lambda: torch.save(content, package / "state_dict.bin") or torch.save(
+            dict(pretrained="facebook/encodec_32khz"), package / "compression_state_dict.bin"), "only points to facebook/encodec_32khz"),
+    ]
+    for change, says in cases:
+        change()
+        assert convert.main([str(package), "--t5", str(t5)]) == 2, says
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, (says, error)
+    assert convert.main([str(package), "--t5", str(t5), "--codec", str(save(published(), tmp_path / "hf"))]) == 0

@@ -91,7 +91,7 @@ def test_generating_commands_of_the_readme_parse(capsys):
     assert commands
     for command in commands:
         argv = shlex.split(command.split("generate.py", 1)[1])
-        argv[argv.index("--run") + 1] = "missing_run"
+        argv[argv.index("--model" if "--model" in argv else "--run") + 1] = "missing_run"
         if "--prompts" in argv:
             continue                                                 # read before the run is
         assert generate.main(argv) == 2
