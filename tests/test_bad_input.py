@@ -490,7 +490,7 @@ REFUSED = {
     "tokenizer: codec is a pickle": ("tokenizer @good.wav out.wav --codec @pickle.pt", "pickle.pt", "not a codec file"),
     "tokenizer: codec is a pickle in a zip": ("tokenizer @good.wav out.wav --codec @pickle_zip.pt", "pickle_zip.pt", "not a codec file"),
     "tokenizer: codec cut": ("tokenizer @good.wav out.wav --codec @cut.pt", "cut.pt", "damaged"),
-    "tokenizer: codec is a folder": ("tokenizer @good.wav out.wav --codec @empty_folder", "empty_folder", "not a codec file"),
+    "tokenizer: codec is a folder": ("tokenizer @good.wav out.wav --codec @empty_folder", "empty_folder", "no codec in this folder"),
     "tokenizer: codec is a list": ("tokenizer @good.wav out.wav --codec @codec_list", "codec_list", "not a codec file"),
     "tokenizer: codec of another format": ("tokenizer @good.wav out.wav --codec @codec_format", "codec_format", "'other'"),
     "tokenizer: codec without config": ("tokenizer @good.wav out.wav --codec @codec_no_config", "codec_no_config", "damaged"),
