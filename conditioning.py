@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import chroma as melodies
+import tokenizer
 from model import Conditions, ModelConfig, Transformer, init_transformer, sinusoid
 
 PAD, EOS, UNK = 0, 1, 2                                              # sentencepiece ids, T5's
@@ -339,11 +340,6 @@ def excerpt(frames: int, low: int, high: int, rng: np.random.Generator | None = 
     return start, start + min(length, frames)
 
 
-def nearest(x: Tensor, vectors: Tensor) -> Tensor:
-    """Index [n] of the nearest of vectors [V,E] to each x [n,E]."""
-    return (vectors.square().sum(1) - 2 * x @ vectors.T).argmin(1)
-
-
 class Bottleneck(nn.Module):
     """Normalises latents and rounds them to the sum of one vector of each level: what is left is a style, not a copy.
 
@@ -371,7 +367,7 @@ class Bottleneck(nn.Module):
         residual, real = z.detach().flatten(0, 1), mask.flatten()[:, None].float()                      # [B*L, E], [B*L, 1]
         counts, sums = [], []
         for vectors in self.vectors:
-            index = nearest(residual, vectors)                                                          # [B*L]
+            index = tokenizer.nearest(residual, vectors)                                                # [B*L]
             if self.training:
                 chosen = F.one_hot(index, len(vectors)) * real                                          # [B*L, V]
                 counts.append(chosen.sum(0))
@@ -391,7 +387,7 @@ class Bottleneck(nn.Module):
         """Which vector of each level: x [L,E] -> [Q,L]."""
         residual, found = self.normalise(x), []
         for vectors in self.vectors:
-            found.append(nearest(residual, vectors))
+            found.append(tokenizer.nearest(residual, vectors))
             residual = residual - vectors[found[-1]]
         return torch.stack(found)
 
@@ -535,8 +531,6 @@ def training_attributes(meta: dict, names: list, seed: int, step: int, index: in
 def read_run(run: str) -> dict:
     """The content of a run's best.pt. Errors: ValueError says what is missing or wrong."""
     from pathlib import Path
-
-    import tokenizer
     path = Path(run, "best.pt")
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the folder of a run that has finished an epoch")
@@ -572,7 +566,6 @@ def show_text(text: str, run: str | None) -> None:
 @torch.no_grad()
 def show_style(path: str, run: str) -> None:
     """Prints what a run's bottleneck leaves of the middle of an audio file: a number a level and kept frame."""
-    import tokenizer
     stored = read_run(run)
     try:
         config = ConditionerConfig(**(stored["conditioner_config"] or {"fuse": {}}))
