@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch._dynamo                                                 # 260 modules that every forked training would import by itself
 
+import build
 import checkpoint
 import conditioning
 import ranks as several
@@ -53,7 +54,7 @@ SHORT = ["--updates_per_epoch", "4"]                                 # as many s
 def remember_captions() -> None:
     """The toy set's captions and their vocabulary, a function of the seed, are made once for all trainings of this process and those
     forked from it: a third of what a tiny one takes. Any other captions are fitted each time."""
-    draw, fit, captions, pieces = train.sample_captions, conditioning.fit_sentencepiece, {}, {}
+    draw, fit, captions, pieces = build.sample_captions, conditioning.fit_sentencepiece, {}, {}
 
     def sample_captions(args, *rest):
         if args.dataset != "toy" or args.cache is not None:
@@ -70,7 +71,7 @@ def remember_captions() -> None:
             pieces[seed, vocab] = fit(texts, vocab)
         return pieces[seed, vocab]
 
-    train.sample_captions, conditioning.fit_sentencepiece = sample_captions, fit_sentencepiece
+    build.sample_captions, conditioning.fit_sentencepiece = sample_captions, fit_sentencepiece
     args = train.build_parser().parse_args(TINY)
     fit_sentencepiece(sample_captions(args, None), args.text_vocab)
 
@@ -399,10 +400,10 @@ def poison_loss(rank: int) -> None:
 
 def poison_weight(rank: int) -> None:
     """In rank 1, a weight is infinite from the start."""
-    build = train.build
+    begin = train.build
 
     def poisoned(*rest):
-        run = build(*rest)
+        run = begin(*rest)
         if rank == 1:
             several.local([run.model.linears[1].weight.data])[0][0, 0] = float("inf")
         return run

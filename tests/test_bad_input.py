@@ -32,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import conditioning
 import data
+import flags
 import generate
 import metrics
 import tokenizer
@@ -768,7 +769,7 @@ def run(name: str, command: str, place: Path, shared: Path) -> tuple:
         patch.chdir(place)
         patch.delenv("DEBUG", raising=False)
         patch.setattr(sys, "argv", [f"{program}.py"])
-        patch.setattr(train, "machine_flops", lambda args: 1e9, raising=False)   # measuring it takes seconds
+        patch.setattr(flags, "machine_flops", lambda args: 1e9)   # measuring it takes seconds
         with contextlib.redirect_stdout(io.StringIO()):
             argv = [made(w[1:], place, shared) if w[0] == "@" else TEXTS[w[1:]] if w[0] == "$" else w for w in words]
         PATCHES.get(name, lambda patch: None)(patch)

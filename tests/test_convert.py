@@ -14,7 +14,7 @@ import tokenizer
 import train
 from conditioning import ConditionerConfig
 from generate import MusicGenerator, Sampling, generate_codes
-from model import ModelConfig
+from model import SIZES, ModelConfig
 
 try:
     import transformers
@@ -256,15 +256,15 @@ def test_a_published_name_says_how_to_get_it(monkeypatch):
 def test_full_sizes(size, millions):
     """Names and shapes of the published sizes, without allocating them: parameters with T5-base's projection, SPEC L6."""
     c = ConditionerConfig(text_vocab=32128, text_dim=768, text_layers=12, text_heads=12, text_head_dim=64, text_hidden=3072)
-    model = convert.skeleton(ModelConfig(**train.SIZES[size]), c, {"text": PIECES})
+    model = convert.skeleton(ModelConfig(**SIZES[size]), c, {"text": PIECES})
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if ".encoder." not in name}
     assert round(sum(torch.Size(s).numel() for s in shapes.values()) / 1e6) == millions
-    D = train.SIZES[size]["dim"]
+    D = SIZES[size]["dim"]
     assert shapes["emb.3.weight"] == (2049, D) and shapes["linears.3.weight"] == (2048, D)
     assert shapes["transformer.layers.0.cross_attention.in_proj_weight"] == (3 * D, D)
     assert shapes["conditioner.parts.text.output_proj.weight"] == (D, 768)
     theirs = [n for name in model.state_dict() for n in convert.rename(name)]
-    assert len(set(theirs)) == len(theirs) == len(model.state_dict()) + 4 * train.SIZES[size]["num_layers"]
+    assert len(set(theirs)) == len(theirs) == len(model.state_dict()) + 4 * SIZES[size]["num_layers"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

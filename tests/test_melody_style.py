@@ -13,6 +13,7 @@ import chroma
 import conditioning
 import data
 import generate
+import stages
 import tokenizer
 import train
 from conditioning import Bottleneck, Conditioner, ConditionerConfig, StyleConditioner
@@ -226,7 +227,7 @@ def test_the_excerpt_is_not_learnt():
     """Targets within it do not count; with the style dropped they do."""
     model = tiny(dict(text="cross"))
     codes, frames = torch.randint(13, (2, 3, 12)), torch.ones(2, 12, dtype=torch.bool)
-    learnt = train.without_excerpts(frames, [(3, 7), (0, 0)])
+    learnt = stages.without_excerpts(frames, [(3, 7), (0, 0)])
     assert learnt.sum(1).tolist() == [8, 12] and not learnt[0, 3:7].any()
     assert (model.count_targets(frames) - model.count_targets(learnt)).tolist() == [4, 4, 4]
     targets = model.config.layout(12).targets(codes, learnt, -100)

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import build
 import generate
 import page
 import train
+from flags import PRESETS
+from state import Ema
 
 HERE = Path(__file__).parent.parent
 SMALL = ("--size debug --batch_size 4 --updates_per_epoch 3 --epochs 2 --valid_samples 8 --eval_samples 2 --lr 0.01 "
@@ -107,7 +110,7 @@ def test_generate_command(finished, tmp_path):
     assert a == b                                                    # bit for bit
     assert c[0] != d[0]                                              # same seed, other prompt
     record = json.loads((tmp_path / "a" / "001.json").read_text())
-    assert record["prompt"] == "fast bells" and record["seconds"] == 1 and record["cfg"] == train.PRESETS["toy"]["cfg"]
+    assert record["prompt"] == "fast bells" and record["seconds"] == 1 and record["cfg"] == PRESETS["toy"]["cfg"]
     assert generate.main([*flags, "--out", str(tmp_path / "a")]) == 0                # nothing is overwritten
     assert (tmp_path / "a" / "002.wav").exists() and (tmp_path / "a" / "000.wav").read_bytes() == a[0]
 
@@ -186,7 +189,7 @@ def test_resume_keeps_the_vocabulary_of_the_checkpoint(finished, tmp_path, monke
     """Captions that changed since the start must not give the ids of text another meaning."""
     import shutil
     shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setattr(train, "sample_captions", lambda *a: ["entirely other captions"] * 50)
+    monkeypatch.setattr(build, "sample_captions", lambda *a: ["entirely other captions"] * 50)
     assert run(tmp_path / "run", "--epochs", "3") == 0
     assert torch.equal(saved(tmp_path / "run")["assets"]["text"], saved(finished)["assets"]["text"])
     assert saved(tmp_path / "run")["step"] == 9
@@ -260,10 +263,10 @@ def test_gradients_not_finite(tmp_path, monkeypatch, capsys):
 
 
 def test_a_weight_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
-    build = train.build
+    begin = train.build
 
     def planted(*rest):
-        run = build(*rest)
+        run = begin(*rest)
         run.model.linears[1].weight.data[3, 5] = float("nan")
         return run
 
@@ -289,7 +292,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
 def test_ema_sequence():
     """Weights 1, .5025, .3367, ...: the bias-corrected average of decay 0.99."""
     model = torch.nn.Linear(1, 1, bias=False)
-    ema, weights, average = train.Ema(model, 0.99), [], None
+    ema, weights, average = Ema(model, 0.99), [], None
     for value in (1.0, 0.0, 0.0, 0.0):
         model.weight.data.fill_(value)
         ema.update(model)
@@ -303,7 +306,7 @@ def test_the_text_encoder_has_its_own_learning_rate(finished):
     """Two groups of each kind; every parameter stands in exactly one of them."""
     model = generate.build_model(generate.read_deployment(finished))
     args = train.build_parser().parse_args(["--lr", "8e-3", "--text_lr", "2e-3"])
-    groups = train.optimizer_groups(model, args)
+    groups = build.optimizer_groups(model, args)
     assert sorted((g["lr_scale"], g["weight_decay"]) for g in groups) == [(0.25, 0.0), (0.25, 0.1), (1.0, 0.0), (1.0, 0.1)]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
