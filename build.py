@@ -21,8 +21,8 @@ import tokenizer
 import toy
 from checkpoint import Stop
 from conditioning import Conditioner, ConditionerConfig
-from flags import fuses, size_of, style_frames
-from model import ModelConfig, MusicGen, decay_groups
+from flags import fuses, parse_size, style_frames
+from model import ModelConfig, MusicGen, add_lora, decay_groups
 from ranks import Ranks
 from state import Ema, Run, fitting
 
@@ -55,12 +55,12 @@ def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     level = [k // codec.lanes for k in range(codec.K)] if codec.lanes > 1 else None      # 0 0 1 1 ..: left and right at once
     return ModelConfig(K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross, pattern=args.pattern,
                        emb_std=args.emb_std, delays=level if args.pattern == "delay" else None,
-                       flattening=level if args.pattern == "unrolled" else None, mask_padding=args.mask_padding, **size_of(args))
+                       flattening=level if args.pattern == "unrolled" else None, mask_padding=args.mask_padding, **parse_size(args.size))
 
 
 def condition_shapes(args: argparse.Namespace, codec) -> dict:
     """What the melody's and the style's conditioners look like: by the segment, the codec and the model's size."""
-    size, (low, high) = size_of(args), style_frames(args, codec)
+    size, (low, high) = parse_size(args.size), style_frames(args, codec)
     bins = min(1024, max(16, args.batch_size * (low + high) // 4))  # some frames of every update fall to each
     hop, width = chroma.hop_length(codec.sample_rate), min(512, size["dim"])
     return dict(melody_frames=chroma.count_frames(round(args.segment_seconds * codec.sample_rate), codec.sample_rate),
@@ -77,7 +77,7 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
         return None
     shape, assets = condition_shapes(args, codec), {}
     if "text" in methods:
-        if saved is not None:                                        # captions may have changed since
+        if saved is not None and "text" in saved["assets"]:          # captions may have changed since
             pieces = fitting(Path(args.out), conditioning.unpack, saved["assets"]["text"])
             fitting(Path(args.out), conditioning.vocabulary_size, pieces)
         else:
@@ -88,7 +88,7 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
         elif shape["text_vocab"] < args.text_vocab:
             ranks.print(f"text: {shape['text_vocab']} pieces, not {args.text_vocab}: the captions hold no more")
         shape["text_frozen"] = args.freeze_text_encoder
-    return Conditioner(ConditionerConfig(fuse=methods, **shape), size_of(args)["dim"], assets)
+    return Conditioner(ConditionerConfig(fuse=methods, **shape), parse_size(args.size)["dim"], assets)
 
 
 def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
@@ -113,15 +113,17 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
     torch.manual_seed(args.seed)
     config, dtype = model_config(args, codec), getattr(torch, args.dtype)
     sharded = args.parallel == "fsdp" and ranks.world > 1
-    with torch.device("cpu" if start is None else "meta"):           # without storage where it takes the tensors of another
+    with torch.device("cpu" if start is None or start["added"] else "meta"):       # no storage where it takes all tensors of another
         model = MusicGen(config, build_conditioner(args, train_set, codec, ranks, saved or start))
     if start is not None:
         load_start(model, start, args.init_from)
     if args.freeze_text_encoder:
         model.conditioner.parts["text"].encoder.requires_grad_(False)
+    if args.lora:
+        add_lora(model, args.lora)
     model = model if sharded else model.to(ranks.device)             # sharding moves a layer at a time
     model.transformer.checkpointing = args.checkpointing
-    ema = Ema(model, args.ema_decay)
+    ema = Ema(model, args.ema_decay, share=not sharded)
     if args.compile:
         for layer in model.transformer.layers:
             layer.compile()
@@ -141,8 +143,8 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
 def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | None:
     """Weights ("model") and vocabulary ("assets") of the run that --init_from names, for a model of `config` over `codec`.
 
-    A run over one channel of a codec that interleaves two starts them both ("copies" is 2): see `both_channels`.
-    Errors: ValueError naming what differs, there and here."""
+    A run over one channel of a codec that interleaves two starts them both ("copies" is 2): see `both_channels`. Conditions that it does
+    not have ("added") begin anew. Errors: ValueError naming what differs, there and here."""
     if args.init_from is None:
         return None
     start = generate.read_deployment(args.init_from)
@@ -155,7 +157,10 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | N
             conditioning.vocabulary_size(conditioning.unpack(assets["text"]))
     except Exception as error:                                       # a foreign file can fail in any way
         raise ValueError(f"{args.init_from}: not {generate.WHAT}, or damaged ({tokenizer.reason(error)})") from None
-    mine = fixed_shape(config, fuses(args) or None)
+    mine, given = fixed_shape(config, fuses(args) or None), theirs["conditions"] or {}
+    added = [name for name in fuses(args) if name not in given]
+    if added and not args.lora:                                      # which trains nothing but its additions
+        theirs["conditions"] = {**given, **{name: fuses(args)[name] for name in added}}
     differ = [f"{k} {theirs[k]} there, {v} here" for k, v in mine.items() if theirs[k] != v]
     one = codec.over(codec.channels // codec.lanes)                  # the same codec over one of its interleaved channels
     copies = {one.fingerprint: codec.lanes, codec.fingerprint: 1}.get(stored["fingerprint"])
@@ -166,7 +171,7 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | N
         differ.append("a style read from one channel there, from two here")
     if differ:
         raise ValueError(f"--init_from {args.init_from} does not fit: {'; '.join(differ)}. Give the flags it was trained with")
-    return dict(model=weights, assets=assets, copies=copies, conditioner_config=start["conditioner_config"])
+    return dict(model=weights, assets=assets, copies=copies, conditioner_config=start["conditioner_config"], added=added)
 
 
 def load_start(model: MusicGen, start: dict, where: str) -> None:
@@ -176,11 +181,12 @@ def load_start(model: MusicGen, start: dict, where: str) -> None:
         found = {name: list(x.shape) for name, x in weights.items()}
     except Exception as error:                                       # a foreign file can fail in any way
         raise ValueError(f"--init_from {where}: its weights are damaged ({tokenizer.reason(error)})") from None
-    wanted = {name: list(x.shape) for name, x in model.state_dict().items()}
+    new = tuple(f"conditioner.parts.{name}." for name in start["added"])
+    wanted = {name: list(x.shape) for name, x in model.state_dict().items() if not name.startswith(new)}
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
         raise ValueError(f"--init_from {where}: weights are not what this model has: {wrong[0]} is {found.get(wrong[0])} there, "
                          f"{wanted.get(wrong[0])} here ({len(wrong)} differ)")
-    model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
+    model.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False, assign=True)
 
 
 def fixed_shape(config: ModelConfig, fuse: dict | None) -> dict:

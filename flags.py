@@ -36,13 +36,13 @@ PRESETS = {                                                          # defaults 
                   word_dropout=0.3, merge_text_p=0.25, valid_samples=512, cfg=3.0, temperature=1.0, top_k=250,
                   evaluate_every=25, generate_every=25),
 }
+SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a model, as --size gives it
 NEUTRAL = {"out", "device", "workers", "resume", "init_from", "dry_run", "log_every", "evaluate_every", "generate_every", "compile",
            "micro_batch_size", "parallel", "zero", "cpu_offload", "sharded_checkpoint", "save_minutes", "timeout", "checkpointing",
            "epochs", "eval_samples", "generate_samples", "plan_gpus", "plan_tflops", "only", "tensorboard"}  # may change on resume
 HERE_ONLY = {"device", "dtype", "workers", "micro_batch_size", "parallel", "zero", "cpu_offload", "compile", "checkpointing", "out",
-             "resume", "init_from", "dry_run", "only", "tensorboard", "plan_gpus", "plan_tflops"}           # not taken from a run by --only
+             "resume", "init_from", "lora", "dry_run", "only", "tensorboard", "plan_gpus", "plan_tflops"}   # not taken from a run by --only
 ONLY = ("valid", "evaluate", "generate")
-PUBLISHED = "published"                                              # stands for the --size of weights that have no name for theirs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,9 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--min_segment_ratio", type=float, default=0.8, help="least share of a segment that lies inside its file")
     g.add_argument("--workers", type=int, default=None, help="processes that load data (default: 0 for toy, else 4)")
     g = new("model")
-    g.add_argument("--size", default=None, choices=SIZES, help="named size")
+    g.add_argument("--size", default=None, help=f"{', '.join(SIZES)}, or WIDTHxLAYERSxHEADS, such as 320x6x5")
     g.add_argument("--pattern", default="delay", choices=("delay", "parallel", "unrolled"), help="codebook pattern")
     g.add_argument("--dropout", type=float, default=0.0, help="dropout in the transformer")
+    g.add_argument("--lora", type=int, default=None, metavar="R",
+                   help="train additions of rank R to the matrices of --init_from, and nothing else")
     g.add_argument("--emb_std", type=float, default=None, help="initial spread of the code embeddings (audio: 1/sqrt(width))")
     g.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, 4/3 the work")
     g = new("conditions")
@@ -177,28 +179,31 @@ def derive(args: argparse.Namespace, world: int) -> list:
 
 
 def start_defaults(args: argparse.Namespace) -> dict:
-    """Flags that follow from what --init_from names; published weights bring their size, codec and text encoder."""
+    """Flags that follow from what --init_from names: its size and conditions; published weights also bring their codec."""
     found = convert.peek(args.init_from) if args.init_from else None
     if found is None:
         return dict(mask_padding=True, freeze_text_encoder=False)
     config, conditioner, published = found
-    flags = dict(mask_padding=config.mask_padding, freeze_text_encoder=bool(conditioner and conditioner.text_frozen))
+    shape = {name: getattr(config, name) for name in SHAPE}
+    named = next((name for name in SIZES if parse_size(name) == shape), "x".join(map(str, shape.values())).removesuffix("x4"))
+    flags = dict(mask_padding=config.mask_padding, freeze_text_encoder=bool(conditioner and conditioner.text_frozen), size=named)
     if published is None:
         return flags
-    shape = published_shape(config)
-    name = next((name for name, size in SIZES.items() if {**size, "hidden_scale": 4} == shape), PUBLISHED)
-    return flags | dict(size=name, fuse=[f"{k}={v}" for k, v in conditioner.fuse.items()], codec=str(convert.locate(args.init_from)),
+    return flags | dict(fuse=[f"{k}={v}" for k, v in conditioner.fuse.items()], codec=str(convert.locate(args.init_from)),
                         num_codebooks=config.K // published["channels"])
 
 
-def published_shape(config: ModelConfig) -> dict:
-    """Of a model's shape what --size stands for."""
-    return {name: getattr(config, name) for name in ("dim", "num_layers", "num_heads", "hidden_scale")}
+def parse_size(size: str) -> dict:
+    """What --size says of a model's shape: a name, or WIDTHxLAYERSxHEADS[xHIDDEN], the feed-forward HIDDEN (else 4) times as wide.
 
-
-def size_of(args: argparse.Namespace) -> dict:
-    """Width, layers and heads of --size; of published weights that have no such size, theirs."""
-    return published_shape(convert.peek(args.init_from)[0]) if args.size == PUBLISHED else SIZES[args.size]
+    Errors: ValueError for anything else."""
+    if size in SIZES:
+        return SIZES[size] | dict(hidden_scale=4)
+    numbers = [int(n) if n.isdecimal() else 0 for n in size.split("x")]
+    shape = dict(zip(SHAPE, numbers + [4] * (len(numbers) == 3)))
+    if len(shape) != 4 or len(numbers) > 4 or min(numbers) < 1 or shape["dim"] % shape["num_heads"] or shape["dim"] % 2:
+        raise ValueError(f"--size {size}: {', '.join(SIZES)}, or WIDTHxLAYERSxHEADS, such as 320x6x5: even, and a multiple of the heads")
+    return shape
 
 
 def check(args: argparse.Namespace, world: int) -> None:
@@ -231,6 +236,10 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError("--dtype float16 needs a GPU: take float32 or bfloat16")
     if args.dropout == 1:
         raise ValueError("--dropout 1.0: less than 1")
+    if args.lora is not None and args.lora < 1:
+        raise ValueError(f"--lora {args.lora}: at least 1")
+    if args.lora and not args.init_from:
+        raise ValueError(f"--lora {args.lora}: it adds to weights that are there: give them by --init_from")
     if args.cpu_offload and args.parallel != "fsdp":
         raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
     if any(n < 1 for n in args.plan_gpus or ()):
@@ -242,6 +251,7 @@ def check(args: argparse.Namespace, world: int) -> None:
     if "style" in args.conditions and not 0 < low <= high < args.segment_seconds:
         raise ValueError(f"--style_seconds {low:g} {high:g}: more than 0, the second not less than the first, both less than the segment "
                          f"of {args.segment_seconds:g} s")
+    parse_size(args.size)
     ConditionerConfig(fuse=fuses(args))
     if args.freeze_text_encoder and "text" not in fuses(args):
         raise ValueError("--freeze_text_encoder: there is none without text; leave one of both out")
@@ -304,19 +314,25 @@ def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, spee
     """Memory and time from shapes alone, at half of `speed` (peak FLOP/s of a rank).
 
     Activations: about 20 D numbers a layer and step are kept for backward (28 D with cross-attention), and three of the
-    logits' size in float32. Sharded: all but activations over the ranks, and two layers gathered (ZeRO-3) or all (ZeRO-2)."""
+    logits' size in float32. Sharded: all but activations over the ranks, and two layers gathered (ZeRO-3) or all (ZeRO-2);
+    whole, autocast keeps its casts of the weights until the backward pass. Frozen matrices (--lora) need no gradient, optimiser
+    or average, and one pass backward instead of two."""
     N, S, B = count_parameters(config), config.layout(T).S_valid - 1, min(args.micro_batch_size, max(1, args.batch_size // world))
+    added = count_parameters(config, args.lora) if args.lora else 0
+    learnt = added or N
     bytes_each = 4 if args.dtype == "float32" else 2
     per_layer = (28 if config.cross_attention else 20) * config.dim
     kept = config.num_layers * (config.dim if args.checkpointing else per_layer) + (per_layer if args.checkpointing else 0)
     sharded = args.parallel == "fsdp" and world > 1
     share = world if sharded else 1
     once = B * world >= args.batch_size                              # else gradients add up whole until the last micro-batch
-    memory = dict(weights=4 * N / share, gradients=4 * N / (share if once else 1), optimiser=8 * N / share,
-                  EMA=(8 if sharded else 4) * N / share,             # sharded, the best weights stay on the device too
+    memory = dict(weights=4 * (N + added) / share, gradients=4 * learnt / (share if once else 1), optimiser=8 * learnt / share,
+                  EMA=4 * (learnt + sharded * (N + added)) / share,  # sharded, the best weights stay on the device too
                   gathered=sharded * bytes_each * N * (1 if args.zero == 2 else 2 / config.num_layers),
+                  casts=(bytes_each < 4) * (not sharded) * bytes_each * N / (config.num_layers if added and args.checkpointing else 1),
                   activations=B * S * (kept * bytes_each + 3 * config.K * config.card * 4))
-    flops = 3 * flops_per_step(config, S, 16) * args.batch_size / world * (4 / 3 if args.checkpointing else 1)
+    passes = (2 if added else 3) + args.checkpointing
+    flops = passes * flops_per_step(config, S, 16) * args.batch_size / world
     return Plan(N, {k: v / 2**30 for k, v in memory.items() if v}, flops, flops / (0.5 * speed) * args.epochs * args.updates_per_epoch)
 
 
@@ -326,7 +342,8 @@ def estimate(args: argparse.Namespace, config: ModelConfig, T: int, world: int) 
     lines = []
     for world, speed in cases:
         p = plan(args, config, T, world, speed)
-        lines += [f"model: {p.parameters / 1e6:.1f}M parameters without text encoder; a clip is {T} frames = "
+        low_rank = f", {count_parameters(config, args.lora) / 1e6:.2f}M more are trained (rank {args.lora})" if args.lora else ""
+        lines += [f"model: {p.parameters / 1e6:.1f}M parameters without text encoder{low_rank}; a clip is {T} frames = "
                   f"{config.layout(T).S_valid} steps ({args.pattern})"] if not lines else []
         lines += [f"memory a rank ({world} in all), about: " + ", ".join(f"{k} {v:.2f}" for k, v in p.memory.items()) +
                   f" = {sum(p.memory.values()):.2f} GiB",

@@ -125,6 +125,27 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
     return x * kept / (1 - p)
 
 
+class LowRank(nn.Module):
+    """What fine-tuning adds to a matrix W [out, in] that stays as it is: SCALE * B A, of rank R (Hu et al. 2021, arXiv:2106.09685).
+
+    B begins at zero, and the model as it was."""
+    SCALE = 2.0                                                      # alpha over the rank, as is usual
+
+    def __init__(self, fan_in: int, fan_out: int, rank: int):
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.empty(rank, fan_in)), nn.Parameter(torch.zeros(fan_out, rank))
+        trunc_normal(self.A, fan_in ** -0.5)
+
+    def forward(self, x: Tensor, rows: slice | None) -> Tensor:
+        return self.SCALE * F.linear(F.linear(x, self.A), self.B if rows is None else self.B[rows])
+
+
+def project(x: Tensor, weight: Tensor, lora: LowRank | None, rows: slice | None = None) -> Tensor:
+    """x [..,in] times those rows of a matrix [out,in], and what fine-tuning adds to them, if anything."""
+    y = F.linear(x, weight if rows is None else weight[rows])
+    return y if lora is None else y + lora(x, rows)
+
+
 class Attention(nn.Module):
     """Multi-head attention with one packed projection: rows q | k | v of in_proj_weight [3D, D], no biases."""
 
@@ -134,6 +155,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.in_proj_lora = self.out_proj_lora = None                # see `add_lora`
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B,S,parts*D] -> `parts` tensors [B,H,S,D/H]."""
@@ -142,11 +164,11 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.out_proj(x.transpose(1, 2).flatten(2))                                              # [B, S, D]
+        return project(x.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj_lora)          # [B, S, D]
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """Causal self-attention over x [B,S,D]; mask [B,1,S,S'] bool or None for plain causal."""
-        q, k, v = self.split(F.linear(x, self.in_proj_weight), 3)                                       # [B, H, S, D/H]
+        q, k, v = self.split(project(x, self.in_proj_weight, self.in_proj_lora), 3)                     # [B, H, S, D/H]
         fresh = cache is None or cache.length == 0
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -157,11 +179,11 @@ class Attention(nn.Module):
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a condition [B,L,D], for `cross`."""
         D = source.shape[-1]
-        return self.split(F.linear(source, self.in_proj_weight[D:]), 2)                                 # [B, H, L, D/H]
+        return self.split(project(source, self.in_proj_weight, self.in_proj_lora, slice(D, None)), 2)   # [B, H, L, D/H]
 
     def cross(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Attention of x [B,S,D] to a condition; mask [B,1,1,L] bool or None."""
-        q, = self.split(F.linear(x, self.in_proj_weight[:x.shape[-1]]), 1)
+        q, = self.split(project(x, self.in_proj_weight, self.in_proj_lora, slice(x.shape[-1])), 1)
         return self.attend(q, *keys_values, mask)
 
 
@@ -182,6 +204,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(D, config.num_heads)
         self.norm1, self.norm2 = LayerNorm(D), LayerNorm(D)
         self.linear1, self.linear2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
+        self.linear1_lora = self.linear2_lora = None                 # see `add_lora`
         if config.cross_attention:
             self.cross_attention = Attention(D, config.num_heads)
             self.norm_cross = LayerNorm(D)
@@ -196,8 +219,9 @@ class Layer(nn.Module):
                 if cache is not None:
                     cache.cross[index] = keys_values
             x = x + dropout(self.cross_attention.cross(self.norm_cross(x), keys_values, source_mask), self.p, keys, 4 * index + 1)
-        hidden = dropout(F.gelu(self.linear1(self.norm2(x))), self.p, keys, 4 * index + 2)              # [B, S, 4D]
-        return x + dropout(self.linear2(hidden), self.p, keys, 4 * index + 3)
+        hidden = F.gelu(project(self.norm2(x), self.linear1.weight, self.linear1_lora))                 # [B, S, 4D]
+        hidden = dropout(hidden, self.p, keys, 4 * index + 2)
+        return x + dropout(project(hidden, self.linear2.weight, self.linear2_lora), self.p, keys, 4 * index + 3)
 
 
 class Transformer(nn.Module):
@@ -353,6 +377,30 @@ class MusicGen(nn.Module):
         return (frame_mask[:, None] & supervised).sum((0, 2))
 
 
+def add_lora(model: MusicGen, rank: int) -> None:
+    """Freezes a model and gives every matrix of its layers a trainable addition of so low a rank: in place."""
+    model.requires_grad_(False)
+    for layer in model.transformer.layers:
+        for module in layer.modules():
+            if isinstance(module, Attention):
+                out, D = module.in_proj_weight.shape
+                module.in_proj_lora, module.out_proj_lora = LowRank(D, out, rank), LowRank(D, D, rank)
+        for name in ("linear1", "linear2"):
+            out, fan_in = getattr(layer, name).weight.shape
+            setattr(layer, f"{name}_lora", LowRank(fan_in, out, rank))
+
+
+def merge_lora(weights: dict) -> dict:
+    """The weights {name: tensor} of the plain model that computes the same: what was added is added, its names are gone."""
+    merged = {name: x for name, x in weights.items() if "_lora." not in name}
+    for name in weights:
+        if name.endswith("_lora.A"):
+            stem = name.removesuffix("_lora.A")
+            matrix = f"{stem}_weight" if f"{stem}_weight" in merged else f"{stem}.weight"
+            merged[matrix] = merged[matrix] + LowRank.SCALE * weights[f"{stem}_lora.B"] @ weights[name]
+    return merged
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list:
     """Optimiser groups: weight decay on matrices only, not on norms, biases and tables of embeddings."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -373,10 +421,13 @@ def flops_per_step(config: ModelConfig, S: int, L: int = 0) -> int:
     return layers * (attention + cross + feed_forward) + 2 * D * config.card * config.K * S
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the language model without its conditioner; nothing is allocated."""
+def count_parameters(config: ModelConfig, lora: int = 0) -> int:
+    """Parameters of the language model without its conditioner, or those that low-rank fine-tuning trains; nothing is allocated."""
     with torch.device("meta"):
-        return sum(p.numel() for p in MusicGen(config).parameters())
+        model = MusicGen(config)
+        if lora:
+            add_lora(model, lora)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def main() -> None:

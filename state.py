@@ -30,7 +30,7 @@ import ranks as several
 import tokenizer
 from checkpoint import Stop
 from flags import NEUTRAL, segment_frames
-from model import MusicGen
+from model import MusicGen, merge_lora
 from ranks import Ranks
 
 CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",
@@ -40,16 +40,19 @@ CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped
 class Ema:
     """Bias-corrected average of the weights, a model of its own beside the trained one, in float32.
 
-    count = count * decay + 1; weight of the newest = 1 / count: 1, .5025, .3367, ... towards 1 - decay."""
+    count = count * decay + 1; weight of the newest = 1 / count: 1, .5025, .3367, ... towards 1 - decay. What is frozen is its own
+    average, and lies in memory once (`share`), where it will not be sharded."""
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay, self.count = copy.deepcopy(model).requires_grad_(False).eval(), decay, 0.0
+    def __init__(self, model: nn.Module, decay: float, share: bool = True):
+        frozen = {id(p): p for p in model.parameters() if share and not p.requires_grad}
+        self.model, self.decay, self.count = copy.deepcopy(model, frozen).requires_grad_(False).eval(), decay, 0.0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Takes in the weights as they are now; where they are sharded, each rank its own part."""
         self.count = self.count * self.decay + 1
-        mine, new = (several.local(m.parameters()) for m in (self.model, model))
+        learnt = [(old, now) for old, now in zip(self.model.parameters(), model.parameters()) if now.requires_grad]
+        mine, new = (several.local(parameters) for parameters in zip(*learnt))
         torch._foreach_lerp_(mine, new, 1 / self.count)
         for old, now in zip(self.model.buffers(), model.buffers()):  # statistics are averages already
             old.copy_(now)
@@ -188,7 +191,7 @@ def keep_best(run: Run, values: dict) -> None:
     """Keeps the averaged weights, and writes best.pt, if the validation loss is the lowest so far."""
     if values["ce"] < run.best_ce:
         run.best_ce, run.best_values = values["ce"], values
-        run.best = {name: several.copy_of(x) for name, x in several.named(run.ema.model).items()}
+        run.best = {name: several.copy_of(x) for name, x in averages(run).items()}
         write_best(run)
 
 
@@ -203,8 +206,8 @@ def deployment(run: Run, keep: bool = True) -> dict:
     those that do not `keep` the weights get none."""
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
-    weights = run.best or several.named(run.ema.model)               # none yet where every validation was not finite
-    return dict(format=generate.FORMAT, model=several.gather_state(weights, keep), model_config=asdict(model.config),
+    weights = several.named(run.ema.model) | (run.best or {})        # none yet where every validation was not finite
+    return dict(format=generate.FORMAT, model=merge_lora(several.gather_state(weights, keep)), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
                 codec=codec.reference,
@@ -222,11 +225,17 @@ def stored_assets(model: MusicGen) -> dict:
 # last.pt: to go on from
 
 
+def averages(run: Run) -> dict:
+    """{name: tensor} of the average, without what is frozen: the model has that."""
+    frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
+    return {name: x for name, x in several.named(run.ema.model).items() if name not in frozen}
+
+
 def tensors(run: Run) -> dict:
     """Every tensor that resuming takes, as it lies on this rank: {"model/out_norm.weight": tensor, "optimizer/exp_avg/..": ..}."""
     names = {p: name for name, p in run.model.named_parameters()}
     found = {f"model/{name}": x for name, x in several.named(run.model).items()}
-    found |= {f"ema/{name}": x for name, x in several.named(run.ema.model).items()}
+    found |= {f"ema/{name}": x for name, x in averages(run).items()}
     found |= {f"best/{name}": x for name, x in (run.best or {}).items()}
     return found | {f"optimizer/{key}/{names[p]}": x for p, state in run.optimizer.state.items() for key, x in state.items()}
 
@@ -317,7 +326,7 @@ def allocate(run: Run, names: list) -> None:
             like = params[rest]
             run.optimizer.state[like][key] = torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
     if any(name.startswith("best/") for name in names):
-        run.best = {name: several.copy_of(x) for name, x in several.named(run.ema.model).items()}
+        run.best = {name: several.copy_of(x) for name, x in averages(run).items()}
 
 
 def fitting(out: Path, action, *arguments):

@@ -102,7 +102,7 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
         run.scaler.step(run.optimizer)
         run.scaler.update()
     if model.conditioner is not None:
-        model.conditioner.learn(run.ranks.sum, keep=math.isfinite(norm))
+        model.conditioner.learn(run.ranks.sum, keep=math.isfinite(norm) and not args.lora)
     count_skipped(run, norm, sums)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1

@@ -391,6 +391,31 @@ def test_any_subset_trains_and_generates(conditions, tmp_path):
     assert sorted(music.model.conditioner.names) == sorted(conditions) and music.generate([None], 0.2).isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def of_melody(tmp_path_factory):
+    """A short run with a melody alone."""
+    out = tmp_path_factory.mktemp("runs") / "melody"
+    assert train.main([*SMALL[:SMALL.index("--conditions")], "--conditions", "melody", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_start_learns_further_conditions(of_melody, tmp_path, monkeypatch, capsys):
+    """Its own weights are where it starts from; a style begins anew. Cross-attention cannot be added: it is in every layer."""
+    seen, new, conditions = {}, [*SMALL, "--init_from", str(of_melody)], ["--conditions", "melody", "style"]
+    monkeypatch.setattr(train, "run_epochs", lambda run: seen.update(run=run))
+    assert train.main([*new, *conditions, "--out", str(tmp_path / "a")]) == 0
+    start = torch.load(of_melody / "best.pt", weights_only=True)["model"]
+    model = seen["run"].model.state_dict()
+    assert all(torch.equal(x, model[name]) for name, x in start.items())
+    fresh = {name for name in model if name not in start}
+    assert {name.split(".")[2] for name in fresh} == {"style"} and not any(model[name].is_meta for name in fresh)
+    assert model["conditioner.parts.style.output_proj.weight"].std() > 0
+    assert train.main([*new, *conditions, "--lora", "2", "--out", str(tmp_path / "b")]) == 2
+    assert "conditions {'melody': 'prepend'} there, {'style': 'prepend', 'melody': 'prepend'} here" in capsys.readouterr().err
+    assert train.main([*new, "--out", str(tmp_path / "c")]) == 2
+    assert "cross_attention False there, True here" in capsys.readouterr().err
+
+
 def test_resume_with_all_conditions_is_exact(finished, tmp_path, monkeypatch):
     """Killed between two updates: the same weights and statistics, bit for bit."""
     class Killed(Exception):
