@@ -6,13 +6,17 @@ that takes a run takes them too, and writes a run as a folder that the others' o
     theirs                                              ours
     decoder              ─ TABLE, q|k|v packed into one ─►  emb, transformer, out_norm, linears
     text_encoder (T5), enc_to_dec_proj    ─ TABLE       ─►  conditioner.parts.text
+    audio_enc_to_dec_proj (MusicGen-Melody)   ─ TABLE   ─►  conditioner.parts.melody
     audio_encoder (EnCodec)               ─ weights.py  ─►  tokenizer.Codec, which stays where it is and is named by its folder
 
 audiocraft's names are ours but for the conditioner's; its packages do not hold T5, which comes from a folder of its own (--t5).
+A text model attends to its text; a melody model has both in front of the codes, and nothing of them is hidden:
+
+    | melody: a class a frame, cut or repeated to the length of a segment | text | codes ..      null: class 0 all along | zeros
 
 Legend: K codebooks, D width of the language model, T frames.
     python convert.py DIR                                   says what a folder holds
-    python convert.py runs/NAME --to hf --out DIR           for transformers.MusicgenForConditionalGeneration
+    python convert.py runs/NAME --to hf --out DIR           for transformers.Musicgen(Melody)ForConditionalGeneration
     python convert.py DIR --t5 T5_DIR --to nano --out DIR2  audiocraft's package as a best.pt
 """
 
@@ -22,12 +26,13 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import chroma
 import tokenizer
 import weights
 from conditioning import Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
@@ -37,6 +42,8 @@ FORMAT = "nanomusicgen-1"                                            # of best.p
 WHAT = "a model of this project"                                     # and so it is called
 SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
 SEGMENT_SECONDS = 30.0                                               # what the published models were trained on
+TEXT = {"text": "cross"}                                             # how the conditions of the published models enter,
+MELODY = {"melody": "prepend", "text": "prepend"}                    # and in which order
 LAYER, T5_LAYER = "decoder.model.decoder.layers.{}", "text_encoder.encoder.block.{}.layer"
 TABLE = {                                                            # our name: transformers'; {} is a number, [qkv] three tensors
     "emb.{}.weight": "decoder.model.decoder.embed_tokens.{}.weight",
@@ -57,6 +64,8 @@ TABLE = {                                                            # our name:
     "linears.{}.weight": "decoder.lm_heads.{}.weight",
     "conditioner.parts.text.output_proj.weight": "enc_to_dec_proj.weight",
     "conditioner.parts.text.output_proj.bias": "enc_to_dec_proj.bias",
+    "conditioner.parts.melody.output_proj.weight": "audio_enc_to_dec_proj.weight",
+    "conditioner.parts.melody.output_proj.bias": "audio_enc_to_dec_proj.bias",
     "conditioner.parts.text.encoder.embed.weight": "text_encoder.shared.weight",
     "conditioner.parts.text.encoder.relative_bias.weight":
         "text_encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -172,6 +181,7 @@ def read(path, t5=None, codec=None) -> dict:
     codec = tokenizer.load_codec(str(codec or path), config.K // channels, "cpu", channels)
     if (codec.K, codec.card) != (config.K, config.card):
         raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, its codec has {codec.K} x {codec.card}")
+    conditioner.melody_rate = codec.hop / chroma.hop_length(codec.sample_rate)
     return dict(format=FORMAT, model=model, model_config=asdict(config), conditioner_config=asdict(conditioner),
                 assets={"text": pack(pieces)}, codec=codec.reference, sampling={**SAMPLING, **source["sampling"]},
                 segment_frames=math.ceil(source["seconds"] * codec.frame_rate), metrics={}, step=0, args={})
@@ -185,8 +195,9 @@ def read_config(path, t5=None) -> tuple[ModelConfig, ConditionerConfig, dict]:
 def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
     """Shapes of the model in a Hugging Face folder. Errors: ValueError naming the setting that is not MusicGen's."""
     config = weights.read_json(folder / "config.json")
-    if config.get("model_type") != "musicgen":
-        raise ValueError(f"{folder}: config.json is of {config.get('model_type')!r}, 'musicgen' was expected")
+    if config.get("model_type") not in ("musicgen", "musicgen_melody"):
+        raise ValueError(f"{folder}: config.json is of {config.get('model_type')!r}, 'musicgen' or 'musicgen_melody' was expected")
+    melody = config["model_type"] == "musicgen_melody"
     try:
         decoder, text = config["decoder"], config["text_encoder"]
         K, D, channels = decoder["num_codebooks"], decoder["hidden_size"], decoder.get("audio_channels", 1)
@@ -198,8 +209,13 @@ def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
                              f"{decoder['num_attention_heads']} heads, {K} codebooks, {channels} channels, which do not divide")
         model = ModelConfig(K=K, card=decoder["vocab_size"], dim=D, num_layers=decoder["num_hidden_layers"],
                             num_heads=decoder["num_attention_heads"], hidden_scale=decoder["ffn_dim"] // D,
+                            cross_attention=not melody, mask_padding=not melody,
                             delays=[k // 2 for k in range(K)] if channels == 2 else None)        # 0 0 1 1 ..: left and right at once
         conditioner = t5_config(text, folder)
+        if melody:
+            if config.get("num_chroma", 12) != 12:
+                raise ValueError(f"{folder}: its melody has num_chroma {config['num_chroma']}, 12 was expected")
+            conditioner = replace(conditioner, fuse=dict(MELODY), melody_null_bin0=True, melody_frames=config.get("chroma_length", 235))
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: config.json is not that of a MusicGen ({tokenizer.reason(error)})") from None
     path = folder / "generation_config.json"
@@ -215,7 +231,7 @@ def t5_config(config: dict, where) -> ConditionerConfig:
         if config.get(name, allowed) != allowed:
             raise ValueError(f"{where}: its T5 has {name} {config[name]}, {allowed} was expected")
     fields = {ours: config.get(theirs, default) for ours, (theirs, default) in T5_CONFIG.items()}
-    return ConditionerConfig(fuse={"text": "cross"}, text_max_tokens=512, text_frozen=True, **fields)
+    return ConditionerConfig(fuse=dict(TEXT), text_max_tokens=512, text_frozen=True, **fields)
 
 
 def read_pieces(folder: Path) -> bytes:
@@ -311,9 +327,10 @@ def misfits(data: dict, codec, target: str) -> list:
     config, conditioner = ModelConfig(**data["model_config"]), data["conditioner_config"] or {"fuse": {}}
     usual = [k // codec.lanes for k in range(config.K)]
     found = []
-    if conditioner["fuse"] != {"text": "cross"}:
-        shown = " ".join(f"{name}={method}" for name, method in conditioner["fuse"].items()) or "no condition"
-        found.append(f"its conditions are {shown}, only text=cross can be written")
+    if list(conditioner["fuse"].items()) not in (list(TEXT.items()), list(MELODY.items())):          # in this order
+        found.append(f"its conditions are {entering(conditioner['fuse'])}, only {entering(TEXT)} or {entering(MELODY)} can be written")
+    elif "melody" in conditioner["fuse"]:
+        found += melody_misfits(ConditionerConfig(**conditioner), config, data, codec, target)
     if config.pattern != "delay" or (config.delays or list(range(config.K))) != usual:
         found.append(f"its pattern is {config.pattern} {config.delays or ''}, only delay {' '.join(map(str, usual))} can be written")
     if codec.channels > codec.lanes:
@@ -324,6 +341,29 @@ def misfits(data: dict, codec, target: str) -> list:
         found.append(f"text encoder and model are both {config.dim} wide, and then transformers has no projection between them")
     if target == "audiocraft" and not found and t5_name(conditioner) is None:
         found.append("its text encoder is not a published T5 left as it is, which audiocraft fetches by name")
+    return found
+
+
+def entering(fuse: dict) -> str:
+    """{name: method} as --fuse takes it."""
+    return " ".join(f"{name}={method}" for name, method in fuse.items()) or "no condition"
+
+
+def melody_misfits(conditioner: ConditionerConfig, config: ModelConfig, data: dict, codec, target: str) -> list:
+    """What of a model with melody and text in front of the codes the target's classes cannot express."""
+    n_fft, seconds = 4 * chroma.hop_length(codec.sample_rate), data["segment_frames"] / codec.frame_rate
+    frames = chroma.count_frames(int(seconds * codec.sample_rate), codec.sample_rate)
+    found = []
+    if config.mask_padding:
+        found.append("it hides padding in front of the codes, which there is attended to (train with --no-mask_padding)")
+    if not conditioner.melody_null_bin0:
+        found.append("without a melody it reads zeros, there the first class all along")
+    if not conditioner.melody_argmax:
+        found.append("its melody is of all twelve classes, there the strongest alone")
+    if target == "audiocraft" and n_fft & (n_fft - 1):
+        found.append(f"its melody is read in windows of {n_fft} samples, there only in powers of two")
+    if target == "audiocraft" and conditioner.melody_frames != frames:
+        found.append(f"its melody has {conditioner.melody_frames} frames, there {frames}, those of {seconds:g} s")
     return found
 
 
@@ -346,11 +386,16 @@ def write_out(data: dict, target: str, out: Path) -> list:
                          f"{stored['fingerprint'][:12]}: give that codec by --codec")
     if target != "nano" and (found := misfits(data, codec, target)):
         raise ValueError(f"it cannot be written for {target}: {'; '.join(found)}")
-    notes = []
-    if target == "hf" and not data["model_config"]["mask_padding"]:
+    notes, melody = [], "melody" in (data["conditioner_config"] or {"fuse": {}})["fuse"]
+    if target == "hf" and not data["model_config"]["mask_padding"] and not melody:
         notes = ["note: this model attends to padded text, transformers hides it: a batch of texts of several lengths gives other numbers"]
     if target == "audiocraft" and data["model_config"]["mask_padding"]:
         notes = ["note: this model hides padded text, audiocraft attends to it: a batch of texts of several lengths gives other numbers"]
+    if target == "hf" and melody:
+        notes = ["note: generation_config.json turns use_cache off: with it, transformers 4.57 and other versions of before its pull request "
+                 "48679 generate without text and melody. Where it is fixed, generate(use_cache=True) is faster"]
+    if target == "audiocraft" and melody:
+        notes = ["note: audiocraft takes drums and bass out of a melody (demucs) before it reads it"]
     files = dict(hf=hf_files, audiocraft=package_files, nano=nano_files)[target](data, codec)
     out.mkdir(parents=True, exist_ok=True)
     for name, write in files.items():
@@ -364,8 +409,11 @@ def nano_files(data: dict, codec) -> dict:
 
 
 def hf_files(data: dict, codec) -> dict:
-    """{name: function that writes it} of a folder for transformers.MusicgenForConditionalGeneration and MusicgenProcessor."""
+    """{name: function that writes it} of a folder for transformers.MusicgenForConditionalGeneration and MusicgenProcessor, or for
+    MusicgenMelody's."""
     conditioner, pieces = ConditionerConfig(**data["conditioner_config"]), unpack(data["assets"]["text"])
+    melody = "melody" in conditioner.fuse
+    kind, model_type = ("MusicgenMelody", "musicgen_melody") if melody else ("Musicgen", "musicgen")
     projected = conditioner.text_dim != data["model_config"]["dim"]
     tensors = {}
     for ours, x in data["model"].items():
@@ -376,14 +424,21 @@ def hf_files(data: dict, codec) -> dict:
     text = {theirs: getattr(conditioner, ours) for ours, (theirs, _) in T5_CONFIG.items()}
     extra = 100 if conditioner.text_vocab - vocabulary_size(pieces) >= 100 else 0        # T5's <extra_id_N>, which no text has
     config = dict(
-        architectures=["MusicgenForConditionalGeneration"], model_type="musicgen", is_encoder_decoder=True, torch_dtype="float32",
+        architectures=[f"{kind}ForConditionalGeneration"], model_type=model_type, is_encoder_decoder=not melody, torch_dtype="float32",
         text_encoder=dict(model_type="t5", feed_forward_proj="relu", layer_norm_epsilon=1e-6, dropout_rate=0.0, pad_token_id=0,
                           eos_token_id=1, decoder_start_token_id=0, **text),
-        audio_encoder=weights.to_hf_codec_config(codec.config, codec.levels), decoder=hf_decoder_config(data["model_config"], codec))
+        audio_encoder=weights.to_hf_codec_config(codec.config, codec.levels),
+        decoder=dict(model_type=f"{model_type}_decoder", **hf_decoder_config(data["model_config"], codec)),
+        **(dict(num_chroma=12, chroma_length=conditioner.melody_frames) if melody else {}))
     tokens = dict(tokenizer_class="T5Tokenizer", extra_ids=extra, legacy=True, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
                   model_max_length=conditioner.text_max_tokens, additional_special_tokens=[f"<extra_id_{i}>" for i in range(extra)])
-    processor = dict(processor_class="MusicgenProcessor", feature_extractor_type="EncodecFeatureExtractor", feature_size=codec.channels,
-                     sampling_rate=codec.sample_rate, padding_side="left", padding_value=0.0, return_attention_mask=True)
+    hop = chroma.hop_length(codec.sample_rate)
+    features = dict(feature_extractor_type="MusicgenMelodyFeatureExtractor", feature_size=12, num_chroma=12, hop_length=hop, n_fft=4 * hop,
+                    chunk_length=math.ceil(data["segment_frames"] / codec.frame_rate), padding_side="right", return_attention_mask=False)
+    if not melody:
+        features = dict(feature_extractor_type="EncodecFeatureExtractor", feature_size=codec.channels, padding_side="left",
+                        return_attention_mask=True)
+    processor = dict(processor_class=f"{kind}Processor", sampling_rate=codec.sample_rate, padding_value=0.0, **features)
 
     def save(path):
         from safetensors.torch import save_file
@@ -398,7 +453,7 @@ def hf_files(data: dict, codec) -> dict:
 
 def hf_decoder_config(config: dict, codec) -> dict:
     """transformers' configuration of the decoder."""
-    return dict(model_type="musicgen_decoder", vocab_size=config["card"], hidden_size=config["dim"],
+    return dict(vocab_size=config["card"], hidden_size=config["dim"],
                 ffn_dim=config["dim"] * config["hidden_scale"], num_hidden_layers=config["num_layers"],
                 num_attention_heads=config["num_heads"], num_codebooks=config["K"],
                 audio_channels=codec.lanes, activation_function="gelu", scale_embedding=False, dropout=config["dropout"],
@@ -410,7 +465,8 @@ def hf_generation_config(data: dict, codec) -> dict:
     sampling, special = data["sampling"], data["model_config"]["card"]
     chosen = dict(temperature=sampling["temperature"], top_k=sampling["top_k"]) if sampling["temperature"] > 0 else {}
     chosen |= dict(top_p=sampling["top_p"], top_k=0) if chosen and sampling["top_p"] > 0 else {}
-    return dict(do_sample=bool(chosen), guidance_scale=sampling["cfg"], max_length=data["segment_frames"] + codec.levels,
+    chosen |= dict(use_cache=False) if "melody" in data["conditioner_config"]["fuse"] else {}        # see `write_out`
+    return dict(do_sample=sampling["temperature"] > 0, guidance_scale=sampling["cfg"], max_length=data["segment_frames"] + codec.levels,
                 bos_token_id=special, pad_token_id=special, decoder_start_token_id=special, **chosen)
 
 

@@ -1,12 +1,16 @@
 """Published weights in and ours out, against the models of transformers with random weights of small dimensions."""
 
 import json
+import math
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import chroma
 import conditioning
 import convert
 import generate
@@ -37,18 +41,21 @@ def randomise(module: torch.nn.Module) -> None:
             x.normal_(std=x.shape[-1] ** -0.5 if x.dim() > 1 and "embed" not in name else 0.5)
 
 
-def published(channels=1, width=32, **t5):
-    """A MusicgenForConditionalGeneration of small dimensions with random weights."""
+def published(channels=1, width=32, melody=False, **t5):
+    """A MusicgenForConditionalGeneration (or MusicgenMelody's, with melodies of 20 frames) of small dimensions with random weights."""
     text = transformers.T5Config(vocab_size=80, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
                                  relative_attention_num_buckets=8, relative_attention_max_distance=20, **t5)
     codec = transformers.EncodecConfig(target_bandwidths=[1.0], sampling_rate=16000, hidden_size=16, num_filters=4, codebook_size=32,
                                        upsampling_ratios=[8, 5, 4, 2], use_causal_conv=False, use_conv_shortcut=False)
-    decoder = transformers.MusicgenDecoderConfig(vocab_size=32, hidden_size=width, num_hidden_layers=3, ffn_dim=4 * width,
-                                                 num_attention_heads=2, num_codebooks=4 * channels, audio_channels=channels,
-                                                 pad_token_id=32, bos_token_id=32)
+    kind = "MusicgenMelody" if melody else "Musicgen"
+    decoder = getattr(transformers, f"{kind}DecoderConfig")(
+        vocab_size=32, hidden_size=width, num_hidden_layers=3, ffn_dim=4 * width, num_attention_heads=2, num_codebooks=4 * channels,
+        audio_channels=channels, pad_token_id=32, bos_token_id=32)
     torch.manual_seed(0)
-    config = transformers.MusicgenConfig.from_sub_models_config(text, codec, decoder)
-    model = transformers.MusicgenForConditionalGeneration(config).eval()
+    more = dict(chroma_length=20) if melody else {}
+    config = getattr(transformers, f"{kind}Config").from_sub_models_config(text, codec, decoder, **more)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    model.generation_config.update(decoder_start_token_id=32, bos_token_id=32, pad_token_id=32)          # as beside the public weights
     randomise(model)
     return model
 
@@ -108,13 +115,14 @@ def test_codec(pair, samples):
 
 
 @torch.no_grad()
-def greedy(theirs, ids, mask, T: int, guidance: float = 3.0) -> torch.Tensor:
+def greedy(theirs, ids, mask, T: int, guidance: float = 3.0, **given) -> torch.Tensor:
     """Codes [B,K,T] that transformers generates. A sequence of T frames has T + levels steps with the first, which is special."""
     channels, K = theirs.config.decoder.audio_channels, theirs.config.decoder.num_codebooks
     seen, decode = [], theirs.audio_encoder.decode
     theirs.audio_encoder.decode = lambda codes, **kwargs: seen.append(codes[0]) or decode(codes, **kwargs)
     try:
-        theirs.generate(input_ids=ids, attention_mask=mask.long(), do_sample=False, guidance_scale=guidance, max_length=T + K // channels)
+        theirs.generate(input_ids=ids, attention_mask=mask.long(), do_sample=False, guidance_scale=guidance, max_length=T + K // channels,
+                        **given)
     finally:
         del theirs.audio_encoder.decode
     return torch.stack(seen, 2).flatten(1, 2)                                                           # [B, K, T]
@@ -128,6 +136,93 @@ def test_greedy_generation_with_guidance(pair):
     found = generate_codes(ours.model, [{"text": t} for t in WORDS], 100, Sampling(cfg=3, temperature=0))
     assert torch.equal(found, wanted) and len(found.unique()) > 10
     assert not torch.equal(found, generate_codes(ours.model, [{"text": t} for t in WORDS], 100, Sampling(cfg=1, temperature=0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# melody
+
+
+@pytest.fixture(scope="module", params=[dict(), dict(channels=2), dict(width=24)], ids=["mono", "stereo", "text as wide as the model"])
+def tuned(request, tmp_path_factory):
+    """(theirs, ours as a MusicGenerator, folder) with melody and text in front of the codes."""
+    if transformers is None:
+        pytest.skip(f"needs transformers: pip install transformers=={VERSION}")
+    theirs = published(melody=True, **request.param)
+    folder = save(theirs, tmp_path_factory.mktemp("hf") / "model")
+    return theirs, MusicGenerator.load(folder), folder
+
+
+def tune(seconds, seed=0, rate=16_000) -> torch.Tensor:
+    """Notes of half a second with some noise, and a silence [1, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    pitch = torch.randint(48, 84, (math.ceil(2 * seconds),), generator=generator)
+    time = torch.arange(rate // 2) / rate
+    notes = torch.cat([torch.sin(2 * math.pi * 440 * 2 ** ((p - 69) / 12) * time) for p in pitch])[:round(seconds * rate)]
+    notes += 0.01 * torch.randn(notes.shape, generator=generator)
+    notes[rate // 2:rate] = 0
+    return 0.3 * notes[None]
+
+
+def extractor(rate=16_000):
+    """transformers' own, for windows as long as at its 32 kHz."""
+    return transformers.MusicgenMelodyFeatureExtractor(sampling_rate=rate, hop_length=rate * 16 // 125, n_fft=rate * 64 // 125)
+
+
+@needs_transformers
+@pytest.mark.parametrize("rate", [16_000, 24_000, 32_000])
+@pytest.mark.parametrize("seconds", [0.3, 2.7])
+def test_chroma_is_that_of_their_feature_extractor(rate, seconds):
+    """Silent frames are its first class; a frame of less than 94 dB below full scale is silence here, a class of its own there."""
+    part = conditioning.MelodyConditioner(ConditionerConfig(melody_frames=chroma.count_frames(round(seconds * rate), rate),
+                                                            melody_null_bin0=True), 8)
+    for wav in (tune(seconds, 1, rate), torch.randn(1, round(seconds * rate)) * 0.1, torch.zeros(1, rate)):
+        wanted = extractor(rate)(wav[0].numpy(), sampling_rate=rate, return_tensors="pt").input_features
+        found, mask = part.prepare([chroma.chroma(wav, rate)])
+        frames = min(wanted.shape[1], found.shape[1])
+        assert mask.all() and frames > 4 and torch.equal(found[:, :frames], wanted[:, :frames])
+    quiet = 1e-6 * torch.sin(2 * math.pi * 440 * 2 ** (-7 / 12) * torch.arange(round(seconds * rate)) / rate)         # a D
+    assert not chroma.chroma(quiet, rate).any()
+    assert extractor(rate)(quiet.numpy(), sampling_rate=rate, return_tensors="pt").input_features[0, 2:-2].argmax(-1).eq(2).all()
+
+
+@torch.no_grad()
+def test_logits_with_melody_at_every_position(tuned):
+    """Texts of several lengths and a null one, melodies and a null one: what stands in front of the codes, and the logits."""
+    theirs, ours, _ = tuned
+    model, texts = ours.model, WORDS + [None]
+    K, card = model.config.K, model.config.card
+    generator = torch.Generator().manual_seed(1)
+    seq = torch.randint(0, card + 1, (5, K, 40), generator=generator)
+    melodies = [torch.rand(20, 12, generator=generator) for _ in range(4)] + [None]
+    features = torch.stack([F.one_hot(torch.zeros(20).long() if m is None else m.argmax(1), 12) for m in melodies]).float()
+    attributes = [{"text": text, "melody": m} for text, m in zip(texts, melodies[::-1])]
+    inputs = model.conditioner.prepare(attributes)
+    ids, mask = inputs["text"]
+    wanted = theirs(input_ids=ids, attention_mask=mask.long(), input_features=features.flip(0), decoder_input_ids=seq.flatten(0, 1))
+    conditions = model.conditioner(inputs)
+    assert (conditions.prefix - wanted.encoder_hidden_states).abs().max() < 1e-5
+    found, logits = model.logits(seq, conditions), wanted.logits[:, -40:]
+    print(f"largest difference {(found.flatten(0, 1) - logits).abs().max():.1e} of logits up to {logits.abs().max():.1f}")
+    assert (found.flatten(0, 1) - logits).abs().max() < 1e-4 * logits.abs().max().clamp_min(1)
+    alone = theirs(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=seq.flatten(0, 1)).logits[:, -40:]       # text alone
+    found = model.logits(seq, model.conditioner(model.conditioner.prepare([{"text": text} for text in texts])))
+    assert (found.flatten(0, 1) - alone).abs().max() < 1e-4 * alone.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("given", ["text and melody", "text", "melody"])
+def test_greedy_generation_with_melody(tuned, given):
+    """The same tokens over 100 frames, of audio to follow that is shorter than a segment (it begins again) and longer (it is cut)."""
+    theirs, ours, _ = tuned
+    texts = [None] * 4 if given == "melody" else WORDS
+    ids, mask = ours.model.conditioner.parts["text"].prepare(texts)
+    for seconds in (1.5, 4.0):
+        wavs = [None] * 4 if given == "text" else [tune(seconds, seed).expand(ours.codec.channels, -1) for seed in range(4)]
+        features = {} if given == "text" else extractor()([w[0].numpy() for w in wavs], sampling_rate=16_000, return_tensors="pt")
+        wanted = greedy(theirs, ids, mask, 100, use_cache=False, **features)         # with it 4.57.1 loses all conditions (its issue 45647)
+        found = ours.codes(ours.attributes(texts, wavs), 2.0, sampling=Sampling(cfg=3, temperature=0))
+        assert torch.equal(found, wanted) and len(found.unique()) > 10
+        plain = ours.codes(ours.attributes(WORDS), 2.0, sampling=Sampling(cfg=3, temperature=0))
+        assert torch.equal(found, plain) == (given == "text")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +312,7 @@ def test_wrong_folders_are_refused_with_one_line(tmp_path, capsys):
         (cut("config.json", 99), "not readable as JSON"),
         (cut("model.safetensors", 5000), "not a safetensors file, or truncated"),
         (cut("model.safetensors", 200_000), "not a safetensors file, or truncated"),
-        (edit(None, model_type="llama"), "'llama', 'musicgen' was expected"),
+        (edit(None, model_type="llama"), "'llama', 'musicgen' or 'musicgen_melody' was expected"),
         (edit("text_encoder", feed_forward_proj="gated-gelu"), "feed_forward_proj gated-gelu"),
         (edit("text_encoder", model_type="bert"), "'bert', 't5' was expected"),
         (edit("audio_encoder", model_type="dac"), "'dac', EnCodec was expected"),
@@ -252,19 +347,30 @@ def test_a_published_name_says_how_to_get_it(monkeypatch):
         convert.locate("facebook/musicgen-small")
 
 
-@pytest.mark.parametrize("size, millions", [("small", 420), ("medium", 1839), ("large", 3257)])
-def test_full_sizes(size, millions):
-    """Names and shapes of the published sizes, without allocating them: parameters with T5-base's projection, SPEC L6."""
-    c = ConditionerConfig(text_vocab=32128, text_dim=768, text_layers=12, text_heads=12, text_head_dim=64, text_hidden=3072)
-    model = convert.skeleton(ModelConfig(**train.SIZES[size]), c, {"text": PIECES})
+@pytest.mark.parametrize("size, fuse, channels, millions", [
+    ("small", convert.TEXT, 1, 420), ("medium", convert.TEXT, 1, 1839), ("large", convert.TEXT, 1, 3257), ("medium", convert.MELODY, 1, 1386),
+    ("large", convert.MELODY, 1, 2451), ("large", convert.TEXT, 2, 3291), ("large", convert.MELODY, 2, 2485)])
+def test_full_sizes(size, fuse, channels, millions):
+    """Names and shapes of the published sizes, without allocating them: parameters with T5-base's projection, SPEC L6; stereo has four
+    more pairs of table and head, 4 x 4097 x 2048 = 33.6M."""
+    c = ConditionerConfig(fuse=fuse, text_vocab=32128, text_dim=768, text_layers=12, text_heads=12, text_head_dim=64, text_hidden=3072)
+    text, K = fuse == convert.TEXT, 4 * channels
+    model = convert.skeleton(ModelConfig(K=K, cross_attention=text, **train.SIZES[size]), c, {"text": PIECES})
+    assert {x.device.type for x in model.parameters()} == {"meta"}
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if ".encoder." not in name}
     assert round(sum(torch.Size(s).numel() for s in shapes.values()) / 1e6) == millions
-    D = train.SIZES[size]["dim"]
-    assert shapes["emb.3.weight"] == (2049, D) and shapes["linears.3.weight"] == (2048, D)
-    assert shapes["transformer.layers.0.cross_attention.in_proj_weight"] == (3 * D, D)
-    assert shapes["conditioner.parts.text.output_proj.weight"] == (D, 768)
+    D, layers = train.SIZES[size]["dim"], train.SIZES[size]["num_layers"]
+    assert (D, layers) == dict(small=(1024, 24), medium=(1536, 48), large=(2048, 48))[size]
+    last = f"transformer.layers.{layers - 1}"
+    wanted = {**{f"emb.{k}.weight": (2049, D) for k in range(K)}, **{f"linears.{k}.weight": (2048, D) for k in range(K)},      # SPEC L7
+              f"{last}.self_attn.in_proj_weight": (3 * D, D), f"{last}.self_attn.out_proj.weight": (D, D),
+              f"{last}.linear1.weight": (4 * D, D), f"{last}.linear2.weight": (D, 4 * D), f"{last}.norm2.bias": (D,),
+              "out_norm.weight": (D,), "conditioner.parts.text.output_proj.weight": (D, 768)}
+    cross = {f"{last}.cross_attention.in_proj_weight": (3 * D, D), f"{last}.cross_attention.out_proj.weight": (D, D)}
+    wanted |= cross if text else {"conditioner.parts.melody.output_proj.weight": (D, 12), "conditioner.parts.melody.output_proj.bias": (D,)}
+    assert wanted.items() <= shapes.items() and any("cross" in name for name in shapes) == text
     theirs = [n for name in model.state_dict() for n in convert.rename(name)]
-    assert len(set(theirs)) == len(theirs) == len(model.state_dict()) + 4 * train.SIZES[size]["num_layers"]
+    assert len(set(theirs)) == len(theirs) == len(model.state_dict()) + (4 if text else 2) * layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,6 +385,19 @@ def test_generate_and_round_trip_from_a_folder(pair, tmp_path, capsys):
     assert wav.shape == (ours.codec.channels, 6400)
     assert tokenizer.main([str(tmp_path / "g" / "000.wav"), str(tmp_path / "back.wav"), "--codec", str(folder)]) == 0
     assert "4 x 32 codes" in capsys.readouterr().out
+
+
+@needs_transformers
+def test_generate_from_a_melody_folder(tuned, tmp_path, capsys):
+    """A file to follow, from the command line; refused where it is too short."""
+    _, ours, folder = tuned
+    tokenizer.write_audio(tmp_path / "in.wav", tune(1.5, rate=22_050), 22_050)
+    tokenizer.write_audio(tmp_path / "short.wav", tune(0.4), 16_000)
+    command = ["--model", str(folder), "--seconds", "0.4", "--out", str(tmp_path / "g"), "--melody"]
+    assert generate.main([*command, str(tmp_path / "in.wav"), "--prompt", "slow organ"]) == 0, capsys.readouterr().err
+    assert generate.main([*command, str(tmp_path / "in.wav")]) == 0
+    assert tokenizer.read_audio(tmp_path / "g" / "001.wav").shape == (ours.codec.channels, 6400)
+    assert generate.main([*command, str(tmp_path / "short.wav")]) == 2 and "at least 0.512 s" in capsys.readouterr().err
 
 
 TINY = ["--dataset", "toy", "--updates_per_epoch", "4", "--epochs", "1", "--batch_size", "4", "--valid_samples", "4", "--eval_samples", "1",
@@ -317,6 +436,19 @@ def test_fine_tuning_t5_as_well(tmp_path, capsys):
 
 
 @needs_transformers
+def test_fine_tuning_melody(tmp_path, capsys):
+    """The melody's projection is learnt with the rest, T5 stays; what was learnt goes out again with the same names."""
+    folder, out = save(published(melody=True), tmp_path / "hf"), tmp_path / "run"
+    before = convert.read(folder)["model"]
+    command = [*TINY, "--init_from", str(folder), "--conditions", "text", "melody", "--out", str(out)]
+    assert train.main(command) == 0, capsys.readouterr().err
+    data = convert.read_deployment(out)
+    assert {name for name, x in data["model"].items() if torch.equal(x, before[name])} == {n for n in before if ".encoder." in n}
+    assert data["conditioner_config"]["fuse"] == convert.MELODY and not data["model_config"]["mask_padding"]
+    assert train.main([*command, "--epochs", "2"]) == 0 and "going on from step 4" in capsys.readouterr().out
+
+
+@needs_transformers
 def test_stereo_fine_tuning_from_mono(tmp_path, capsys):
     folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
     assert train.main([*TINY, "--init_from", str(folder), "--out", str(out), "--channels", "2"]) == 0, capsys.readouterr().err
@@ -333,16 +465,25 @@ def write(source, to, out, capsys, *more) -> str:
     return capsys.readouterr().out
 
 
-@needs_transformers
 def test_in_and_out_is_the_identity(pair, tmp_path, capsys):
     """On every tensor of the folder: names, shapes and values; and the configuration that transformers reads is the same."""
     theirs, _, folder = pair
+    assert "note" not in check_identity(theirs, folder, tmp_path, capsys)
+
+
+def test_in_and_out_is_the_identity_with_melody(tuned, tmp_path, capsys):
+    theirs, _, folder = tuned
+    assert "turns use_cache off" in check_identity(theirs, folder, tmp_path, capsys)
+
+
+def check_identity(theirs, folder, tmp_path, capsys) -> str:
+    """Asserts it of a folder; what convert.py printed."""
     printed = write(folder, "hf", tmp_path / "out", capsys)
-    assert "wrote" in printed and "note" not in printed
     before, after = (convert.weights.hf_tensors(f) for f in (folder, tmp_path / "out"))
     assert before.shapes == after.shapes
     assert all(torch.equal(before[name], after[name]) for name in before.shapes)
-    loaded = transformers.MusicgenForConditionalGeneration.from_pretrained(tmp_path / "out")
+    loaded = type(theirs).from_pretrained(tmp_path / "out")
+    assert all(getattr(loaded.config, name, None) == getattr(theirs.config, name, None) for name in ("num_chroma", "chroma_length"))
     for part in ("text_encoder", "audio_encoder", "decoder"):
         ours, wanted = (getattr(m.config, part).to_dict() for m in (loaded, theirs))
         free = {"_name_or_path", "dtype", "torch_dtype", "architectures", "dropout", "dropout_rate", "decoder_start_token_id", "use_cache",
@@ -352,6 +493,7 @@ def test_in_and_out_is_the_identity(pair, tmp_path, capsys):
     write(tmp_path / "nano", "hf", tmp_path / "again", capsys)
     again = convert.weights.hf_tensors(tmp_path / "again")
     assert again.shapes == before.shapes and all(torch.equal(before[name], again[name]) for name in before.shapes)
+    return printed
 
 
 @needs_transformers
@@ -377,6 +519,50 @@ def test_a_trained_run_generates_the_same_in_transformers(tmp_path, capsys, chan
         assert (sound - mono.decode(codes[:, ::channels])).abs().max() < 1e-4
     settings = theirs.generation_config
     assert settings.top_k == 50 and settings.guidance_scale == 1.0 and settings.max_length == 84         # 1.6 s and the delays
+
+
+def melody_run(out, *more) -> Path:
+    """A trained run that has melody and text in front of the codes, as the public weights have them."""
+    command = [*TINY, "--size", "debug", "--conditions", "text", "melody", "--fuse", "melody=prepend", "text=prepend", *more]
+    assert train.main([*command, "--out", str(out)]) == 0
+    data = torch.load(out / "best.pt", weights_only=True)
+    data["conditioner_config"]["melody_null_bin0"] = True            # train.py has no flag for it
+    torch.save(data, out / "best.pt")
+    return out
+
+
+@needs_transformers
+def test_a_trained_melody_run_generates_the_same_in_transformers(tmp_path, capsys):
+    """Their processor reads text and audio from the folder; its own settings of generation hear both."""
+    out = melody_run(tmp_path / "run", "--no-mask_padding")
+    write(out, "hf", tmp_path / "hf", capsys)
+    theirs, info = transformers.MusicgenMelodyForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    features = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
+    words = transformers.T5Tokenizer.from_pretrained(tmp_path / "hf")
+    music, texts = MusicGenerator.load(out), ["a slow deep organ tune in D major with drums", "bells, fast"]
+    for seconds in (0.8, 1.6):
+        wavs = [tune(seconds, seed) for seed in range(2)]
+        given = words(texts, padding=True, return_tensors="pt")
+        heard = features([w[0].numpy() for w in wavs], sampling_rate=16_000, return_tensors="pt")
+        wanted = greedy(theirs.eval(), given.input_ids, given.attention_mask, 60, **heard)
+        found = music.codes(music.attributes(texts, wavs), 60 / 50, sampling=Sampling(cfg=3, temperature=0))
+        assert torch.equal(found, wanted)
+        assert not torch.equal(found, music.codes(music.attributes(texts, wavs[::-1]), 60 / 50, sampling=Sampling(cfg=3, temperature=0)))
+
+
+def test_a_melody_run_that_cannot_be_written(tmp_path, capsys):
+    out = melody_run(tmp_path / "run", "--no-melody_argmax")
+    data = torch.load(out / "best.pt", weights_only=True)
+    data["conditioner_config"]["melody_null_bin0"] = False
+    torch.save(data, out / "best.pt")
+    capsys.readouterr()
+    for target in ("hf", "audiocraft"):
+        assert convert.main([str(out), "--to", target, "--out", str(tmp_path / "no")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not (tmp_path / "no").exists()
+        for reason in ("--no-mask_padding", "reads zeros", "all twelve classes"):
+            assert reason in error, error
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, capsys):
