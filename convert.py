@@ -288,15 +288,33 @@ def package_config(folder: Path, t5) -> tuple[ModelConfig, ConditionerConfig, di
     for name, allowed in PACKAGE_SETTINGS.items():
         if (value := get(name, allowed)) != allowed:
             raise ValueError(f"{path}: its {name} is {value}, {allowed} was expected")
-    if get("fuser.cross") != ["description"] or get("fuser.prepend", []) or get("fuser.sum", []):
-        raise ValueError(f"{path}: its fuser has cross {get('fuser.cross')}, prepend {get('fuser.prepend')}; text by cross was expected")
+    cross, prepend = get("fuser.cross", []), get("fuser.prepend", [])
+    if get("fuser.sum", []) or (cross, sorted(prepend)) not in ((["description"], []), ([], ["description", "self_wav"])):
+        raise ValueError(f"{path}: its fuser has cross {cross}, prepend {prepend}; cross ['description'], or prepend ['self_wav', "
+                         "'description'] was expected")
     K, channels = lm["n_q"], get("channels", 1)
+    seconds = float(get("dataset.segment_duration", SEGMENT_SECONDS))
     delays = get("codebooks_pattern.delay.delays", list(range(K)))
     config = ModelConfig(K=K, card=lm["card"], dim=lm["dim"], num_layers=lm["num_layers"], num_heads=lm["num_heads"],
-                         hidden_scale=lm["hidden_scale"], mask_padding=False, delays=None if delays == list(range(K)) else delays)
+                         hidden_scale=lm["hidden_scale"], cross_attention=bool(cross), mask_padding=False,
+                         delays=None if delays == list(range(K)) else delays)
+    conditioner = t5_config(weights.read_json(Path(t5) / "config.json"), t5)
+    if prepend:
+        conditioner = replace(conditioner, **package_melody(get, seconds, path))
     sampling = dict(cfg=float(get("classifier_free_guidance.inference_coef", SAMPLING["cfg"])))
-    return config, t5_config(weights.read_json(Path(t5) / "config.json"), t5), dict(
-        channels=channels, seconds=float(get("dataset.segment_duration", SEGMENT_SECONDS)), sampling=sampling)
+    return config, conditioner, dict(channels=channels, seconds=seconds, sampling=sampling)
+
+
+def package_melody(get, seconds: float, path: Path) -> dict:
+    """Of a ConditionerConfig what audiocraft's conditioner of a melody has in `get`. Errors: ValueError naming the setting."""
+    stem = "conditioners.self_wav.chroma_stem"
+    rate = get(f"{stem}.sample_rate", get("sample_rate"))
+    n_fft = 4 * chroma.hop_length(rate)
+    for name, allowed in (("conditioners.self_wav.model", "chroma_stem"), (f"{stem}.n_chroma", 12), (f"{stem}.argmax", True),
+                          (f"{stem}.radix2_exp", math.log2(n_fft))):
+        if get(name) != allowed:
+            raise ValueError(f"{path}: its {name} is {get(name)}, {allowed} was expected")
+    return dict(fuse=dict(MELODY), melody_null_bin0=True, melody_frames=chroma.count_frames(int(seconds * rate), rate))
 
 
 PACKAGE_SETTINGS = {                                                 # of audiocraft, where there is only one that this model has
@@ -305,15 +323,26 @@ PACKAGE_SETTINGS = {                                                 # of audioc
     "transformer_lm.bias_attn": False, "transformer_lm.bias_proj": False, "transformer_lm.causal": True,
     "transformer_lm.positional_embedding": "sin", "transformer_lm.norm": "layer_norm", "transformer_lm.layer_scale": None,
     "transformer_lm.qk_layer_norm": False, "transformer_lm.kv_repeat": 1, "transformer_lm.past_context": None}
-PACKAGE_PREFIX = ("conditioner.parts.text.output_proj.", "condition_provider.conditioners.description.output_proj.")
+PACKAGE_TABLE = {"conditioner.parts.text.": "condition_provider.conditioners.description.",                      # what names begin with
+                 "conditioner.parts.melody.": "condition_provider.conditioners.self_wav."}
+WINDOW = "condition_provider.conditioners.self_wav.chroma.spec.window"                      # of the melody's FFT, a buffer
+
+
+def package_name(name: str) -> str:
+    """Our name of a tensor -> audiocraft's."""
+    for ours, theirs in PACKAGE_TABLE.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
 
 
 def read_package(folder: Path, t5: Path, shapes: dict) -> dict:
     """Weights by our names from a package of audiocraft and a folder with T5. Errors: ValueError listing what does not fit."""
     encoder = "conditioner.parts.text.encoder."
     _, tensors = weights.package(folder / weights.PACKAGE_FILES[0])
-    names = {ours: ours.replace(*PACKAGE_PREFIX) for ours in shapes if not ours.startswith(encoder)}
-    weights.check_names(folder / weights.PACKAGE_FILES[0], tensors.shapes, {theirs: shapes[ours] for ours, theirs in names.items()})
+    names = {ours: package_name(ours) for ours in shapes if not ours.startswith(encoder)}
+    weights.check_names(folder / weights.PACKAGE_FILES[0], tensors.shapes, {theirs: shapes[ours] for ours, theirs in names.items()},
+                        ignored=re.escape(WINDOW))
     text = read_hf(t5, {name: shape for name, shape in shapes.items() if name.startswith(encoder)}, True, "text_encoder.")
     return {ours: text[ours] if ours in text else tensors[names[ours]] for ours in shapes}
 
@@ -493,6 +522,15 @@ def t5_name(conditioner: dict) -> str | None:
 def package_files(data: dict, codec) -> dict:
     """{name: function that writes it} of a package of audiocraft. Its configuration is JSON, which is YAML too."""
     config, sampling, special = data["model_config"], data["sampling"], dict(version="1.3.0", exported=True)
+    conditioners = dict(description=dict(model="t5", t5=dict(name=t5_name(data["conditioner_config"]), finetune=False, word_dropout=0.0,
+                                                             normalize_text=False)))
+    model = {package_name(name): x.float() for name, x in data["model"].items() if ".text.encoder." not in name}
+    if melody := "melody" in data["conditioner_config"]["fuse"]:
+        n_fft = 4 * chroma.hop_length(codec.sample_rate)
+        model[WINDOW] = torch.hann_window(n_fft)
+        conditioners["self_wav"] = dict(model="chroma_stem", chroma_stem=dict(
+            sample_rate=codec.sample_rate, n_chroma=12, radix2_exp=int(math.log2(n_fft)), argmax=True, match_len_on_eval=True,
+            eval_wavs=None, n_eval_wavs=0))
     lm = dict(
         sample_rate=codec.sample_rate, channels=codec.channels, lm_model="transformer_lm", compression_model="encodec",
         dataset=dict(segment_duration=data["segment_frames"] / codec.frame_rate),
@@ -506,10 +544,9 @@ def package_files(data: dict, codec) -> dict:
         codebooks_pattern=dict(modeling="delay", delay=dict(delays=config["delays"] or list(range(config["K"])), flatten_first=0,
                                                             empty_initial=0)),
         classifier_free_guidance=dict(training_dropout=0.0, inference_coef=sampling["cfg"]), attribute_dropout={},
-        conditioners=dict(description=dict(model="t5", t5=dict(name=t5_name(data["conditioner_config"]), finetune=False,
-                                                               word_dropout=0.0, normalize_text=False))),
-        fuser=dict(cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1, sum=[], prepend=[], cross=["description"],
-                   input_interpolate=[]),
+        conditioners=conditioners,
+        fuser=dict(cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1, sum=[], input_interpolate=[],
+                   prepend=["self_wav", "description"] if melody else [], cross=[] if melody else ["description"]),
         interleave_stereo_codebooks=dict(use=codec.lanes == 2, per_timestep=False))
     seanet = {**weights.plain_seanet(codec.config), "norm": "weight_norm", "norm_params": {}, "disable_norm_outer_blocks": 0}
     own = codec.channels // codec.lanes
@@ -520,7 +557,6 @@ def package_files(data: dict, codec) -> dict:
         seanet={**seanet, "encoder": {}, "decoder": dict(trim_right_ratio=1.0, final_activation=None, final_activation_params=None)},
         rvq=dict(n_q=codec.levels, bins=codec.card, q_dropout=False, kmeans_init=False, decay=0.99))
     state = {name: x for name, x in codec.state_dict().items() if not name.endswith(weights.TRAINING_BUFFERS)}
-    model = {name.replace(*PACKAGE_PREFIX): x.float() for name, x in data["model"].items() if ".text.encoder." not in name}
     contents = zip(weights.PACKAGE_FILES, ((model, lm), (weights.to_package_codec(state, codec.levels), codec_config)))
     return {name: functools.partial(torch.save, {"best_state": tensors, "xp.cfg": json.dumps(settings, indent=1), **special})
             for name, (tensors, settings) in contents}

@@ -634,6 +634,22 @@ fuser:
 note: 'a long text: that
   goes on'
 """
+MELODY_CFG = """\
+  self_wav:
+    model: chroma_stem
+    chroma_stem:
+      sample_rate: ${sample_rate}
+      n_chroma: 12
+      radix2_exp: 13
+      argmax: true
+      match_len_on_eval: false
+fuser:
+  sum: []
+  prepend:
+  - self_wav
+  - description
+  cross: []
+"""
 CODEC_CFG = """\
 sample_rate: 16000
 channels: 1
@@ -674,9 +690,9 @@ rvq:
 
 
 def package_of(theirs, folder):
-    """What audiocraft writes of such a model, by its names (SPEC L7), and a folder with its T5."""
+    """What audiocraft writes of such a model, by its names (SPEC L7), and a folder with its T5. Its melodies are as long as a segment."""
     channels, K = theirs.config.decoder.audio_channels, theirs.config.decoder.num_codebooks
-    state, lm, codec = theirs.state_dict(), {}, {}
+    state, lm, codec, melody = theirs.state_dict(), {}, {}, hasattr(theirs, "audio_enc_to_dec_proj")
     layer = "decoder.model.decoder.layers."
     parts = dict(fc1="linear1", fc2="linear2", self_attn_layer_norm="norm1", final_layer_norm="norm2", encoder_attn_layer_norm="norm_cross")
     for name, x in state.items():
@@ -700,9 +716,14 @@ def package_of(theirs, folder):
     for leaf in ("weight", "bias"):
         lm[f"out_norm.{leaf}"] = state[f"decoder.model.decoder.layer_norm.{leaf}"]
         lm[f"condition_provider.conditioners.description.output_proj.{leaf}"] = state[f"enc_to_dec_proj.{leaf}"]
+        if melody:
+            lm[f"condition_provider.conditioners.self_wav.output_proj.{leaf}"] = state[f"audio_enc_to_dec_proj.{leaf}"]
+            lm["condition_provider.conditioners.self_wav.chroma.spec.window"] = torch.hann_window(8192)
     delays = "\n    ".join(f"- {k // channels}" for k in range(K))
     folder.mkdir()
     config = XP_CFG.format(K=K, channels=channels, delays=delays)
+    if melody:
+        config = config[:config.index("fuser:")] + MELODY_CFG
     torch.save({"best_state": lm, "xp.cfg": config, "version": "1.3.0", "exported": True}, folder / "state_dict.bin")
     torch.save({"best_state": codec, "xp.cfg": CODEC_CFG, "version": "1.3.0", "exported": True}, folder / "compression_state_dict.bin")
     theirs.text_encoder.save_pretrained(folder.parent / "t5")
@@ -721,15 +742,18 @@ def test_plain_yaml():
 
 
 @needs_transformers
-def test_package_in_and_out(pair, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("melody", [False, True], ids=["text", "melody"])
+@pytest.mark.parametrize("channels", [1, 2], ids=["mono", "stereo"])
+def test_package_in_and_out(channels, melody, tmp_path, capsys, monkeypatch):
     """The same tensors as from the Hugging Face folder, in and out again; padded text is attended to, as audiocraft has it."""
-    theirs, _, folder = pair
-    package, t5 = package_of(theirs, tmp_path / "package")
+    theirs = published(channels, melody=melody)
+    folder, (package, t5) = save(theirs, tmp_path / "hf"), package_of(theirs, tmp_path / "package")
     wanted, found = convert.read(folder), convert.read(package, t5)
+    assert found["conditioner_config"] == {**wanted["conditioner_config"], "melody_frames": 235}
     assert found["model"].keys() == wanted["model"].keys()
     assert all(torch.equal(x, found["model"][name]) for name, x in wanted["model"].items())
     assert found["codec"]["fingerprint"] == wanted["codec"]["fingerprint"]
-    assert {**found["model_config"], "mask_padding": True} == wanted["model_config"] and not found["model_config"]["mask_padding"]
+    assert {**wanted["model_config"], "mask_padding": False} == found["model_config"]
     assert found["segment_frames"] == 1500 and found["sampling"]["cfg"] == 3.0
     assert generate.main(["--model", str(package), "--prompt", "x"]) == 2
     assert "--t5 T5_FOLDER --to nano" in capsys.readouterr().err
@@ -740,7 +764,7 @@ def test_package_in_and_out(pair, tmp_path, capsys, monkeypatch):
     assert convert.main([str(tmp_path / "nano"), "--to", "audiocraft", "--out", str(tmp_path / "no")]) == 2
     assert "fetches by name" in capsys.readouterr().err
     monkeypatch.setitem(convert.T5_NAMES, (24, 2, 3, 8, 40, 80), "t5-tiny")
-    write(tmp_path / "nano", "audiocraft", tmp_path / "out", capsys)
+    assert ("demucs" in write(tmp_path / "nano", "audiocraft", tmp_path / "out", capsys)) == melody
     back = convert.read(tmp_path / "out", t5)
     assert back["model_config"] == found["model_config"] and back["segment_frames"] == 1500
     for name in convert.weights.PACKAGE_FILES:
