@@ -35,7 +35,7 @@ from torch import Tensor
 import chroma
 import tokenizer
 import weights
-from conditioning import Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
+from conditioning import Bottleneck, Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
 from model import ModelConfig, MusicGen
 
 FORMAT = "nanomusicgen-1"                                            # of best.pt
@@ -44,6 +44,7 @@ SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as publis
 SEGMENT_SECONDS = 30.0                                               # what the published models were trained on
 TEXT = {"text": "cross"}                                             # how the conditions of the published models enter,
 MELODY = {"melody": "prepend", "text": "prepend"}                    # and in which order
+STYLE = {"style": "prepend", "text": "prepend"}                      # read only
 LAYER, T5_LAYER = "decoder.model.decoder.layers.{}", "text_encoder.encoder.block.{}.layer"
 TABLE = {                                                            # our name: transformers'; {} is a number, [qkv] three tensors
     "emb.{}.weight": "decoder.model.decoder.embed_tokens.{}.weight",
@@ -182,6 +183,7 @@ def read(path, t5=None, codec=None) -> dict:
     if (codec.K, codec.card) != (config.K, config.card):
         raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, its codec has {codec.K} x {codec.card}")
     conditioner.melody_rate = codec.hop / chroma.hop_length(codec.sample_rate)
+    conditioner.style_frames = round(source.get("style_seconds", 3.0) * codec.frame_rate)
     return dict(format=FORMAT, model=model, model_config=asdict(config), conditioner_config=asdict(conditioner),
                 assets={"text": pack(pieces)}, codec=codec.reference, sampling={**SAMPLING, **source["sampling"]},
                 segment_frames=math.ceil(source["seconds"] * codec.frame_rate), metrics={}, step=0, args={})
@@ -299,10 +301,12 @@ def package_config(folder: Path, t5) -> tuple[ModelConfig, ConditionerConfig, di
                          hidden_scale=lm["hidden_scale"], cross_attention=bool(cross), mask_padding=False,
                          delays=None if delays == list(range(K)) else delays)
     conditioner = t5_config(weights.read_json(Path(t5) / "config.json"), t5)
+    style = bool(prepend) and get("conditioners.self_wav.model") == "style"
     if prepend:
-        conditioner = replace(conditioner, **package_melody(get, seconds, path))
+        conditioner = replace(conditioner, **(package_style(get, lm["card"], channels, path) if style else package_melody(get, seconds, path)))
     sampling = dict(cfg=float(get("classifier_free_guidance.inference_coef", SAMPLING["cfg"])))
-    return config, conditioner, dict(channels=channels, seconds=seconds, sampling=sampling)
+    source = dict(channels=channels, seconds=seconds, sampling=sampling)
+    return config, conditioner, source | (dict(style_seconds=float(get("conditioners.self_wav.style.length", 3.0))) if style else {})
 
 
 def package_melody(get, seconds: float, path: Path) -> dict:
@@ -317,34 +321,68 @@ def package_melody(get, seconds: float, path: Path) -> dict:
     return dict(fuse=dict(MELODY), melody_null_bin0=True, melody_frames=chroma.count_frames(int(seconds * rate), rate))
 
 
+def package_style(get, card: int, channels: int, path: Path) -> dict:
+    """Of a ConditionerConfig what audiocraft's conditioner of a style has in `get`. Errors: ValueError naming the setting."""
+    style = "conditioners.self_wav.style"
+    if (reader := get(f"{style}.model_name")) != "encodec" or channels != 1:
+        raise ValueError(f"{path}: its style is read from {channels} channels by {reader}, 1 by encodec was expected: MERT, which the "
+                         "published MusicGen-Style has, is a network that is not here")
+    scale, levels = get(f"{style}.transformer_scale", "default"), get(f"{style}.n_q_out", 6)
+    if scale not in STYLE_SIZES or levels < 1 or not get(f"{style}.batch_norm", True):
+        raise ValueError(f"{path}: its {style} has transformer_scale {scale}, n_q_out {levels}, batch_norm {get(f'{style}.batch_norm')}; one "
+                         f"of {', '.join(STYLE_SIZES)}, at least 1 and true were expected")
+    return dict(fuse=dict(STYLE), style_card=card, style_codebooks=get(f"{style}.encodec_n_q", 4), style_bins=get(f"{style}.bins", 1024),
+                style_levels=min(levels, get(f"{style}.eval_q", 3)), style_every=get(f"{style}.ds_factor", 15), style_norm=False,
+                **STYLE_SIZES[scale])
+
+
+STYLE_SIZES = {"xsmall": dict(style_dim=256, style_heads=8, style_layers=4), "default": dict(style_dim=512, style_heads=8, style_layers=8),
+               "large": dict(style_dim=1024, style_heads=16, style_layers=24)}          # audiocraft's names
 PACKAGE_SETTINGS = {                                                 # of audiocraft, where there is only one that this model has
     "lm_model": "transformer_lm", "codebooks_pattern.modeling": "delay", "conditioners.description.model": "t5",
     "transformer_lm.activation": "gelu", "transformer_lm.norm_first": True, "transformer_lm.bias_ff": False,
     "transformer_lm.bias_attn": False, "transformer_lm.bias_proj": False, "transformer_lm.causal": True,
     "transformer_lm.positional_embedding": "sin", "transformer_lm.norm": "layer_norm", "transformer_lm.layer_scale": None,
     "transformer_lm.qk_layer_norm": False, "transformer_lm.kv_repeat": 1, "transformer_lm.past_context": None}
-PACKAGE_TABLE = {"conditioner.parts.text.": "condition_provider.conditioners.description.",                      # what names begin with
-                 "conditioner.parts.melody.": "condition_provider.conditioners.self_wav."}
-WINDOW = "condition_provider.conditioners.self_wav.chroma.spec.window"                      # of the melody's FFT, a buffer
+SELF_WAV = "condition_provider.conditioners.self_wav."
+WINDOW = SELF_WAV + "chroma.spec.window"                             # of the melody's FFT, a buffer
+LEVELS = SELF_WAV + "rvq.vq.layers.{}._codebook."
+PACKAGE_TABLE = {                                                    # our names begin so: audiocraft's; {} is a level, ours are stacked
+    "conditioner.parts.text.": "condition_provider.conditioners.description.",
+    "conditioner.parts.melody.": SELF_WAV,
+    "conditioner.parts.style.bottleneck.vectors": LEVELS + "embed",
+    "conditioner.parts.style.bottleneck.sizes": LEVELS + "cluster_size",
+    "conditioner.parts.style.bottleneck.count": SELF_WAV + "batch_norm.num_batches_tracked",
+    "conditioner.parts.style.bottleneck.": SELF_WAV + "batch_norm.running_",
+    "conditioner.parts.style.emb.": SELF_WAV + "embed.",
+    "conditioner.parts.style.": SELF_WAV}
 
 
 def package_name(name: str) -> str:
     """Our name of a tensor -> audiocraft's."""
-    for ours, theirs in PACKAGE_TABLE.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
+    ours = next((start for start in PACKAGE_TABLE if name.startswith(start)), "")
+    return PACKAGE_TABLE.get(ours, "") + name.removeprefix(ours)
 
 
 def read_package(folder: Path, t5: Path, shapes: dict) -> dict:
-    """Weights by our names from a package of audiocraft and a folder with T5. Errors: ValueError listing what does not fit."""
-    encoder = "conditioner.parts.text.encoder."
-    _, tensors = weights.package(folder / weights.PACKAGE_FILES[0])
+    """Weights by our names from a package of audiocraft and a folder with T5. A style's quantiser may have more levels than it is used
+    with: they are left out. Errors: ValueError listing what does not fit."""
+    encoder, path = "conditioner.parts.text.encoder.", folder / weights.PACKAGE_FILES[0]
+    _, tensors = weights.package(path)
     names = {ours: package_name(ours) for ours in shapes if not ours.startswith(encoder)}
-    weights.check_names(folder / weights.PACKAGE_FILES[0], tensors.shapes, {theirs: shapes[ours] for ours, theirs in names.items()},
-                        ignored=re.escape(WINDOW))
-    text = read_hf(t5, {name: shape for name, shape in shapes.items() if name.startswith(encoder)}, True, "text_encoder.")
-    return {ours: text[ours] if ours in text else tensors[names[ours]] for ours in shapes}
+    names = {ours: [theirs.format(i) for i in range(shapes[ours][0])] if "{}" in theirs else theirs for ours, theirs in names.items()}
+    wanted = {}
+    for ours, theirs in names.items():
+        wanted |= {theirs: shapes[ours]} if isinstance(theirs, str) else dict.fromkeys(theirs, shapes[ours][1:])
+    levels = shapes.get("conditioner.parts.style.bottleneck.vectors", [1])[0]
+    unused = LEVELS.format(f"(?!({'|'.join(map(str, range(levels)))})[.])[0-9]+")
+    weights.check_names(path, tensors.shapes, wanted, rf"{WINDOW}|{unused}|_codebook[.](inited|embed_avg)$")
+    found = read_hf(t5, {name: shape for name, shape in shapes.items() if name.startswith(encoder)}, True, "text_encoder.")
+    found |= {ours: tensors[theirs] if isinstance(theirs, str) else torch.stack([tensors[name] for name in theirs])
+              for ours, theirs in names.items()}
+    if (count := "conditioner.parts.style.bottleneck.count") in found:
+        found[count].clamp_(max=1 / (1 - Bottleneck.DECAY))          # there every update counts, here an average of them
+    return {ours: found[ours] for ours in shapes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

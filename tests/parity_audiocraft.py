@@ -6,6 +6,9 @@
 
 What audiocraft imports and does not need for this (xformers, spacy, av ..) is replaced by empty modules. Two it would need for a melody
 are replaced too: demucs, so that the whole audio is heard, and librosa's filterbank by transformers', which has the same numbers.
+
+Release 1.3.0 has no style conditioner. It has what the later one is made of (StreamingTransformer, ResidualVectorQuantizer): these, with
+nn.BatchNorm1d, are put together here as the public code does, and compared; the later class itself was not run.
 """
 
 import importlib.abc
@@ -77,6 +80,46 @@ def main() -> None:
         if melody:                                                   # as their MusicGen sets it for every model of this kind
             theirs.condition_provider.conditioners["self_wav"]._use_masking = False
         compare(MusicGenerator.load(folder / "nano"), theirs, their_codec, made.WORDS, made.tune if melody else None)
+
+
+    style(folder, made, convert)
+
+
+class Style(torch.nn.Module):
+    """The parts of audiocraft's style conditioner, under its names: codes [B,n,L] -> [B, L/every, D]."""
+
+    def __init__(self, dim: int, heads: int, layers: int, card: int, codebooks: int, levels: int, bins: int, D: int):
+        super().__init__()
+        from audiocraft.modules.transformer import StreamingTransformer
+        from audiocraft.quantization import ResidualVectorQuantizer
+        self.embed = torch.nn.ModuleList(torch.nn.Embedding(card, dim) for _ in range(codebooks))
+        self.transformer = StreamingTransformer(d_model=dim, num_heads=heads, num_layers=layers, dim_feedforward=4 * dim, norm_first=True,
+                                                memory_efficient=True, activation="gelu", causal=False, bias_ff=False, bias_attn=False)
+        self.batch_norm = torch.nn.BatchNorm1d(dim, affine=False)
+        self.rvq = ResidualVectorQuantizer(dim, n_q=levels, q_dropout=True, bins=bins, kmeans_init=False)
+        self.output_proj = torch.nn.Linear(dim, D)
+
+    def forward(self, codes: torch.Tensor, levels: int, every: int) -> torch.Tensor:
+        x = self.transformer(sum(table(row) for table, row in zip(self.embed, codes.unbind(1))))
+        self.rvq.set_num_codebooks(levels)
+        return self.output_proj(self.rvq(self.batch_norm(x.transpose(1, 2)), frame_rate=1).x.transpose(1, 2)[:, ::every])
+
+
+@torch.no_grad()
+def style(folder: Path, made, convert) -> None:
+    """Prints and asserts: the tokens of a style, of a package with the tensors of these parts."""
+    torch.manual_seed(0)
+    theirs = Style(256, 8, 4, card=32, codebooks=3, levels=6, bins=16, D=32).eval()
+    made.randomise(theirs)
+    theirs.batch_norm.running_var.uniform_(0.5, 1.5)
+    package, t5 = made.style_package_of(theirs.state_dict(), folder / "style")
+    part = convert.build_model(convert.read(package, t5)).conditioner.parts["style"]
+    codes = torch.randint(0, 32, (3, 4, 40), generator=torch.Generator().manual_seed(0))
+    found, mask = part(*part.prepare([*codes, None]))
+    wanted, apart = theirs(codes[:, :3], levels=3, every=15), theirs(codes[:, :3], levels=4, every=15)
+    difference = float((found[:3] - wanted).abs().max())
+    print(f"style: {difference:.1e} of values up to {wanted.abs().max():.1f}; with a level more they differ by {(wanted - apart).abs().max():.1f}")
+    assert found[3].eq(0).all() and mask[:3].all() and wanted.std() > 0.1 and difference < 1e-4
 
 
 def asked(texts: list, wavs: list, rate: int) -> list:

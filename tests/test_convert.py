@@ -741,6 +741,82 @@ def test_plain_yaml():
     assert read["transformer_lm"]["layer_scale"] is None and read["fuser"]["sum"] == [] and "note" in read
 
 
+STYLE_CFG = """\
+  self_wav:
+    model: style
+    style:
+      model_name: encodec
+      transformer_scale: xsmall
+      encodec_n_q: 3
+      length: 3.0
+      ds_factor: 15
+      n_q_out: 6
+      eval_q: 3
+      bins: 16
+      batch_norm: true
+"""
+
+
+def style_package_of(state, folder):
+    """A package with a style conditioner of these tensors, and a folder with its T5."""
+    package, t5 = package_of(published(melody=True), folder.parent / "melody")
+    content = torch.load(package / "state_dict.bin")
+    start = "condition_provider.conditioners.self_wav."
+    content["best_state"] = {n: x for n, x in content["best_state"].items() if not n.startswith(start)} | {start + n: x for n, x in state.items()}
+    config = content["xp.cfg"]
+    content["xp.cfg"] = config[:config.index("  self_wav:")] + STYLE_CFG + config[config.index("fuser:"):]
+    package.rename(folder)
+    torch.save(content, folder / "state_dict.bin")
+    return folder, t5
+
+
+def style_state(D=256, layers=4) -> dict:
+    """Tensors of a style conditioner with names and shapes as audiocraft has them (SPEC L7), three levels more than are used."""
+    shapes = {**{f"embed.{k}.weight": (32, D) for k in range(3)}, "batch_norm.running_mean": (D,), "output_proj.weight": (32, D),
+              "output_proj.bias": (32,)}
+    for l in range(layers):
+        shapes |= {f"transformer.layers.{l}.{n}": s for n, s in {
+            "self_attn.in_proj_weight": (3 * D, D), "self_attn.out_proj.weight": (D, D), "linear1.weight": (4 * D, D),
+            "linear2.weight": (D, 4 * D), **{f"norm{i}.{leaf}": (D,) for i in (1, 2) for leaf in ("weight", "bias")}}.items()}
+    for q in range(6):
+        book = f"rvq.vq.layers.{q}._codebook."
+        shapes |= {book + "embed": (16, D), book + "embed_avg": (16, D), book + "cluster_size": (16,), book + "inited": (1,)}
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    return {**state, "batch_norm.running_var": torch.ones(D) / 2, "batch_norm.num_batches_tracked": torch.tensor(70_000)}
+
+
+@needs_transformers
+def test_style_package_in(tmp_path, capsys):
+    """Its tensors under our names, the levels that are used alone; it generates; MERT is refused; it does not go out."""
+    state = style_state()
+    package, t5 = style_package_of(state, tmp_path / "package")
+    write(package, "nano", tmp_path / "nano", capsys, "--t5", str(t5))
+    data = convert.read_deployment(tmp_path / "nano")
+    c, model, start = ConditionerConfig(**data["conditioner_config"]), data["model"], "conditioner.parts.style."
+    assert c.fuse == convert.STYLE and (c.style_levels, c.style_every, c.style_frames, c.style_norm) == (3, 15, 150, False)
+    assert torch.equal(model[start + "bottleneck.vectors"][2], state["rvq.vq.layers.2._codebook.embed"])
+    assert torch.equal(model[start + "bottleneck.sizes"][1], state["rvq.vq.layers.1._codebook.cluster_size"])
+    assert torch.equal(model[start + "bottleneck.mean"], state["batch_norm.running_mean"]) and model[start + "bottleneck.count"] == 100
+    for name in ("transformer.layers.3.linear2.weight", "output_proj.bias"):
+        assert torch.equal(model[start + name], state[name])
+    assert torch.equal(model[start + "emb.2.weight"], state["embed.2.weight"])
+    tokenizer.write_audio(tmp_path / "in.wav", tune(4), 16_000)
+    command = ["--model", str(tmp_path / "nano"), "--prompt", "slow organ", "--style", str(tmp_path / "in.wav"), "--seconds", "0.2"]
+    assert generate.main([*command, "--out", str(tmp_path / "g")]) == 0
+    capsys.readouterr()
+    assert convert.main([str(tmp_path / "nano"), "--to", "hf", "--out", str(tmp_path / "no")]) == 2
+    assert "its conditions are style=prepend text=prepend" in capsys.readouterr().err
+    content = torch.load(package / "state_dict.bin")
+    for old, new, says in (("model_name: encodec", "model_name: mert", "a network that is not here"),
+                           ("transformer_scale: xsmall", "transformer_scale: none", "transformer_scale none"),
+                           ("bins: 16", "bins: 8", "6 of another shape")):
+        torch.save({**content, "xp.cfg": content["xp.cfg"].replace(old, new)}, package / "state_dict.bin")
+        assert convert.main([str(package), "--t5", str(t5)]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, error
+
+
 @needs_transformers
 @pytest.mark.parametrize("melody", [False, True], ids=["text", "melody"])
 @pytest.mark.parametrize("channels", [1, 2], ids=["mono", "stereo"])
@@ -780,8 +856,15 @@ def test_package_in_and_out(channels, melody, tmp_path, capsys, monkeypatch):
 @needs_transformers
 def test_wrong_packages(tmp_path, capsys):
     package, t5 = package_of(published(), tmp_path / "package")
-    content = torch.load(package / "state_dict.bin")
+    other, _ = package_of(published(melody=True), tmp_path / "melody")
+    content, tuned = (torch.load(folder / "state_dict.bin") for folder in (package, other))
     cases = [
+        *((lambda old=old, new=new: torch.save({**tuned, "xp.cfg": tuned["xp.cfg"].replace(old, new)}, package / "state_dict.bin"), says)
+          for old, new, says in (("argmax: true", "argmax: false", "chroma_stem.argmax is False, True was expected"),
+                                 ("radix2_exp: 13", "radix2_exp: 14", "chroma_stem.radix2_exp is 14, 13.0 was expected"),
+                                 ("n_chroma: 12", "n_chroma: 24", "chroma_stem.n_chroma is 24, 12 was expected"),
+                                 ("model: chroma_stem", "model: clap", "conditioners.self_wav.model is clap, chroma_stem was expected"),
+                                 ("  - self_wav\n", "", "prepend ['description']; cross ['description'], or prepend"))),
         (lambda: torch.save({**content, "xp.cfg": content["xp.cfg"].replace("modeling: delay", "modeling: parallel")},
                             package / "state_dict.bin"), "codebooks_pattern.modeling is parallel, delay was expected"),
         (lambda: torch.save({**content, "xp.cfg": "nothing"}, package / "state_dict.bin"), "lacks transformer_lm.n_q"),
