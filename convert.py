@@ -169,7 +169,7 @@ def read(path, t5=None, codec=None) -> dict:
     kind, folder = weights.kind_of(path), Path(path)
     pieces = read_pieces(Path(t5) if kind == "audiocraft" else folder)
     if vocabulary_size(pieces) > conditioner.text_vocab:
-        raise ValueError(f"{path}: spiece.model has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
+        raise ValueError(f"{path}: vocabulary has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
     try:
         shapes = {name: list(x.shape) for name, x in skeleton(config, conditioner, {"text": pieces}).state_dict().items()}
     except Exception as error:                                       # a foreign config can fail in any way
@@ -237,12 +237,13 @@ def t5_config(config: dict, where) -> ConditionerConfig:
 
 
 def read_pieces(folder: Path) -> bytes:
-    """T5's sentencepiece model. Errors: ValueError naming the file."""
-    path = folder / "spiece.model"
-    if not path.is_file():
-        also = " (tokenizer.json holds the same pieces in another form, which is not read)" if (folder / "tokenizer.json").is_file() else ""
-        raise ValueError(f"{path}: no such file{also}: the sentencepiece model of T5 was expected, as in google-t5/t5-base")
-    pieces = path.read_bytes()
+    """T5's sentencepiece model, from spiece.model or from tokenizer.json. Errors: ValueError naming the file."""
+    path, other = folder / "spiece.model", folder / "tokenizer.json"
+    if not path.is_file() and not other.is_file():
+        raise ValueError(f"{path}: no such file: the sentencepiece model of T5 was expected, as in google-t5/t5-base "
+                         f"(hf download google-t5/t5-base spiece.model --local-dir {folder}), or its tokenizer.json")
+    path = path if path.is_file() else other
+    pieces = path.read_bytes() if path != other else weights.read_tokenizer(path)
     try:
         vocabulary_size(pieces)
     except Exception as error:                                       # a foreign file can fail in any way
@@ -315,8 +316,8 @@ def package_melody(get, seconds: float, path: Path) -> dict:
     rate = get(f"{stem}.sample_rate", get("sample_rate"))
     n_fft = 4 * chroma.hop_length(rate)
     for name, allowed in (("conditioners.self_wav.model", "chroma_stem"), (f"{stem}.n_chroma", 12), (f"{stem}.argmax", True),
-                          (f"{stem}.radix2_exp", math.log2(n_fft))):
-        if get(name) != allowed:
+                          (f"{stem}.radix2_exp", f"{math.log2(n_fft):g}")):
+        if str(get(name)) != str(allowed):
             raise ValueError(f"{path}: its {name} is {get(name)}, {allowed} was expected")
     return dict(fuse=dict(MELODY), melody_null_bin0=True, melody_frames=chroma.count_frames(int(seconds * rate), rate))
 
