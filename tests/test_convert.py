@@ -214,6 +214,21 @@ def test_logits_with_melody_at_every_position(tuned):
     assert (found.flatten(0, 1) - alone).abs().max() < 1e-4 * alone.abs().max().clamp_min(1)
 
 
+@needs_transformers
+def test_melody_beside_codes_of_another_rate(tmp_path):
+    """75 frames a second over a codec of 24 kHz: 7.8 of them are of the melody, in windows of 12,288 samples."""
+    folder = save(published(melody=True), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    config["audio_encoder"] |= dict(sampling_rate=24_000, target_bandwidths=[1.5])
+    (folder / "config.json").write_text(json.dumps(config))
+    data = convert.read(folder)
+    assert data["conditioner_config"]["melody_rate"] == 320 / 3072 and data["segment_frames"] == 30 * 75
+    with pytest.raises(ValueError, match="windows of 12288 samples, there only in powers of two; its melody has 20 frames, there 235"):
+        convert.write_out(data, "audiocraft", tmp_path / "no")
+    convert.write_out(data, "hf", tmp_path / "out")
+    assert transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "out").n_fft == 12_288
+
+
 @pytest.mark.parametrize("given", ["text and melody", "text", "melody"])
 def test_greedy_generation_with_melody(tuned, given):
     """The same tokens over 100 frames, of audio to follow that is shorter than a segment (it begins again) and longer (it is cut)."""
