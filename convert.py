@@ -41,7 +41,7 @@ from model import ModelConfig, MusicGen
 FORMAT = "nanomusicgen-1"                                            # of best.pt
 WHAT = "a model of this project"                                     # and so it is called
 SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
-SEGMENT_SECONDS = 30.0                                               # what the published models were trained on
+SEGMENT_SECONDS, STYLE_SECONDS = 30.0, 3.0                           # what the published models were trained on, and read a style from
 TEXT = {"text": "cross"}                                             # how the conditions of the published models enter,
 MELODY = {"melody": "prepend", "text": "prepend"}                    # and in which order
 STYLE = {"style": "prepend", "text": "prepend"}                      # read only
@@ -169,7 +169,7 @@ def read(path, t5=None, codec=None) -> dict:
     kind, folder = weights.kind_of(path), Path(path)
     pieces = read_pieces(Path(t5) if kind == "audiocraft" else folder)
     if vocabulary_size(pieces) > conditioner.text_vocab:
-        raise ValueError(f"{path}: vocabulary has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
+        raise ValueError(f"{path}: its vocabulary has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
     try:
         shapes = {name: list(x.shape) for name, x in skeleton(config, conditioner, {"text": pieces}).state_dict().items()}
     except Exception as error:                                       # a foreign config can fail in any way
@@ -183,14 +183,14 @@ def read(path, t5=None, codec=None) -> dict:
     if (codec.K, codec.card) != (config.K, config.card):
         raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, its codec has {codec.K} x {codec.card}")
     conditioner.melody_rate = codec.hop / chroma.hop_length(codec.sample_rate)
-    conditioner.style_frames = round(source.get("style_seconds", 3.0) * codec.frame_rate)
+    conditioner.style_frames = round(source["style_seconds"] * codec.frame_rate)
     return dict(format=FORMAT, model=model, model_config=asdict(config), conditioner_config=asdict(conditioner),
                 assets={"text": pack(pieces)}, codec=codec.reference, sampling={**SAMPLING, **source["sampling"]},
                 segment_frames=math.ceil(source["seconds"] * codec.frame_rate), metrics={}, step=0, args={})
 
 
 def read_config(path, t5=None) -> tuple[ModelConfig, ConditionerConfig, dict]:
-    """Shapes of a published model, and {channels, seconds, sampling}, without its weights. Errors: ValueError."""
+    """Shapes of a published model, and {channels, seconds, style_seconds, sampling}, without its weights. Errors: ValueError."""
     return hf_config(Path(path)) if weights.kind_of(path) == "hf" else package_config(Path(path), t5)
 
 
@@ -215,14 +215,16 @@ def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
                             delays=[k // 2 for k in range(K)] if channels == 2 else None)        # 0 0 1 1 ..: left and right at once
         conditioner = t5_config(text, folder)
         if melody:
-            if config.get("num_chroma", 12) != 12:
-                raise ValueError(f"{folder}: its melody has num_chroma {config['num_chroma']}, 12 was expected")
-            conditioner = replace(conditioner, fuse=dict(MELODY), melody_null_bin0=True, melody_frames=config.get("chroma_length", 235))
+            classes, frames = config.get("num_chroma", 12), config.get("chroma_length", 235)
+            if classes != 12 or not isinstance(frames, int) or frames < 1:
+                raise ValueError(f"{folder}: its melody has num_chroma {classes}, chroma_length {frames}; 12 and at least 1 were expected")
+            conditioner = replace(conditioner, fuse=dict(MELODY), melody_null_bin0=True, melody_frames=frames)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: config.json is not that of a MusicGen ({tokenizer.reason(error)})") from None
     path = folder / "generation_config.json"
     guidance = weights.read_json(path).get("guidance_scale") if path.is_file() else None
-    return model, conditioner, dict(channels=channels, seconds=SEGMENT_SECONDS, sampling=dict(cfg=float(guidance)) if guidance else {})
+    return model, conditioner, dict(channels=channels, seconds=SEGMENT_SECONDS, style_seconds=STYLE_SECONDS,
+                                    sampling=dict(cfg=float(guidance)) if guidance else {})
 
 
 def t5_config(config: dict, where) -> ConditionerConfig:
@@ -302,12 +304,13 @@ def package_config(folder: Path, t5) -> tuple[ModelConfig, ConditionerConfig, di
                          hidden_scale=lm["hidden_scale"], cross_attention=bool(cross), mask_padding=False,
                          delays=None if delays == list(range(K)) else delays)
     conditioner = t5_config(weights.read_json(Path(t5) / "config.json"), t5)
-    style = bool(prepend) and get("conditioners.self_wav.model") == "style"
-    if prepend:
-        conditioner = replace(conditioner, **(package_style(get, lm["card"], channels, path) if style else package_melody(get, seconds, path)))
+    if prepend and get("conditioners.self_wav.model") == "style":
+        conditioner = replace(conditioner, **package_style(get, lm["card"], channels, path))
+    elif prepend:
+        conditioner = replace(conditioner, **package_melody(get, seconds, path))
     sampling = dict(cfg=float(get("classifier_free_guidance.inference_coef", SAMPLING["cfg"])))
-    source = dict(channels=channels, seconds=seconds, sampling=sampling)
-    return config, conditioner, source | (dict(style_seconds=float(get("conditioners.self_wav.style.length", 3.0))) if style else {})
+    return config, conditioner, dict(channels=channels, seconds=seconds, sampling=sampling,
+                                     style_seconds=float(get("conditioners.self_wav.style.length", STYLE_SECONDS)))
 
 
 def package_melody(get, seconds: float, path: Path) -> dict:
@@ -501,12 +504,12 @@ def hf_files(data: dict, codec) -> dict:
     tokens = dict(tokenizer_class="T5Tokenizer", extra_ids=extra, legacy=True, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
                   model_max_length=conditioner.text_max_tokens, additional_special_tokens=[f"<extra_id_{i}>" for i in range(extra)])
     hop = chroma.hop_length(codec.sample_rate)
-    features = dict(feature_extractor_type="MusicgenMelodyFeatureExtractor", feature_size=12, num_chroma=12, hop_length=hop, n_fft=4 * hop,
-                    chunk_length=math.ceil(data["segment_frames"] / codec.frame_rate), padding_side="right", return_attention_mask=False)
-    if not melody:
-        features = dict(feature_extractor_type="EncodecFeatureExtractor", feature_size=codec.channels, padding_side="left",
-                        return_attention_mask=True)
-    processor = dict(processor_class=f"{kind}Processor", sampling_rate=codec.sample_rate, padding_value=0.0, **features)
+    processor = dict(processor_class="MusicgenProcessor", feature_extractor_type="EncodecFeatureExtractor", feature_size=codec.channels,
+                     sampling_rate=codec.sample_rate, padding_side="left", padding_value=0.0, return_attention_mask=True)
+    if melody:                                                       # audio there is what to follow, not what to continue
+        processor |= dict(processor_class="MusicgenMelodyProcessor", feature_extractor_type="MusicgenMelodyFeatureExtractor",
+                          feature_size=12, num_chroma=12, hop_length=hop, n_fft=4 * hop, padding_side="right", return_attention_mask=False,
+                          chunk_length=math.ceil(data["segment_frames"] / codec.frame_rate))
 
     def save(path):
         from safetensors.torch import save_file
@@ -533,9 +536,9 @@ def hf_generation_config(data: dict, codec) -> dict:
     sampling, special = data["sampling"], data["model_config"]["card"]
     chosen = dict(temperature=sampling["temperature"], top_k=sampling["top_k"]) if sampling["temperature"] > 0 else {}
     chosen |= dict(top_p=sampling["top_p"], top_k=0) if chosen and sampling["top_p"] > 0 else {}
-    chosen |= dict(use_cache=False) if "melody" in data["conditioner_config"]["fuse"] else {}        # see `write_out`
-    return dict(do_sample=sampling["temperature"] > 0, guidance_scale=sampling["cfg"], max_length=data["segment_frames"] + codec.levels,
-                bos_token_id=special, pad_token_id=special, decoder_start_token_id=special, **chosen)
+    cache = dict(use_cache=False) if "melody" in data["conditioner_config"]["fuse"] else {}          # see `write_out`
+    return dict(do_sample=bool(chosen), guidance_scale=sampling["cfg"], max_length=data["segment_frames"] + codec.levels,
+                bos_token_id=special, pad_token_id=special, decoder_start_token_id=special, **chosen, **cache)
 
 
 def codec_tensors(codec) -> dict:

@@ -2,6 +2,7 @@
 
     folder/config.json + model.safetensors                              Hugging Face (model.safetensors.index.json: in shards;
                                                                         pytorch_model.bin: older)
+    folder/tokenizer.json                                               T5's vocabulary, where there is no spiece.model
     folder/state_dict.bin + compression_state_dict.bin                  audiocraft: {best_state: {name: tensor}, xp.cfg: YAML text}
 
 It stands apart because both the codec (tokenizer.py) and the language model (convert.py) come out of such a folder, and the codec
