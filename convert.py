@@ -331,10 +331,10 @@ def package_style(get, card: int, channels: int, path: Path) -> dict:
     if (reader := get(f"{style}.model_name")) != "encodec" or channels != 1:
         raise ValueError(f"{path}: its style is read from {channels} channels by {reader}, 1 by encodec was expected: MERT, which the "
                          "published MusicGen-Style has, is a network that is not here")
-    scale, levels = get(f"{style}.transformer_scale", "default"), get(f"{style}.n_q_out", 6)
-    if scale not in STYLE_SIZES or levels < 1 or not get(f"{style}.batch_norm", True):
-        raise ValueError(f"{path}: its {style} has transformer_scale {scale}, n_q_out {levels}, batch_norm {get(f'{style}.batch_norm')}; one "
-                         f"of {', '.join(STYLE_SIZES)}, at least 1 and true were expected")
+    scale, levels, norm = get(f"{style}.transformer_scale", "default"), get(f"{style}.n_q_out", 6), get(f"{style}.batch_norm", True)
+    if scale not in STYLE_SIZES or levels < 1 or not norm:
+        raise ValueError(f"{path}: its {style} has transformer_scale {scale}, n_q_out {levels}, batch_norm {norm}; one of "
+                         f"{', '.join(STYLE_SIZES)}, at least 1 and true were expected")
     return dict(fuse=dict(STYLE), style_card=card, style_codebooks=get(f"{style}.encodec_n_q", 4), style_bins=get(f"{style}.bins", 1024),
                 style_levels=min(levels, get(f"{style}.eval_q", 3)), style_every=get(f"{style}.ds_factor", 15), style_norm=False,
                 **STYLE_SIZES[scale])
@@ -463,8 +463,8 @@ def write_out(data: dict, target: str, out: Path) -> list:
     if target == "audiocraft" and data["model_config"]["mask_padding"]:
         notes = ["note: this model hides padded text, audiocraft attends to it: a batch of texts of several lengths gives other numbers"]
     if target == "hf" and melody:
-        notes = ["note: generation_config.json turns use_cache off: with it, transformers 4.57 and other versions of before its pull request "
-                 "48679 generate without text and melody. Where it is fixed, generate(use_cache=True) is faster"]
+        notes = ["note: generation_config.json turns use_cache off: with it, transformers 4.57 and others of before its pull request 48679 "
+                 "generate without text and melody. Where it is fixed, generate(use_cache=True) is faster"]
     if target == "audiocraft" and melody:
         notes = ["note: audiocraft takes drums and bass out of a melody (demucs) before it reads it"]
     files = dict(hf=hf_files, audiocraft=package_files, nano=nano_files)[target](data, codec)

@@ -174,7 +174,7 @@ def read_tokenizer(path: Path) -> bytes:
         model, normalizer = content["model"], content["normalizer"]
         steps = normalizer.get("normalizers", [normalizer])
         table = base64.b64decode(next(step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"))
-        pieces = [(piece, score) for piece, score in model["vocab"] if not re.fullmatch(r"<extra_id_\d+>", piece)]    # T5's, no text has them
+        pieces = [(piece, score) for piece, score in model["vocab"] if not re.fullmatch(r"<extra_id_\d+>", piece)]     # no text has these
         if model["type"] != "Unigram" or model["unk_id"] != 2 or [piece for piece, _ in pieces[:3]] != ["<pad>", "</s>", "<unk>"]:
             raise ValueError(f"of {model['type']} with unk_id {model['unk_id']}")
         kinds = (3, 3, 2)                                            # control, control, unknown; 1: a piece of text

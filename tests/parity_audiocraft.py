@@ -118,16 +118,19 @@ def style(folder: Path, made, convert) -> None:
     found, mask = part(*part.prepare([*codes, None]))
     wanted, apart = theirs(codes[:, :3], levels=3, every=15), theirs(codes[:, :3], levels=4, every=15)
     difference = float((found[:3] - wanted).abs().max())
-    print(f"style: {difference:.1e} of values up to {wanted.abs().max():.1f}; with a level more they differ by {(wanted - apart).abs().max():.1f}")
+    print(f"style: {difference:.1e} of values up to {wanted.abs().max():.1f}; with a level more they differ by "
+          f"{(wanted - apart).abs().max():.1f}")
     assert found[3].eq(0).all() and mask[:3].all() and wanted.std() > 0.1 and difference < 1e-4
 
 
 def asked(texts: list, wavs: list, rate: int) -> list:
     """Their attributes of texts and of audio [C,N] to follow, None where there is none."""
     from audiocraft.modules.conditioners import ConditioningAttributes, WavCondition
-    return [ConditioningAttributes(text={"description": text}, wav={"self_wav": WavCondition(
-        torch.zeros(1, 1, 1) if wav is None else wav.mean(0)[None, None], torch.tensor([0 if wav is None else wav.shape[1]]), [rate], [None])})
-            for text, wav in zip(texts, wavs)]
+
+    def condition(wav):
+        mono = torch.zeros(1, 1, 1) if wav is None else wav.mean(0)[None, None]
+        return WavCondition(mono, torch.tensor([0 if wav is None else wav.shape[1]]), [rate], [None])
+    return [ConditioningAttributes(text={"description": text}, wav={"self_wav": condition(wav)}) for text, wav in zip(texts, wavs)]
 
 
 @torch.no_grad()
@@ -152,8 +155,8 @@ def compare(ours, theirs, their_codec, words: list, tune) -> None:
     wav = torch.randn(3, codec.channels, 5000, generator=torch.Generator().manual_seed(0)) * 0.3
     encoded = their_codec.encode(wav)[0]
     audio = float((their_codec.decode(encoded) - codec.decode(encoded)).abs().max())
-    print(f"channels {codec.channels}, {' and '.join(model.conditioner.names)}: logits {logits:.1e}, sequences equal {same_sequence}, greedy "
-          f"codes equal {same_greedy}, codec's codes equal {torch.equal(encoded, codec.encode(wav))}, audio {audio:.1e}")
+    print(f"channels {codec.channels}, {' and '.join(model.conditioner.names)}: logits {logits:.1e}, sequences equal {same_sequence}, "
+          f"greedy codes equal {same_greedy}, codec's codes equal {torch.equal(encoded, codec.encode(wav))}, audio {audio:.1e}")
     assert logits < 1e-4 and audio < 1e-4 and same_sequence and same_greedy and torch.equal(encoded, codec.encode(wav))
 
 

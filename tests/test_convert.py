@@ -308,8 +308,8 @@ def unigram(captions) -> tuple[bytes, dict]:
     """A sentencepiece model as T5 has it, and the same as the public tokenizer.json hold it."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions), model_writer=out, vocab_size=150, model_type="unigram", hard_vocab_limit=False, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(captions), model_writer=out, vocab_size=150, model_type="unigram", hard_vocab_limit=False, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
     top = proto_fields(out.getvalue())
     pieces = [dict(proto_fields(value)) for number, value in top if number == 1]
     vocab = [(piece[1].decode(), struct.unpack("<f", piece[2])[0]) for piece in pieces]
@@ -437,8 +437,8 @@ def test_a_published_name_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize("size, fuse, channels, millions", [
-    ("small", convert.TEXT, 1, 420), ("medium", convert.TEXT, 1, 1839), ("large", convert.TEXT, 1, 3257), ("medium", convert.MELODY, 1, 1386),
-    ("large", convert.MELODY, 1, 2451), ("large", convert.TEXT, 2, 3291), ("large", convert.MELODY, 2, 2485)])
+    ("small", convert.TEXT, 1, 420), ("medium", convert.TEXT, 1, 1839), ("large", convert.TEXT, 1, 3257),
+    ("medium", convert.MELODY, 1, 1386), ("large", convert.MELODY, 1, 2451), ("large", convert.TEXT, 2, 3291), ("large", convert.MELODY, 2, 2485)])
 def test_full_sizes(size, fuse, channels, millions):
     """Names and shapes of the published sizes, without allocating them: parameters with T5-base's projection, SPEC L6; stereo has four
     more pairs of table and head, 4 x 4097 x 2048 = 33.6M."""
@@ -851,7 +851,8 @@ def style_package_of(state, folder):
     package, t5 = package_of(published(melody=True), folder.parent / "melody")
     content = torch.load(package / "state_dict.bin")
     start = "condition_provider.conditioners.self_wav."
-    content["best_state"] = {n: x for n, x in content["best_state"].items() if not n.startswith(start)} | {start + n: x for n, x in state.items()}
+    kept = {name: x for name, x in content["best_state"].items() if not name.startswith(start)}
+    content["best_state"] = kept | {start + name: x for name, x in state.items()}
     config = content["xp.cfg"]
     content["xp.cfg"] = config[:config.index("  self_wav:")] + STYLE_CFG + config[config.index("fuser:"):]
     package.rename(folder)
