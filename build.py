@@ -65,6 +65,7 @@ def condition_shapes(args: argparse.Namespace, codec) -> dict:
     hop, width = chroma.hop_length(codec.sample_rate), min(512, size["dim"])
     return dict(melody_frames=chroma.count_frames(round(args.segment_seconds * codec.sample_rate), codec.sample_rate),
                 melody_rate=codec.hop / hop, melody_argmax=args.melody_argmax, melody_stems=args.melody_stems,
+                melody_null_bin0=not args.mask_padding,              # both as the published weights have it, or neither
                 style_codebooks=min(3, codec.K), style_card=codec.card, style_dim=width, style_heads=max(1, width // 64),
                 style_layers=min(8, size["num_layers"] // 2), style_levels=args.style_levels, style_bins=bins,
                 style_every=max(1, min(round(codec.frame_rate / 5), low // 4)),        # 5 a second; of a short excerpt at least 4

@@ -75,6 +75,7 @@ class ConditionerConfig:
     style_levels: int = 3                                            # of the quantiser that is the bottleneck
     style_bins: int = 1024                                           # vectors in each level
     style_every: int = 15                                            # one of so many frames is kept
+    style_norm: bool = True                                          # latents are normalised before the bottleneck; audiocraft's are not
     style_frames: int = 150                                          # frames of an excerpt outside training (3 s)
 
     def __post_init__(self):
@@ -456,7 +457,7 @@ class StyleConditioner(nn.Module):
         x = x + sinusoid(torch.arange(x.shape[1], device=x.device), x.shape[2])
         visible = mask[:, None, None] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)        # [B, 1, L, L]
         x = self.transformer(x, visible, None, None)
-        return F.layer_norm(x, x.shape[-1:])                         # nothing else would keep it from growing
+        return F.layer_norm(x, x.shape[-1:]) if self.config.style_norm else x            # nothing else would keep it from growing
 
     def forward(self, codes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(codes.device.type, enabled=False):       # float32, as the reference: rounding is a choice

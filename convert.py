@@ -6,13 +6,17 @@ that takes a run takes them too, and writes a run as a folder that the others' o
     theirs                                              ours
     decoder              ─ TABLE, q|k|v packed into one ─►  emb, transformer, out_norm, linears
     text_encoder (T5), enc_to_dec_proj    ─ TABLE       ─►  conditioner.parts.text
+    audio_enc_to_dec_proj (MusicGen-Melody)   ─ TABLE   ─►  conditioner.parts.melody
     audio_encoder (EnCodec)               ─ weights.py  ─►  tokenizer.Codec, which stays where it is and is named by its folder
 
 audiocraft's names are ours but for the conditioner's; its packages do not hold T5, which comes from a folder of its own (--t5).
+A text model attends to its text; a melody model has both in front of the codes, and nothing of them is hidden:
+
+    | melody: a class a frame, cut or repeated to the length of a segment | text | codes ..      null: class 0 all along | zeros
 
 Legend: K codebooks, D width of the language model, T frames.
     python convert.py DIR                                   says what a folder holds
-    python convert.py runs/NAME --to hf --out DIR           for transformers.MusicgenForConditionalGeneration
+    python convert.py runs/NAME --to hf --out DIR           for transformers.Musicgen(Melody)ForConditionalGeneration
     python convert.py DIR --t5 T5_DIR --to nano --out DIR2  audiocraft's package as a best.pt
 """
 
@@ -22,21 +26,25 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import chroma
 import tokenizer
 import weights
-from conditioning import Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
+from conditioning import Bottleneck, Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
 from model import ModelConfig, MusicGen
 
 FORMAT = "nanomusicgen-1"                                            # of best.pt
 WHAT = "a model of this project"                                     # and so it is called
 SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
-SEGMENT_SECONDS = 30.0                                               # what the published models were trained on
+SEGMENT_SECONDS, STYLE_SECONDS = 30.0, 3.0                           # what the published models were trained on, and read a style from
+TEXT = {"text": "cross"}                                             # how the conditions of the published models enter,
+MELODY = {"melody": "prepend", "text": "prepend"}                    # and in which order
+STYLE = {"style": "prepend", "text": "prepend"}                      # read only
 LAYER, T5_LAYER = "decoder.model.decoder.layers.{}", "text_encoder.encoder.block.{}.layer"
 TABLE = {                                                            # our name: transformers'; {} is a number, [qkv] three tensors
     "emb.{}.weight": "decoder.model.decoder.embed_tokens.{}.weight",
@@ -57,6 +65,8 @@ TABLE = {                                                            # our name:
     "linears.{}.weight": "decoder.lm_heads.{}.weight",
     "conditioner.parts.text.output_proj.weight": "enc_to_dec_proj.weight",
     "conditioner.parts.text.output_proj.bias": "enc_to_dec_proj.bias",
+    "conditioner.parts.melody.output_proj.weight": "audio_enc_to_dec_proj.weight",
+    "conditioner.parts.melody.output_proj.bias": "audio_enc_to_dec_proj.bias",
     "conditioner.parts.text.encoder.embed.weight": "text_encoder.shared.weight",
     "conditioner.parts.text.encoder.relative_bias.weight":
         "text_encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -159,7 +169,7 @@ def read(path, t5=None, codec=None) -> dict:
     kind, folder = weights.kind_of(path), Path(path)
     pieces = read_pieces(Path(t5) if kind == "audiocraft" else folder)
     if vocabulary_size(pieces) > conditioner.text_vocab:
-        raise ValueError(f"{path}: spiece.model has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
+        raise ValueError(f"{path}: its vocabulary has {vocabulary_size(pieces)} pieces, its text encoder {conditioner.text_vocab}")
     try:
         shapes = {name: list(x.shape) for name, x in skeleton(config, conditioner, {"text": pieces}).state_dict().items()}
     except Exception as error:                                       # a foreign config can fail in any way
@@ -172,21 +182,24 @@ def read(path, t5=None, codec=None) -> dict:
     codec = tokenizer.load_codec(str(codec or path), config.K // channels, "cpu", channels)
     if (codec.K, codec.card) != (config.K, config.card):
         raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, its codec has {codec.K} x {codec.card}")
+    conditioner.melody_rate = codec.hop / chroma.hop_length(codec.sample_rate)
+    conditioner.style_frames = round(source["style_seconds"] * codec.frame_rate)
     return dict(format=FORMAT, model=model, model_config=asdict(config), conditioner_config=asdict(conditioner),
                 assets={"text": pack(pieces)}, codec=codec.reference, sampling={**SAMPLING, **source["sampling"]},
                 segment_frames=math.ceil(source["seconds"] * codec.frame_rate), metrics={}, step=0, args={})
 
 
 def read_config(path, t5=None) -> tuple[ModelConfig, ConditionerConfig, dict]:
-    """Shapes of a published model, and {channels, seconds, sampling}, without its weights. Errors: ValueError."""
+    """Shapes of a published model, and {channels, seconds, style_seconds, sampling}, without its weights. Errors: ValueError."""
     return hf_config(Path(path)) if weights.kind_of(path) == "hf" else package_config(Path(path), t5)
 
 
 def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
     """Shapes of the model in a Hugging Face folder. Errors: ValueError naming the setting that is not MusicGen's."""
     config = weights.read_json(folder / "config.json")
-    if config.get("model_type") != "musicgen":
-        raise ValueError(f"{folder}: config.json is of {config.get('model_type')!r}, 'musicgen' was expected")
+    if config.get("model_type") not in ("musicgen", "musicgen_melody"):
+        raise ValueError(f"{folder}: config.json is of {config.get('model_type')!r}, 'musicgen' or 'musicgen_melody' was expected")
+    melody = config["model_type"] == "musicgen_melody"
     try:
         decoder, text = config["decoder"], config["text_encoder"]
         K, D, channels = decoder["num_codebooks"], decoder["hidden_size"], decoder.get("audio_channels", 1)
@@ -198,13 +211,20 @@ def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
                              f"{decoder['num_attention_heads']} heads, {K} codebooks, {channels} channels, which do not divide")
         model = ModelConfig(K=K, card=decoder["vocab_size"], dim=D, num_layers=decoder["num_hidden_layers"],
                             num_heads=decoder["num_attention_heads"], hidden_scale=decoder["ffn_dim"] // D,
+                            cross_attention=not melody, mask_padding=not melody,
                             delays=[k // 2 for k in range(K)] if channels == 2 else None)        # 0 0 1 1 ..: left and right at once
         conditioner = t5_config(text, folder)
+        if melody:
+            classes, frames = config.get("num_chroma", 12), config.get("chroma_length", 235)
+            if classes != 12 or not isinstance(frames, int) or frames < 1:
+                raise ValueError(f"{folder}: its melody has num_chroma {classes}, chroma_length {frames}; 12 and at least 1 were expected")
+            conditioner = replace(conditioner, fuse=dict(MELODY), melody_null_bin0=True, melody_frames=frames)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: config.json is not that of a MusicGen ({tokenizer.reason(error)})") from None
     path = folder / "generation_config.json"
     guidance = weights.read_json(path).get("guidance_scale") if path.is_file() else None
-    return model, conditioner, dict(channels=channels, seconds=SEGMENT_SECONDS, sampling=dict(cfg=float(guidance)) if guidance else {})
+    return model, conditioner, dict(channels=channels, seconds=SEGMENT_SECONDS, style_seconds=STYLE_SECONDS,
+                                    sampling=dict(cfg=float(guidance)) if guidance else {})
 
 
 def t5_config(config: dict, where) -> ConditionerConfig:
@@ -215,16 +235,17 @@ def t5_config(config: dict, where) -> ConditionerConfig:
         if config.get(name, allowed) != allowed:
             raise ValueError(f"{where}: its T5 has {name} {config[name]}, {allowed} was expected")
     fields = {ours: config.get(theirs, default) for ours, (theirs, default) in T5_CONFIG.items()}
-    return ConditionerConfig(fuse={"text": "cross"}, text_max_tokens=512, text_frozen=True, **fields)
+    return ConditionerConfig(fuse=dict(TEXT), text_max_tokens=512, text_frozen=True, **fields)
 
 
 def read_pieces(folder: Path) -> bytes:
-    """T5's sentencepiece model. Errors: ValueError naming the file."""
-    path = folder / "spiece.model"
-    if not path.is_file():
-        also = " (tokenizer.json holds the same pieces in another form, which is not read)" if (folder / "tokenizer.json").is_file() else ""
-        raise ValueError(f"{path}: no such file{also}: the sentencepiece model of T5 was expected, as in google-t5/t5-base")
-    pieces = path.read_bytes()
+    """T5's sentencepiece model, from spiece.model or from tokenizer.json. Errors: ValueError naming the file."""
+    path, other = folder / "spiece.model", folder / "tokenizer.json"
+    if not path.is_file() and not other.is_file():
+        raise ValueError(f"{path}: no such file: the sentencepiece model of T5 was expected, as in google-t5/t5-base "
+                         f"(hf download google-t5/t5-base spiece.model --local-dir {folder}), or its tokenizer.json")
+    path = path if path.is_file() else other
+    pieces = path.read_bytes() if path != other else weights.read_tokenizer(path)
     try:
         vocabulary_size(pieces)
     except Exception as error:                                       # a foreign file can fail in any way
@@ -272,34 +293,100 @@ def package_config(folder: Path, t5) -> tuple[ModelConfig, ConditionerConfig, di
     for name, allowed in PACKAGE_SETTINGS.items():
         if (value := get(name, allowed)) != allowed:
             raise ValueError(f"{path}: its {name} is {value}, {allowed} was expected")
-    if get("fuser.cross") != ["description"] or get("fuser.prepend", []) or get("fuser.sum", []):
-        raise ValueError(f"{path}: its fuser has cross {get('fuser.cross')}, prepend {get('fuser.prepend')}; text by cross was expected")
+    cross, prepend = get("fuser.cross", []), get("fuser.prepend", [])
+    if get("fuser.sum", []) or (cross, sorted(prepend)) not in ((["description"], []), ([], ["description", "self_wav"])):
+        raise ValueError(f"{path}: its fuser has cross {cross}, prepend {prepend}; cross ['description'], or prepend ['self_wav', "
+                         "'description'] was expected")
     K, channels = lm["n_q"], get("channels", 1)
+    seconds = float(get("dataset.segment_duration", SEGMENT_SECONDS))
     delays = get("codebooks_pattern.delay.delays", list(range(K)))
     config = ModelConfig(K=K, card=lm["card"], dim=lm["dim"], num_layers=lm["num_layers"], num_heads=lm["num_heads"],
-                         hidden_scale=lm["hidden_scale"], mask_padding=False, delays=None if delays == list(range(K)) else delays)
+                         hidden_scale=lm["hidden_scale"], cross_attention=bool(cross), mask_padding=False,
+                         delays=None if delays == list(range(K)) else delays)
+    conditioner = t5_config(weights.read_json(Path(t5) / "config.json"), t5)
+    if prepend and get("conditioners.self_wav.model") == "style":
+        conditioner = replace(conditioner, **package_style(get, lm["card"], channels, path))
+    elif prepend:
+        conditioner = replace(conditioner, **package_melody(get, seconds, path))
     sampling = dict(cfg=float(get("classifier_free_guidance.inference_coef", SAMPLING["cfg"])))
-    return config, t5_config(weights.read_json(Path(t5) / "config.json"), t5), dict(
-        channels=channels, seconds=float(get("dataset.segment_duration", SEGMENT_SECONDS)), sampling=sampling)
+    return config, conditioner, dict(channels=channels, seconds=seconds, sampling=sampling,
+                                     style_seconds=float(get("conditioners.self_wav.style.length", STYLE_SECONDS)))
 
 
+def package_melody(get, seconds: float, path: Path) -> dict:
+    """Of a ConditionerConfig what audiocraft's conditioner of a melody has in `get`. Errors: ValueError naming the setting."""
+    stem = "conditioners.self_wav.chroma_stem"
+    rate = get(f"{stem}.sample_rate", get("sample_rate"))
+    n_fft = 4 * chroma.hop_length(rate)
+    for name, allowed in (("conditioners.self_wav.model", "chroma_stem"), (f"{stem}.n_chroma", 12), (f"{stem}.argmax", True),
+                          (f"{stem}.radix2_exp", f"{math.log2(n_fft):g}")):
+        if str(get(name)) != str(allowed):
+            raise ValueError(f"{path}: its {name} is {get(name)}, {allowed} was expected")
+    return dict(fuse=dict(MELODY), melody_null_bin0=True, melody_frames=chroma.count_frames(int(seconds * rate), rate))
+
+
+def package_style(get, card: int, channels: int, path: Path) -> dict:
+    """Of a ConditionerConfig what audiocraft's conditioner of a style has in `get`. Errors: ValueError naming the setting."""
+    style = "conditioners.self_wav.style"
+    if (reader := get(f"{style}.model_name")) != "encodec" or channels != 1:
+        raise ValueError(f"{path}: its style is read from {channels} channels by {reader}, 1 by encodec was expected: MERT, which the "
+                         "published MusicGen-Style has, is a network that is not here")
+    scale, levels, norm = get(f"{style}.transformer_scale", "default"), get(f"{style}.n_q_out", 6), get(f"{style}.batch_norm", True)
+    if scale not in STYLE_SIZES or levels < 1 or not norm:
+        raise ValueError(f"{path}: its {style} has transformer_scale {scale}, n_q_out {levels}, batch_norm {norm}; one of "
+                         f"{', '.join(STYLE_SIZES)}, at least 1 and true were expected")
+    return dict(fuse=dict(STYLE), style_card=card, style_codebooks=get(f"{style}.encodec_n_q", 4), style_bins=get(f"{style}.bins", 1024),
+                style_levels=min(levels, get(f"{style}.eval_q", 3)), style_every=get(f"{style}.ds_factor", 15), style_norm=False,
+                **STYLE_SIZES[scale])
+
+
+STYLE_SIZES = {"xsmall": dict(style_dim=256, style_heads=8, style_layers=4), "default": dict(style_dim=512, style_heads=8, style_layers=8),
+               "large": dict(style_dim=1024, style_heads=16, style_layers=24)}          # audiocraft's names
 PACKAGE_SETTINGS = {                                                 # of audiocraft, where there is only one that this model has
     "lm_model": "transformer_lm", "codebooks_pattern.modeling": "delay", "conditioners.description.model": "t5",
     "transformer_lm.activation": "gelu", "transformer_lm.norm_first": True, "transformer_lm.bias_ff": False,
     "transformer_lm.bias_attn": False, "transformer_lm.bias_proj": False, "transformer_lm.causal": True,
     "transformer_lm.positional_embedding": "sin", "transformer_lm.norm": "layer_norm", "transformer_lm.layer_scale": None,
     "transformer_lm.qk_layer_norm": False, "transformer_lm.kv_repeat": 1, "transformer_lm.past_context": None}
-PACKAGE_PREFIX = ("conditioner.parts.text.output_proj.", "condition_provider.conditioners.description.output_proj.")
+SELF_WAV = "condition_provider.conditioners.self_wav."
+WINDOW = SELF_WAV + "chroma.spec.window"                             # of the melody's FFT, a buffer
+LEVELS = SELF_WAV + "rvq.vq.layers.{}._codebook."
+PACKAGE_TABLE = {                                                    # our names begin so: audiocraft's; {} is a level, ours are stacked
+    "conditioner.parts.text.": "condition_provider.conditioners.description.",
+    "conditioner.parts.melody.": SELF_WAV,
+    "conditioner.parts.style.bottleneck.vectors": LEVELS + "embed",
+    "conditioner.parts.style.bottleneck.sizes": LEVELS + "cluster_size",
+    "conditioner.parts.style.bottleneck.count": SELF_WAV + "batch_norm.num_batches_tracked",
+    "conditioner.parts.style.bottleneck.": SELF_WAV + "batch_norm.running_",
+    "conditioner.parts.style.emb.": SELF_WAV + "embed.",
+    "conditioner.parts.style.": SELF_WAV}
+
+
+def package_name(name: str) -> str:
+    """Our name of a tensor -> audiocraft's."""
+    ours = next((start for start in PACKAGE_TABLE if name.startswith(start)), "")
+    return PACKAGE_TABLE.get(ours, "") + name.removeprefix(ours)
 
 
 def read_package(folder: Path, t5: Path, shapes: dict) -> dict:
-    """Weights by our names from a package of audiocraft and a folder with T5. Errors: ValueError listing what does not fit."""
-    encoder = "conditioner.parts.text.encoder."
-    _, tensors = weights.package(folder / weights.PACKAGE_FILES[0])
-    names = {ours: ours.replace(*PACKAGE_PREFIX) for ours in shapes if not ours.startswith(encoder)}
-    weights.check_names(folder / weights.PACKAGE_FILES[0], tensors.shapes, {theirs: shapes[ours] for ours, theirs in names.items()})
-    text = read_hf(t5, {name: shape for name, shape in shapes.items() if name.startswith(encoder)}, True, "text_encoder.")
-    return {ours: text[ours] if ours in text else tensors[names[ours]] for ours in shapes}
+    """Weights by our names from a package of audiocraft and a folder with T5. A style's quantiser may have more levels than it is used
+    with: they are left out. Errors: ValueError listing what does not fit."""
+    encoder, path = "conditioner.parts.text.encoder.", folder / weights.PACKAGE_FILES[0]
+    _, tensors = weights.package(path)
+    names = {ours: package_name(ours) for ours in shapes if not ours.startswith(encoder)}
+    names = {ours: [theirs.format(i) for i in range(shapes[ours][0])] if "{}" in theirs else theirs for ours, theirs in names.items()}
+    wanted = {}
+    for ours, theirs in names.items():
+        wanted |= {theirs: shapes[ours]} if isinstance(theirs, str) else dict.fromkeys(theirs, shapes[ours][1:])
+    levels = shapes.get("conditioner.parts.style.bottleneck.vectors", [1])[0]
+    unused = LEVELS.format(f"(?!({'|'.join(map(str, range(levels)))})[.])[0-9]+")
+    weights.check_names(path, tensors.shapes, wanted, rf"{WINDOW}|{unused}|_codebook[.](inited|embed_avg)$")
+    found = read_hf(t5, {name: shape for name, shape in shapes.items() if name.startswith(encoder)}, True, "text_encoder.")
+    found |= {ours: tensors[theirs] if isinstance(theirs, str) else torch.stack([tensors[name] for name in theirs])
+              for ours, theirs in names.items()}
+    if (count := "conditioner.parts.style.bottleneck.count") in found:
+        found[count].clamp_(max=1 / (1 - Bottleneck.DECAY))          # there every update counts, here an average of them
+    return {ours: found[ours] for ours in shapes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,9 +398,10 @@ def misfits(data: dict, codec, target: str) -> list:
     config, conditioner = ModelConfig(**data["model_config"]), data["conditioner_config"] or {"fuse": {}}
     usual = [k // codec.lanes for k in range(config.K)]
     found = []
-    if conditioner["fuse"] != {"text": "cross"}:
-        shown = " ".join(f"{name}={method}" for name, method in conditioner["fuse"].items()) or "no condition"
-        found.append(f"its conditions are {shown}, only text=cross can be written")
+    if list(conditioner["fuse"].items()) not in (list(TEXT.items()), list(MELODY.items())):          # in this order
+        found.append(f"its conditions are {entering(conditioner['fuse'])}, only {entering(TEXT)} or {entering(MELODY)} can be written")
+    elif "melody" in conditioner["fuse"]:
+        found += melody_misfits(ConditionerConfig(**conditioner), config, data, codec, target)
     if config.pattern != "delay" or (config.delays or list(range(config.K))) != usual:
         found.append(f"its pattern is {config.pattern} {config.delays or ''}, only delay {' '.join(map(str, usual))} can be written")
     if codec.channels > codec.lanes:
@@ -324,6 +412,29 @@ def misfits(data: dict, codec, target: str) -> list:
         found.append(f"text encoder and model are both {config.dim} wide, and then transformers has no projection between them")
     if target == "audiocraft" and not found and t5_name(conditioner) is None:
         found.append("its text encoder is not a published T5 left as it is, which audiocraft fetches by name")
+    return found
+
+
+def entering(fuse: dict) -> str:
+    """{name: method} as --fuse takes it."""
+    return " ".join(f"{name}={method}" for name, method in fuse.items()) or "no condition"
+
+
+def melody_misfits(conditioner: ConditionerConfig, config: ModelConfig, data: dict, codec, target: str) -> list:
+    """What of a model with melody and text in front of the codes the target's classes cannot express."""
+    n_fft, seconds = 4 * chroma.hop_length(codec.sample_rate), data["segment_frames"] / codec.frame_rate
+    frames = chroma.count_frames(int(seconds * codec.sample_rate), codec.sample_rate)
+    found = []
+    if config.mask_padding:
+        found.append("it hides padding in front of the codes, which there is attended to (train with --no-mask_padding)")
+    if not conditioner.melody_null_bin0:
+        found.append("without a melody it reads zeros, there the first class all along")
+    if not conditioner.melody_argmax:
+        found.append("its melody is of all twelve classes, there the strongest alone")
+    if target == "audiocraft" and n_fft & (n_fft - 1):
+        found.append(f"its melody is read in windows of {n_fft} samples, there only in powers of two")
+    if target == "audiocraft" and conditioner.melody_frames != frames:
+        found.append(f"its melody has {conditioner.melody_frames} frames, there {frames}, those of {seconds:g} s")
     return found
 
 
@@ -346,11 +457,16 @@ def write_out(data: dict, target: str, out: Path) -> list:
                          f"{stored['fingerprint'][:12]}: give that codec by --codec")
     if target != "nano" and (found := misfits(data, codec, target)):
         raise ValueError(f"it cannot be written for {target}: {'; '.join(found)}")
-    notes = []
-    if target == "hf" and not data["model_config"]["mask_padding"]:
+    notes, melody = [], "melody" in (data["conditioner_config"] or {"fuse": {}})["fuse"]
+    if target == "hf" and not data["model_config"]["mask_padding"] and not melody:
         notes = ["note: this model attends to padded text, transformers hides it: a batch of texts of several lengths gives other numbers"]
     if target == "audiocraft" and data["model_config"]["mask_padding"]:
         notes = ["note: this model hides padded text, audiocraft attends to it: a batch of texts of several lengths gives other numbers"]
+    if target == "hf" and melody:
+        notes = ["note: generation_config.json turns use_cache off: with it, transformers 4.57 and others of before its pull request 48679 "
+                 "generate without text and melody. Where it is fixed, generate(use_cache=True) is faster"]
+    if target == "audiocraft" and melody:
+        notes = ["note: audiocraft takes drums and bass out of a melody (demucs) before it reads it"]
     files = dict(hf=hf_files, audiocraft=package_files, nano=nano_files)[target](data, codec)
     out.mkdir(parents=True, exist_ok=True)
     for name, write in files.items():
@@ -364,8 +480,11 @@ def nano_files(data: dict, codec) -> dict:
 
 
 def hf_files(data: dict, codec) -> dict:
-    """{name: function that writes it} of a folder for transformers.MusicgenForConditionalGeneration and MusicgenProcessor."""
+    """{name: function that writes it} of a folder for transformers.MusicgenForConditionalGeneration and MusicgenProcessor, or for
+    MusicgenMelody's."""
     conditioner, pieces = ConditionerConfig(**data["conditioner_config"]), unpack(data["assets"]["text"])
+    melody = "melody" in conditioner.fuse
+    kind, model_type = ("MusicgenMelody", "musicgen_melody") if melody else ("Musicgen", "musicgen")
     projected = conditioner.text_dim != data["model_config"]["dim"]
     tensors = {}
     for ours, x in data["model"].items():
@@ -376,14 +495,21 @@ def hf_files(data: dict, codec) -> dict:
     text = {theirs: getattr(conditioner, ours) for ours, (theirs, _) in T5_CONFIG.items()}
     extra = 100 if conditioner.text_vocab - vocabulary_size(pieces) >= 100 else 0        # T5's <extra_id_N>, which no text has
     config = dict(
-        architectures=["MusicgenForConditionalGeneration"], model_type="musicgen", is_encoder_decoder=True, torch_dtype="float32",
+        architectures=[f"{kind}ForConditionalGeneration"], model_type=model_type, is_encoder_decoder=not melody, torch_dtype="float32",
         text_encoder=dict(model_type="t5", feed_forward_proj="relu", layer_norm_epsilon=1e-6, dropout_rate=0.0, pad_token_id=0,
                           eos_token_id=1, decoder_start_token_id=0, **text),
-        audio_encoder=weights.to_hf_codec_config(codec.config, codec.levels), decoder=hf_decoder_config(data["model_config"], codec))
+        audio_encoder=weights.to_hf_codec_config(codec.config, codec.levels),
+        decoder=dict(model_type=f"{model_type}_decoder", **hf_decoder_config(data["model_config"], codec)),
+        **(dict(num_chroma=12, chroma_length=conditioner.melody_frames) if melody else {}))
     tokens = dict(tokenizer_class="T5Tokenizer", extra_ids=extra, legacy=True, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
                   model_max_length=conditioner.text_max_tokens, additional_special_tokens=[f"<extra_id_{i}>" for i in range(extra)])
+    hop = chroma.hop_length(codec.sample_rate)
     processor = dict(processor_class="MusicgenProcessor", feature_extractor_type="EncodecFeatureExtractor", feature_size=codec.channels,
                      sampling_rate=codec.sample_rate, padding_side="left", padding_value=0.0, return_attention_mask=True)
+    if melody:                                                       # audio there is what to follow, not what to continue
+        processor |= dict(processor_class="MusicgenMelodyProcessor", feature_extractor_type="MusicgenMelodyFeatureExtractor",
+                          feature_size=12, num_chroma=12, hop_length=hop, n_fft=4 * hop, padding_side="right", return_attention_mask=False,
+                          chunk_length=math.ceil(data["segment_frames"] / codec.frame_rate))
 
     def save(path):
         from safetensors.torch import save_file
@@ -398,7 +524,7 @@ def hf_files(data: dict, codec) -> dict:
 
 def hf_decoder_config(config: dict, codec) -> dict:
     """transformers' configuration of the decoder."""
-    return dict(model_type="musicgen_decoder", vocab_size=config["card"], hidden_size=config["dim"],
+    return dict(vocab_size=config["card"], hidden_size=config["dim"],
                 ffn_dim=config["dim"] * config["hidden_scale"], num_hidden_layers=config["num_layers"],
                 num_attention_heads=config["num_heads"], num_codebooks=config["K"],
                 audio_channels=codec.lanes, activation_function="gelu", scale_embedding=False, dropout=config["dropout"],
@@ -410,8 +536,9 @@ def hf_generation_config(data: dict, codec) -> dict:
     sampling, special = data["sampling"], data["model_config"]["card"]
     chosen = dict(temperature=sampling["temperature"], top_k=sampling["top_k"]) if sampling["temperature"] > 0 else {}
     chosen |= dict(top_p=sampling["top_p"], top_k=0) if chosen and sampling["top_p"] > 0 else {}
+    cache = dict(use_cache=False) if "melody" in data["conditioner_config"]["fuse"] else {}          # see `write_out`
     return dict(do_sample=bool(chosen), guidance_scale=sampling["cfg"], max_length=data["segment_frames"] + codec.levels,
-                bos_token_id=special, pad_token_id=special, decoder_start_token_id=special, **chosen)
+                bos_token_id=special, pad_token_id=special, decoder_start_token_id=special, **chosen, **cache)
 
 
 def codec_tensors(codec) -> dict:
@@ -437,6 +564,15 @@ def t5_name(conditioner: dict) -> str | None:
 def package_files(data: dict, codec) -> dict:
     """{name: function that writes it} of a package of audiocraft. Its configuration is JSON, which is YAML too."""
     config, sampling, special = data["model_config"], data["sampling"], dict(version="1.3.0", exported=True)
+    conditioners = dict(description=dict(model="t5", t5=dict(name=t5_name(data["conditioner_config"]), finetune=False, word_dropout=0.0,
+                                                             normalize_text=False)))
+    model = {package_name(name): x.float() for name, x in data["model"].items() if ".text.encoder." not in name}
+    if melody := "melody" in data["conditioner_config"]["fuse"]:
+        n_fft = 4 * chroma.hop_length(codec.sample_rate)
+        model[WINDOW] = torch.hann_window(n_fft)
+        conditioners["self_wav"] = dict(model="chroma_stem", chroma_stem=dict(
+            sample_rate=codec.sample_rate, n_chroma=12, radix2_exp=int(math.log2(n_fft)), argmax=True, match_len_on_eval=True,
+            eval_wavs=None, n_eval_wavs=0))
     lm = dict(
         sample_rate=codec.sample_rate, channels=codec.channels, lm_model="transformer_lm", compression_model="encodec",
         dataset=dict(segment_duration=data["segment_frames"] / codec.frame_rate),
@@ -450,10 +586,9 @@ def package_files(data: dict, codec) -> dict:
         codebooks_pattern=dict(modeling="delay", delay=dict(delays=config["delays"] or list(range(config["K"])), flatten_first=0,
                                                             empty_initial=0)),
         classifier_free_guidance=dict(training_dropout=0.0, inference_coef=sampling["cfg"]), attribute_dropout={},
-        conditioners=dict(description=dict(model="t5", t5=dict(name=t5_name(data["conditioner_config"]), finetune=False,
-                                                               word_dropout=0.0, normalize_text=False))),
-        fuser=dict(cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1, sum=[], prepend=[], cross=["description"],
-                   input_interpolate=[]),
+        conditioners=conditioners,
+        fuser=dict(cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1, sum=[], input_interpolate=[],
+                   prepend=["self_wav", "description"] if melody else [], cross=[] if melody else ["description"]),
         interleave_stereo_codebooks=dict(use=codec.lanes == 2, per_timestep=False))
     seanet = {**weights.plain_seanet(codec.config), "norm": "weight_norm", "norm_params": {}, "disable_norm_outer_blocks": 0}
     own = codec.channels // codec.lanes
@@ -464,7 +599,6 @@ def package_files(data: dict, codec) -> dict:
         seanet={**seanet, "encoder": {}, "decoder": dict(trim_right_ratio=1.0, final_activation=None, final_activation_params=None)},
         rvq=dict(n_q=codec.levels, bins=codec.card, q_dropout=False, kmeans_init=False, decay=0.99))
     state = {name: x for name, x in codec.state_dict().items() if not name.endswith(weights.TRAINING_BUFFERS)}
-    model = {name.replace(*PACKAGE_PREFIX): x.float() for name, x in data["model"].items() if ".text.encoder." not in name}
     contents = zip(weights.PACKAGE_FILES, ((model, lm), (weights.to_package_codec(state, codec.levels), codec_config)))
     return {name: functools.partial(torch.save, {"best_state": tensors, "xp.cfg": json.dumps(settings, indent=1), **special})
             for name, (tensors, settings) in contents}

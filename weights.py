@@ -2,6 +2,7 @@
 
     folder/config.json + model.safetensors                              Hugging Face (model.safetensors.index.json: in shards;
                                                                         pytorch_model.bin: older)
+    folder/tokenizer.json                                               T5's vocabulary, where there is no spiece.model
     folder/state_dict.bin + compression_state_dict.bin                  audiocraft: {best_state: {name: tensor}, xp.cfg: YAML text}
 
 It stands apart because both the codec (tokenizer.py) and the language model (convert.py) come out of such a folder, and the codec
@@ -9,9 +10,11 @@ is read without the model. Names and shapes are known before anything is built; 
 when it is asked for, so that a large model does not need twice its size. No pickle is executed.
 """
 
+import base64
 import json
 import math
 import re
+import struct
 import warnings
 from pathlib import Path
 
@@ -156,6 +159,47 @@ def check_names(where, found: dict, wanted: dict, ignored: str = r"(?!)") -> Non
              for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if parts:
         raise ValueError(f"{where}: the weights are not what its configuration says: {'; '.join(parts)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T5's vocabulary
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The sentencepiece model that T5's tokenizer.json was made from: pieces, their log-probabilities, the table of normalisation.
+
+    Errors: ValueError for the vocabulary of another kind."""
+    content = read_json(path)
+    try:
+        model, normalizer = content["model"], content["normalizer"]
+        steps = normalizer.get("normalizers", [normalizer])
+        table = base64.b64decode(next(step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"))
+        pieces = [(piece, score) for piece, score in model["vocab"] if not re.fullmatch(r"<extra_id_\d+>", piece)]     # no text has these
+        if model["type"] != "Unigram" or model["unk_id"] != 2 or [piece for piece, _ in pieces[:3]] != ["<pad>", "</s>", "<unk>"]:
+            raise ValueError(f"of {model['type']} with unk_id {model['unk_id']}")
+        kinds = (3, 3, 2)                                            # control, control, unknown; 1: a piece of text
+        return b"".join([
+            *(_field(1, _field(1, piece.encode()) + _field(2, float(score)) + _field(3, kinds[i] if i < 3 else 1))
+              for i, (piece, score) in enumerate(pieces)),
+            _field(2, _field(3, 1) + _field(40, 2) + _field(41, -1) + _field(42, 1) + _field(43, 0)),     # Unigram; unk, no bos, eos, pad
+            _field(3, _field(1, b"nmt_nfkc") + _field(2, table) + _field(3, 1) + _field(4, 1) + _field(5, 1))])
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, struct.error) as error:
+        raise ValueError(f"{path}: not the vocabulary of T5 ({type(error).__name__} {error}): pieces of a Unigram that begin with <pad>, "
+                         "</s>, <unk> were expected") from None
+
+
+def _field(number: int, value) -> bytes:
+    """A field of a protocol buffer, in which sentencepiece writes its models: an integer, a float or bytes."""
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value & (1 << 64) - 1)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    """A number in groups of seven bits, the low ones first, each but the last marked."""
+    return bytes([value & 127 | 128]) + _varint(value >> 7) if value > 127 else bytes([value])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
