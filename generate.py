@@ -246,9 +246,9 @@ class MusicGenerator:
                 raise ValueError(f"{len(values)} of {name} for {len(prompts)} of text: give one for all, or as many")
             if name not in names and any(v is not None for v in values):
                 raise ValueError(f"this model was trained without {name}" + (": use --unconditional" if name == "text" else ""))
-        made = {id(v): f(v) for name, f in (("melody", self.tune), ("style", self.excerpt))
+        made = {(name, id(v)): f(v) for name, f in (("melody", self.tune), ("style", self.excerpt))
                 for v in {id(v): v for v in given[name] if v is not None}.values()}
-        return [{name: values[i] if name == "text" else made.get(id(values[i])) for name, values in given.items()}
+        return [{name: values[i] if name == "text" else made.get((name, id(values[i]))) for name, values in given.items()}
                 for i in range(len(prompts))]
 
     def tune(self, wav: Tensor) -> Tensor:
