@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+import conditioning
 import distances
+import generate
 import metrics
 import tokenizer
 import toy
+from conditioning import Conditioner, ConditionerConfig
 from distances import Moments, frechet
+from model import ModelConfig, MusicGen
 
 CODEC = tokenizer.load_codec("toy")
 
@@ -57,6 +61,17 @@ def test_frechet_against_the_published_formula(case):
     root = linalg.sqrtm((A + eps) @ (B + eps)).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * np.trace(root)
     assert frechet(moments(a), moments(b)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frechet_against_torchmetrics(case):
+    """A published implementation as it is: torchmetrics' (of two more see the README)."""
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
+    n, D, rank = CASES[case]
+    rng = np.random.default_rng(2 + len(case))
+    a, b = drawn(rng, n, D, rank), drawn(rng, n, D, rank, 0.5)
+    theirs = fid._compute_fid(*(torch.from_numpy(x) for s in (a, b) for x in (s.mean(0), np.cov(s, rowvar=False))))
+    assert frechet(moments(a), moments(b)) == pytest.approx(float(theirs), rel=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,6 +166,44 @@ def test_floor_keeps_the_spectrum():
     noise = distances.noise_like(wav, 3)
     assert noise.shape == wav.shape and float(noise.square().mean()) == pytest.approx(float(wav.square().mean()), rel=1e-3)
     assert torch.equal(noise, distances.noise_like(wav, 3)) and not torch.equal(noise, distances.noise_like(wav, 4))
+
+
+PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
+
+
+def tiny(names=("text",)) -> generate.MusicGenerator:
+    """A model of random weights."""
+    config, conditioner = ModelConfig(K=4, card=256, dim=32, num_layers=1, num_heads=2), None
+    if names:
+        shape = dict(text_vocab=conditioning.vocabulary_size(PIECES), text_dim=16, text_hidden=32)
+        conditioner = Conditioner(ConditionerConfig(fuse=dict.fromkeys(names, "cross"), **shape), 32, {"text": PIECES})
+    return generate.MusicGenerator(MusicGen(config, conditioner), CODEC, 80, generate.Sampling(cfg=1))
+
+
+def test_untrained_is_drawn_anew():
+    """The same weights from the same seed, other ones than the model's, and no draw of anybody else's changes."""
+    music, state = tiny(), torch.get_rng_state()
+    one, again, other = (metrics.untrained(music, seed).model.state_dict() for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state()) and one.keys() == music.model.state_dict().keys()
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    for found in (other, music.model.state_dict()):
+        assert not torch.equal(one["emb.0.weight"], found["emb.0.weight"])
+
+
+def test_table_of_sets():
+    """Of a model that knows nothing: real clips, the codec, chance; and what is out of order is said."""
+    rows = metrics.toy_sets(tiny(), 24, seed=1, batch=9)
+    assert list(rows) == ["real", "codec", "trained", "untrained", "shuffled"]
+    assert all(rows["real"][name] >= 0.9 for name in toy.VALUES) and rows["untrained"]["root"] < 0.5
+    assert all(0 < rows["real"][name] and rows["trained"][name] == rows["shuffled"][name] for name in ("fad_codec", "fad_mel", "kl"))
+    assert all(rows[title][name] < rows["trained"][name] for title in ("real", "codec") for name in ("fad_mel", "kl"))
+    good = {title: dict.fromkeys(toy.VALUES, 1 - i / 5) | {"kl": float(i)} for i, title in enumerate(rows)}
+    assert metrics.disorder(good) == []
+    good["trained"] |= dict(root=0.9, kl=3.5)
+    assert metrics.disorder(good) == [("root", "codec", "trained"), ("kl", "trained", "untrained")]
+    with pytest.raises(ValueError, match="without text"):
+        metrics.toy_sets(tiny(()), 4, seed=1)
+    assert metrics.main(["--table"]) == 2
 
 
 def folder(path, wavs: list, rate: int = 16_000):
