@@ -78,15 +78,17 @@ def test_without_gradio_one_line(monkeypatch, capsys):
     assert 'pip install "gradio>=6"' in error and error.count("\n") == 1
 
 
-def test_the_page_through_a_client(tune, tmp_path):
+def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
     """Where gradio is installed: what the page returns is the file that the command line writes; what it refuses comes as a message."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     from gradio_client import Client, handle_file
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     music, gradio = tiny("text", "melody"), demo.find_gradio()
     page = demo.build(gradio, music, str(tmp_path), "a tiny model")
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False)
     try:
-        client, asked = Client(address, verbose=False), demo.settings(music) | dict(text="slow organ", seed=3, melody=handle_file(tune))
+        client = Client(address, verbose=False, download_files=tmp_path / "client")
+        asked = demo.settings(music) | dict(text="slow organ", seed=3, melody=handle_file(tune))
         found = client.predict(*asked.values(), api_name="/generate")
         expected = music.generate(["slow organ"], 0.8, 3, melody=tokenizer.read_audio(tune))[0]
         tokenizer.write_audio(tmp_path / "expected.wav", expected, CODEC.sample_rate)
