@@ -186,27 +186,56 @@ def mel_embedding() -> Embedding:
                      f"mean and spread of {MEL_BANDS} log-mel bands over {MEL_SECONDS:g} s", statistics)
 
 
-def clap_embedding(path: str | None) -> Embedding:
-    """Audio features of a CLAP model, from a local folder or the hub's cache. Errors: ValueError says what is missing."""
-    try:
-        from transformers import ClapFeatureExtractor, ClapModel
-    except ImportError:
-        raise ValueError("--fad_embedding clap needs the transformers package: pip install transformers (or take codec or mel)") from None
-    if path is None:
-        raise ValueError("--fad_embedding clap: which model? Give --clap FOLDER, such as a download of laion/larger_clap_music")
-    try:
-        model, extract = ClapModel.from_pretrained(path).eval(), ClapFeatureExtractor.from_pretrained(path)
-    except Exception as error:                                       # the package raises whatever it meets
-        raise ValueError(f"--clap {path}: no CLAP model there ({tokenizer.reason(error)})") from None
+class Clap:
+    """A CLAP model of the transformers package (Wu et al. 2023): features of audio and of text in one space."""
 
-    def features(mono: Tensor) -> Tensor:
+    def __init__(self, path: str | None):
+        """path: a local folder, or a name in the hub's cache. Errors: ValueError says what is missing."""
+        try:
+            from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
+        except ImportError:
+            raise ValueError("clap needs the transformers package: pip install transformers (or take codec or mel)") from None
+        if path is None:
+            raise ValueError("clap: which model? Give --clap FOLDER, such as a download of laion/larger_clap_music")
+        try:
+            self.model, self.extract = ClapModel.from_pretrained(path).eval(), ClapFeatureExtractor.from_pretrained(path)
+        except Exception as error:                                   # the package raises whatever it meets
+            raise ValueError(f"--clap {path}: no CLAP model there ({tokenizer.reason(error)})") from None
+        self.path, self.read_tokenizer, self.tokenizer = path, AutoTokenizer.from_pretrained, None
+
+    @torch.no_grad()
+    def audio(self, mono: Tensor) -> Tensor:
+        """Features [n,D] of audio [N] at CLAP_RATE, one row each CLAP_SECONDS."""
         pieces = [p.cpu().numpy() for p in mono.split(round(CLAP_SECONDS * CLAP_RATE))]
-        inputs = extract(pieces, sampling_rate=CLAP_RATE, return_tensors="pt", padding="repeatpad")
-        found = model.get_audio_features(**inputs)                                                      # [n, D]
+        inputs = self.extract(pieces, sampling_rate=CLAP_RATE, return_tensors="pt", padding="repeatpad")
+        found = self.model.get_audio_features(**inputs)                                                 # [n, D]
         return getattr(found, "pooler_output", found)                # since transformers 5 it is wrapped
 
-    digest = hashlib.sha256(b"".join(x.detach().float().numpy().tobytes() for _, x in sorted(model.state_dict().items())))
-    return Embedding(f"clap {path}", digest.hexdigest(), CLAP_RATE, f"{CLAP_SECONDS:g} s of its audio features", features)
+    @torch.no_grad()
+    def text(self, text: str) -> Tensor:
+        """Features [D] of a text. Errors: ValueError where the folder holds no tokenizer."""
+        if self.tokenizer is None:
+            try:
+                self.tokenizer = self.read_tokenizer(self.path)
+            except Exception as error:                               # as above
+                raise ValueError(f"--clap {self.path}: no tokenizer there ({tokenizer.reason(error)})") from None
+        longest = self.model.config.text_config.max_position_embeddings - 2              # RoBERTa's positions begin at 2
+        ids = self.tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
+        found = self.model.get_text_features(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])          # [1, D]
+        return getattr(found, "pooler_output", found)[0]
+
+    def similarity(self, wav: Tensor, sample_rate: int, texts: list) -> list:
+        """Cosine similarity of a clip [C,N] with each text, the mean over its pieces."""
+        mono = torchaudio.functional.resample(wav.float().mean(0), sample_rate, CLAP_RATE)                              # [N]
+        found = self.audio(mono)                                                                                        # [n, D]
+        return [float(torch.cosine_similarity(found, self.text(text)[None]).mean()) for text in texts]
+
+
+def clap_embedding(path: str | None) -> Embedding:
+    """Audio features of a `Clap`."""
+    clap = Clap(path)
+    digest = hashlib.sha256(b"".join(x.detach().float().numpy().tobytes() for _, x in sorted(clap.model.state_dict().items())))
+    return Embedding(f"clap {path}", digest.hexdigest(), CLAP_RATE, f"{CLAP_SECONDS:g} s of its audio features", clap.audio)
 
 
 def load_embedding(name: str, codec=None, clap: str | None = None) -> Embedding:

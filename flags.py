@@ -179,18 +179,18 @@ def derive(args: argparse.Namespace, world: int) -> list:
 
 
 def start_defaults(args: argparse.Namespace) -> dict:
-    """Flags that follow from what --init_from names: its size and conditions; published weights also bring their codec."""
+    """Flags that follow from what --init_from names: its size, and how its conditions enter; published weights also bring their codec."""
     found = convert.peek(args.init_from) if args.init_from else None
     if found is None:
         return dict(mask_padding=True, freeze_text_encoder=False)
     config, conditioner, published = found
     shape = {name: getattr(config, name) for name in SHAPE}
     named = next((name for name in SIZES if parse_size(name) == shape), "x".join(map(str, shape.values())).removesuffix("x4"))
-    flags = dict(mask_padding=config.mask_padding, freeze_text_encoder=bool(conditioner and conditioner.text_frozen), size=named)
+    flags = dict(mask_padding=config.mask_padding, freeze_text_encoder=bool(conditioner and conditioner.text_frozen), size=named,
+                 fuse=[f"{k}={v}" for k, v in (conditioner.fuse if conditioner else {}).items() if k in args.conditions])
     if published is None:
         return flags
-    return flags | dict(fuse=[f"{k}={v}" for k, v in conditioner.fuse.items()], codec=str(convert.locate(args.init_from)),
-                        num_codebooks=config.K // published["channels"])
+    return flags | dict(codec=str(convert.locate(args.init_from)), num_codebooks=config.K // published["channels"])
 
 
 def parse_size(size: str) -> dict:

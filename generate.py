@@ -19,6 +19,7 @@ in each from where it begins, and begins again after its end.
 
 Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
     python generate.py --run runs/NAME --prompt "a slow organ tune" --seconds 8 --n 4
+    python generate.py --run runs/NAME --serve                                   a page in the browser, see demo.py
     python generate.py --run runs/NAME --prompt "fast bells" --melody tune.wav --style track.wav --cfg_style 3
     from generate import MusicGenerator
     music = MusicGenerator.load("runs/NAME")
@@ -246,9 +247,9 @@ class MusicGenerator:
                 raise ValueError(f"{len(values)} of {name} for {len(prompts)} of text: give one for all, or as many")
             if name not in names and any(v is not None for v in values):
                 raise ValueError(f"this model was trained without {name}" + (": use --unconditional" if name == "text" else ""))
-        made = {id(v): f(v) for name, f in (("melody", self.tune), ("style", self.excerpt))
+        made = {(name, id(v)): f(v) for name, f in (("melody", self.tune), ("style", self.excerpt))
                 for v in {id(v): v for v in given[name] if v is not None}.values()}
-        return [{name: values[i] if name == "text" else made.get(id(values[i])) for name, values in given.items()}
+        return [{name: values[i] if name == "text" else made.get((name, id(values[i]))) for name, values in given.items()}
                 for i in range(len(prompts))]
 
     def tune(self, wav: Tensor) -> Tensor:
@@ -311,9 +312,17 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--codec", default=None, help="where the codec lies, if it has moved since training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="generated", help="folder for wav and json files; existing files are kept")
+    parser.add_argument("--serve", action="store_true", help="instead: a page to try the model in the browser (needs gradio)")
+    parser.add_argument("--host", default="127.0.0.1", help="of --serve; the default is for this machine alone")
+    parser.add_argument("--port", type=int, default=7860, help="of --serve")
     args = parser.parse_args(argv)
     try:
-        run(args)
+        if args.serve:
+            import demo                                              # nothing else needs it
+            gradio = demo.find_gradio()                              # before the model is read
+            demo.serve(gradio, MusicGenerator.load(args.run, args.device, args.codec), args.host, args.port, args.run)
+        else:
+            run(args)
     except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2

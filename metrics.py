@@ -12,12 +12,15 @@ Legend: B clips, C channels, N samples.
     python metrics.py --run runs/toy --cfg 1 3 --temperature 0 1     adherence at several sampling settings, as a table
     python metrics.py --codec toy                                    the analyser on clean clips and after a codec
     python metrics.py --reference DIR --generated DIR                two folders of audio: Frechet distance and more (distances.py)
+    python metrics.py --generated DIR --clap_text --clap FOLDER      how near clips are to their prompts (of the json files beside them)
     python metrics.py --codec toy --fit_analyser                     fits the analyser's heads again (assets/)
     python metrics.py --run runs/toy --conditions                    given text, melody, style, or some of them: what follows what
+    python metrics.py --run runs/toy --table                         real, codec, trained, untrained, shuffled captions side by side
 """
 
 import argparse
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -32,6 +35,8 @@ import distances
 import generate
 import tokenizer
 import toy
+from conditioning import Conditioner
+from model import MusicGen
 
 
 def hear(wav: Tensor, sample_rate: int) -> list:
@@ -142,6 +147,60 @@ def conditions_table(result: dict, title: str) -> str:
                      [f"  {name:<22}" + "".join(f"{row[c]:>11.3f}" for c in columns) for name, row in result.items()])
 
 
+def untrained(music, seed: int) -> generate.MusicGenerator:
+    """A model of the same shape, vocabulary and sampling settings whose weights are as they are drawn before training."""
+    old = music.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MusicGen(old.config, Conditioner(old.conditioner.config, old.config.dim, old.conditioner.assets))
+    return generate.MusicGenerator(model.to(old.emb[0].weight.device), music.codec, music.window, music.sampling, music.dtype)
+
+
+def toy_sets(music, n: int, seed: int, split: str = "valid", batch: int = 64) -> dict:
+    """Sets of n clips for the same toy captions, beside n other real clips:
+    {"real", "codec", "trained", "untrained", "shuffled": {attribute: accuracy, "fad_codec", "fad_mel", "kl"}}.
+
+    real: rendered as asked; codec: these through the codec; untrained: of the model before training; shuffled: the trained model's clips
+    against captions of others (distances are of sets, and the same). kl: mean over the attributes. The other clips are the reference of
+    every row, so what is due to the number of clips is in each, and alone in that of real ones. Errors: ValueError without text."""
+    if music.model.conditioner is None or "text" not in music.model.conditioner.names:
+        raise ValueError("this model was trained without text, so there are no captions to follow")
+    codec, fresh = music.codec, untrained(music, seed)
+    embeddings = [distances.load_embedding(name, codec) for name in ("codec", "mel")]
+    drawn, others = ([toy.draw(seed, 0, first + i, split) for i in range(n)] for first in (100_000, 200_000))
+
+    def gathered(make, drawn: list = drawn) -> distances.Clips:
+        clips = distances.Clips(embeddings, hear)
+        for i in range(0, n, batch):
+            for wav in make(*zip(*drawn[i:i + batch]), seed + i):
+                clips.take(wav, codec.sample_rate)
+        return clips
+
+    makers = {"real": lambda clips, texts, seed: rendered(clips, codec), "codec": lambda clips, texts, seed: round_trip(clips, codec),
+              "trained": lambda clips, texts, seed: music.generate(texts, toy.CLIP_SECONDS, seed),
+              "untrained": lambda clips, texts, seed: fresh.generate(texts, toy.CLIP_SECONDS, seed)}
+    reference, asked = gathered(makers["real"], others), [clip.attributes() for clip, _ in drawn]
+    sets = {title: (gathered(make), asked) for title, make in makers.items()}
+    sets["shuffled"] = sets["trained"][0], [asked[i] for i in np.random.default_rng(seed).permutation(n)]
+    return {title: toy.accuracy(clips.heard, asked) | apart(reference, clips) for title, (clips, asked) in sets.items()}
+
+
+def apart(a: distances.Clips, b: distances.Clips) -> dict:
+    """How far b is from a: Frechet distance in each embedding, and "kl", the mean divergence of what was heard over the attributes."""
+    found = {f"fad_{e.name.split()[0]}": distances.frechet(distances.together(a.parts[e.name]), distances.together(b.parts[e.name]))
+             for e in a.embeddings}
+    kl = [distances.kl_divergence([h[name] for h in a.heard], [h[name] for h in b.heard], values) for name, values in LABELS.items()]
+    return found | {"kl": float(np.mean(kl))}
+
+
+def disorder(rows: dict) -> list:
+    """Pairs of `toy_sets` that are not in the order real, codec, trained, then untrained and shuffled: (figure, one that should be
+    better, one that should be worse)."""
+    names, pairs = rows["real"], [("real", "codec"), ("codec", "trained"), ("trained", "untrained"), ("trained", "shuffled")]
+    return [(name, better, worse) for name in names for better, worse in pairs
+            if (rows[better][name] < rows[worse][name] if name in toy.VALUES else rows[better][name] > rows[worse][name])]
+
+
 LABELS = {name: values + (toy.NONE,) for name, values in toy.VALUES.items()}
 SETS = ("reference", "generated", "codec", "noise")
 
@@ -210,6 +269,35 @@ def compare_folders(reference: str, generated: str, codec, names: list, clap: st
     return "\n".join(lines + [distances.table(distances.compare(sets, LABELS if labels else None, inf), "against the reference")])
 
 
+def prompts_of(files: list) -> list:
+    """The prompt of each audio file, from the json that generate.py and train.py write beside it. Errors: ValueError naming the file."""
+    found = []
+    for path in files:
+        try:
+            text = json.loads(path.with_suffix(".json").read_text("utf-8"))["prompt"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: no {path.with_suffix('.json').name} beside it that holds a prompt") from None
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: its prompt is {text!r}: text consistency is of clips that had one")
+        found.append(text)
+    return found
+
+
+def text_consistency(folder: str, clap: distances.Clap) -> str:
+    """A line on the cosine similarity of CLAP's features of clips and of their prompts; floor: each with the next one's prompt that
+    is another. Errors: ValueError."""
+    files = list_audio(folder, "--generated")
+    prompts, own, others = prompts_of(files), [], []
+    for i, path in enumerate(files):
+        other = next((p for p in prompts[i:] + prompts[:i] if p != prompts[i]), None)
+        if other is None:
+            raise ValueError(f"--generated {folder}: all clips have one prompt; the floor needs another")
+        a, b = clap.similarity(tokenizer.read_audio(path), tokenizer.audio_info(path).sample_rate, [prompts[i], other])
+        own, others = own + [a], others + [b]
+    return (f"clap_text of {len(files)} clips: {np.mean(own):.4f} with their prompts, {np.mean(others):.4f} with those of others "
+            f"({clap.path})")
+
+
 def hear_any(wav: Tensor, sample_rate: int) -> list:
     """As `hear`; a clip [B,C,N] too short for the analyser is none of the sounds it knows."""
     if wav.shape[-1] / sample_rate < 1.01 * toy.LEAST / toy.SAMPLE_RATE:
@@ -258,6 +346,7 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--fad_embedding", nargs="+", default=["codec", "mel"], choices=distances.EMBEDDINGS,
                         help="what the Frechet distance is measured in: latents of --codec, log-mel statistics, features of --clap")
     parser.add_argument("--clap", metavar="FOLDER", help="a CLAP model of the transformers package")
+    parser.add_argument("--clap_text", action="store_true", help="of --generated by --clap: how near clips are to their prompts")
     parser.add_argument("--fad_inf", action="store_true", help="also extrapolate the Frechet distance to infinitely many clips")
     parser.add_argument("--labels", action="store_true", help="also compare what the toy analyser hears (toy sounds only)")
     parser.add_argument("--run", help="run folder, for a table over sampling settings")
@@ -266,6 +355,7 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--top_k", type=int, nargs="+", default=[250])
     parser.add_argument("--top_p", type=float, nargs="+", default=[0.0])
     parser.add_argument("--conditions", action="store_true", help="of --run: given some of its conditions, what the clips follow")
+    parser.add_argument("--table", action="store_true", help="of --run: its clips beside real ones, the codec's, an untrained model's")
     parser.add_argument("--split", default="valid", choices=("valid", "heldout"), help="of the captions")
     parser.add_argument("--codec", default="toy")
     parser.add_argument("--fit_analyser", action="store_true", help="fit the heads first, and write them to assets/")
@@ -273,6 +363,11 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the captions and the sampling")
     args = parser.parse_args(argv)
     try:
+        if args.clap_text:
+            if not args.generated:
+                raise ValueError("--clap_text: of which clips? Give --generated, a folder of audio with json files")
+            print(text_consistency(args.generated, distances.Clap(args.clap)))
+            return 0
         if args.reference or args.generated:
             if not (args.reference and args.generated):
                 raise ValueError("give both --reference and --generated, folders of audio")
@@ -282,6 +377,14 @@ def main(argv: list | None = None) -> int:
         for name, low in (("n", 1), ("seed", 0)):
             if not low <= (value := getattr(args, name)) < 2 ** 31:
                 raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
+        if args.table:
+            if not args.run:
+                raise ValueError("--table: of which model? Give --run")
+            rows = toy_sets(generate.MusicGenerator.load(args.run), args.n, args.seed, args.split)
+            print(conditions_table(rows, f"{args.n} clips, {args.split}"))
+            print("\n".join(f"out of order: {name}, {better} is not better than {worse}" for name, better, worse in disorder(rows))
+                  or "in order: real, codec, trained, then untrained and shuffled")
+            return 0
         if args.run and args.conditions:
             music = generate.MusicGenerator.load(args.run)
             if music.model.conditioner is None:

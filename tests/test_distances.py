@@ -1,14 +1,20 @@
 """Distances between sets of clips: the arithmetic against independent formulas, and what must be near and what far."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+import conditioning
 import distances
+import generate
 import metrics
 import tokenizer
 import toy
+from conditioning import Conditioner, ConditionerConfig
 from distances import Moments, frechet
+from model import ModelConfig, MusicGen
 
 CODEC = tokenizer.load_codec("toy")
 
@@ -57,6 +63,17 @@ def test_frechet_against_the_published_formula(case):
     root = linalg.sqrtm((A + eps) @ (B + eps)).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * np.trace(root)
     assert frechet(moments(a), moments(b)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frechet_against_torchmetrics(case):
+    """A published implementation as it is: torchmetrics' (of two more see the README)."""
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
+    n, D, rank = CASES[case]
+    rng = np.random.default_rng(2 + len(case))
+    a, b = drawn(rng, n, D, rank), drawn(rng, n, D, rank, 0.5)
+    theirs = fid._compute_fid(*(torch.from_numpy(x) for s in (a, b) for x in (s.mean(0), np.cov(s, rowvar=False))))
+    assert frechet(moments(a), moments(b)) == pytest.approx(float(theirs), rel=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -153,6 +170,44 @@ def test_floor_keeps_the_spectrum():
     assert torch.equal(noise, distances.noise_like(wav, 3)) and not torch.equal(noise, distances.noise_like(wav, 4))
 
 
+PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
+
+
+def tiny(names=("text",)) -> generate.MusicGenerator:
+    """A model of random weights."""
+    config, conditioner = ModelConfig(K=4, card=256, dim=32, num_layers=1, num_heads=2), None
+    if names:
+        shape = dict(text_vocab=conditioning.vocabulary_size(PIECES), text_dim=16, text_hidden=32)
+        conditioner = Conditioner(ConditionerConfig(fuse=dict.fromkeys(names, "cross"), **shape), 32, {"text": PIECES})
+    return generate.MusicGenerator(MusicGen(config, conditioner), CODEC, 80, generate.Sampling(cfg=1))
+
+
+def test_untrained_is_drawn_anew():
+    """The same weights from the same seed, other ones than the model's, and no draw of anybody else's changes."""
+    music, state = tiny(), torch.get_rng_state()
+    one, again, other = (metrics.untrained(music, seed).model.state_dict() for seed in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state()) and one.keys() == music.model.state_dict().keys()
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    for found in (other, music.model.state_dict()):
+        assert not torch.equal(one["emb.0.weight"], found["emb.0.weight"])
+
+
+def test_table_of_sets():
+    """Of a model that knows nothing: real clips, the codec, chance; and what is out of order is said."""
+    rows = metrics.toy_sets(tiny(), 24, seed=1, batch=9)
+    assert list(rows) == ["real", "codec", "trained", "untrained", "shuffled"]
+    assert all(rows["real"][name] >= 0.9 for name in toy.VALUES) and rows["untrained"]["root"] < 0.5
+    assert all(0 < rows["real"][name] and rows["trained"][name] == rows["shuffled"][name] for name in ("fad_codec", "fad_mel", "kl"))
+    assert all(rows[title][name] < rows["trained"][name] for title in ("real", "codec") for name in ("fad_mel", "kl"))
+    good = {title: dict.fromkeys(toy.VALUES, 1 - i / 5) | {"kl": float(i)} for i, title in enumerate(rows)}
+    assert metrics.disorder(good) == []
+    good["trained"] |= dict(root=0.9, kl=3.5)
+    assert metrics.disorder(good) == [("root", "codec", "trained"), ("kl", "trained", "untrained")]
+    with pytest.raises(ValueError, match="without text"):
+        metrics.toy_sets(tiny(()), 4, seed=1)
+    assert metrics.main(["--table"]) == 2
+
+
 def folder(path, wavs: list, rate: int = 16_000):
     path.mkdir()
     for i, wav in enumerate(wavs):
@@ -183,6 +238,7 @@ def test_folders(tmp_path, capsys):
     ("--reference {a} --generated {a} --codec nowhere.pt", "nowhere.pt"),
     ("--reference {a} --generated {a} --fad_embedding clap", "clap"),
     ("--reference {a} --generated {nan}", "not finite"),
+    ("--generated {a} --clap_text", "clap"),
 ])
 def test_bad_folders_are_one_line(flags, says, tmp_path, capsys):
     import soundfile
@@ -198,15 +254,58 @@ def test_bad_folders_are_one_line(flags, says, tmp_path, capsys):
     assert says in error and error.count("\n") == 1, error
 
 
-def test_clap_embedding_of_a_random_model(tmp_path):
-    """The way through transformers, with a tiny model that was never trained."""
+@pytest.fixture()
+def clap(tmp_path) -> str:
+    """A folder with a tiny CLAP model that was never trained, whose tokenizer knows bytes."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    torch.manual_seed(0)
     audio = transformers.ClapAudioConfig(num_mel_bins=64, patch_embeds_hidden_size=32, depths=[1, 1, 1, 1], hidden_size=256,
                                          num_attention_heads=[1, 2, 4, 8], projection_dim=32)
-    text = transformers.ClapTextConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                                       projection_dim=32)
+    text = transformers.ClapTextConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                       projection_dim=32, max_position_embeddings=40)
+    folder = tmp_path / "clap"
     transformers.ClapModel(transformers.ClapConfig(text_config=text.to_dict(), audio_config=audio.to_dict(), projection_dim=32)
-                           ).save_pretrained(tmp_path)
-    transformers.ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(tmp_path)     # as laion/larger_clap_music; pieces fit
-    embedding = distances.clap_embedding(str(tmp_path))
-    assert embedding(clips(1)[0], 16_000).total.shape == (32,)
+                           ).save_pretrained(folder)
+    transformers.ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(folder)       # as laion/larger_clap_music; pieces fit
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    pieces = Tokenizer(models.BPE(vocabulary, []))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_clap_against_its_own_package(clap):
+    """Features of audio and text are the package's own of the same input, and the similarity is their cosine."""
+    import transformers
+    found, model = distances.Clap(clap), transformers.ClapModel.from_pretrained(clap).eval()
+    wav, text = clips(1)[0].tile(1, 3), "slow organ"                 # 4.8 s at 16 kHz
+    mono = torch.nn.functional.interpolate(wav[None], scale_factor=3)[0, 0]                  # any audio at 48 kHz
+    with torch.no_grad():
+        heard = transformers.ClapFeatureExtractor.from_pretrained(clap)(mono.numpy(), sampling_rate=48_000, return_tensors="pt")
+        read = transformers.AutoTokenizer.from_pretrained(clap)(text, return_tensors="pt")
+        audio, words = (getattr(x, "pooler_output", x) for x in (model.get_audio_features(**heard), model.get_text_features(**read)))
+    assert torch.equal(found.audio(mono), audio) and torch.equal(found.text(text), words[0])
+    assert found.similarity(mono[None], 48_000, [text]) == [pytest.approx(float(torch.cosine_similarity(audio, words)))]
+    assert found.text("word " * 100).shape == (32,)                  # cut where its positions end
+    assert found.audio(mono.tile(3)).shape == (2, 32)                # 14.4 s
+    embedding = distances.clap_embedding(clap)
+    assert embedding(wav, 16_000).total.shape == (32,)
+
+
+def test_text_consistency_of_a_folder(clap, tmp_path, capsys):
+    """What a person computes by hand, from the files that generate.py writes; a clip without its prompt is named."""
+    wavs, prompts = clips(3), ["slow organ", "fast bells", "fast bells"]
+    place = folder(tmp_path / "made", wavs)
+    flags = ["--generated", place, "--clap_text", "--clap", clap]
+    assert metrics.main(flags) == 2 and "no 000.json beside it" in capsys.readouterr().err
+    for i, prompt in enumerate(prompts):
+        (tmp_path / "made" / f"{i:03d}.json").write_text(json.dumps(dict(prompt=prompt)))
+    assert metrics.main(flags) == 0
+    model = distances.Clap(clap)
+    files = [tokenizer.read_audio(f"{place}/{i:03d}.wav") for i in range(3)]
+    own = np.mean([model.similarity(wav, 16_000, [prompt])[0] for wav, prompt in zip(files, prompts)])
+    others = np.mean([model.similarity(wav, 16_000, [prompt])[0] for wav, prompt in zip(files, ("fast bells", "slow organ", "slow organ"))])
+    assert f"3 clips: {own:.4f} with their prompts, {others:.4f} with those of others" in capsys.readouterr().out
+    (tmp_path / "made" / "000.json").write_text('{"prompt": null}')
+    assert metrics.main(flags) == 2 and "000.wav: its prompt is None" in capsys.readouterr().err

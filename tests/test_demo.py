@@ -1,0 +1,100 @@
+"""The page of generate.py --serve: what is behind its button, without gradio; and through it, where gradio is installed."""
+
+import sys
+
+import pytest
+import torch
+
+import conditioning
+import demo
+import generate
+import tokenizer
+from conditioning import Conditioner, ConditionerConfig
+from generate import Sampling
+from model import ModelConfig, MusicGen
+
+CODEC = tokenizer.load_codec("toy")
+PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
+SHAPE = dict(text_vocab=conditioning.vocabulary_size(PIECES), text_dim=16, text_hidden=32, melody_frames=13, style_card=256,
+             style_dim=32, style_layers=1, style_heads=2, style_bins=8, style_frames=50)
+SAMPLING = Sampling(cfg=2.0, temperature=1.0, top_k=50)
+
+
+def tiny(*names: str) -> generate.MusicGenerator:
+    """Random weights that take these conditions; a window of 0.8 s."""
+    torch.manual_seed(1)
+    config = ModelConfig(K=4, card=256, dim=32, num_layers=2, num_heads=2)
+    fuse = {name: "cross" if name == "text" else "prepend" for name in names}
+    conditioner = Conditioner(ConditionerConfig(fuse=fuse, **SHAPE), 32, {"text": PIECES}) if names else None
+    return generate.MusicGenerator(MusicGen(config, conditioner).eval(), CODEC, 40, SAMPLING)
+
+
+@pytest.fixture()
+def tune(tmp_path) -> str:
+    """A file with a second of a tone."""
+    tokenizer.write_audio(tmp_path / "tune.wav", 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16_000) / 16_000)[None], 16_000)
+    return str(tmp_path / "tune.wav")
+
+
+def test_fields_are_what_the_model_knows():
+    assert list(demo.settings(tiny())) == ["seconds", "cfg", "temperature", "top_k", "top_p", "seed"]
+    assert list(demo.settings(tiny("text")))[:2] == ["text", "seconds"] and "cfg_style" not in demo.settings(tiny("text"))
+    every = demo.settings(tiny("melody", "style", "text"))
+    assert list(every)[:4] == ["text", "melody", "style", "seconds"] and "cfg_style" in every
+    assert (every["seconds"], every["cfg"], every["top_k"]) == (0.8, 2.0, 50)
+
+
+def test_the_button_makes_what_generate_makes(tune):
+    music, wav, steps = tiny("text", "melody", "style"), tokenizer.read_audio(tune), []
+    asked = demo.settings(music) | dict(text=" slow\norgan", seed=3, top_k=7, cfg_style=3)
+    sampling = Sampling(cfg=2.0, top_k=7, cfg_style=3)
+    for more, given in (({}, {}), (dict(melody=tune), dict(melody=wav)), (dict(melody=tune, style=tune), dict(melody=wav, style=wav))):
+        found = demo.perform(music, asked | more, lambda *step: steps.append(step))
+        assert torch.equal(found, music.generate(["slow organ"], 0.8, 3, sampling, **given)[0])
+    assert steps[-1] == (40, 40)
+    assert torch.equal(demo.perform(music, asked | dict(text="")), music.generate([None], 0.8, 3, sampling)[0])
+    assert not torch.equal(demo.perform(music, asked), demo.perform(music, asked | dict(seed=4)))
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(seconds=0), "seconds 0"), (dict(seconds=301), "at most 300"), (dict(seconds=None), "seconds is empty"),
+    (dict(seconds=float("nan")), "seconds nan"), (dict(top_k=2.5), "whole number"), (dict(seed=-1), "seed -1"), (dict(cfg="1"), "cfg 1"),
+    (dict(temperature=-1), "temperature -1"), (dict(top_p=2), "top_p 2"), (dict(melody="README.md"), "melody: README.md: not readable"),
+    (dict(style="nowhere/a.wav"), "style: a.wav: not readable"), (dict(melody="{silence}"), "melody: it is silent"),
+])
+def test_bad_fields_are_one_line(wrong, says, tmp_path):
+    tokenizer.write_audio(tmp_path / "silence.wav", torch.zeros(1, 16_000), 16_000)
+    wrong = {k: v.format(silence=tmp_path / "silence.wav") if isinstance(v, str) else v for k, v in wrong.items()}
+    music = tiny("text", "melody", "style")
+    with pytest.raises(ValueError) as error:
+        demo.perform(music, demo.settings(music) | dict(text="slow organ") | wrong)
+    assert says in str(error.value) and "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+def test_without_gradio_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert generate.main(["--run", "nowhere", "--serve"]) == 2
+    error = capsys.readouterr().err
+    assert 'pip install "gradio>=6"' in error and error.count("\n") == 1
+
+
+def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
+    """Where gradio is installed: what the page returns is the file that the command line writes; what it refuses comes as a message."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client, handle_file
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    music, gradio = tiny("text", "melody"), demo.find_gradio()
+    page = demo.build(gradio, music, str(tmp_path), "a tiny model")
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False)
+    try:
+        client = Client(address, verbose=False, download_files=tmp_path / "client")
+        asked = demo.settings(music) | dict(text="slow organ", seed=3, melody=handle_file(tune))
+        found = client.predict(*asked.values(), api_name="/generate")
+        expected = music.generate(["slow organ"], 0.8, 3, melody=tokenizer.read_audio(tune))[0]
+        tokenizer.write_audio(tmp_path / "expected.wav", expected, CODEC.sample_rate)
+        assert open(found, "rb").read() == (tmp_path / "expected.wav").read_bytes()
+        with pytest.raises(Exception, match="top_k 2.5: give a whole number"):
+            client.predict(*(asked | dict(top_k=2.5)).values(), api_name="/generate")
+    finally:
+        page.close()
+    assert address.startswith("http://127.0.0.1:")
