@@ -125,6 +125,27 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
     return x * kept / (1 - p)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [...,in] and weight [out,in] -> [...,out]: `F.linear`, transposed where a CPU generates few rows.
+
+    A generation step takes as long as reading the weights does. For 2 to 8 rows that fit a core's first cache (4,096 numbers) MKL
+    reads them up to 2.4 times as fast for (W x^T)^T as for x W^T; beyond, it is the other way round."""
+    rows = x.shape[:-1].numel()
+    if torch.is_grad_enabled() or x.device.type != "cpu" or not (1 < rows <= 8 and x.numel() <= 4096):
+        return F.linear(x, weight)
+    return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1).contiguous()
+
+
+class Linear(nn.Linear):
+    """Without a bias; see `linear`."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
 class Attention(nn.Module):
     """Multi-head attention with one packed projection: rows q | k | v of in_proj_weight [3D, D], no biases."""
 
@@ -133,7 +154,7 @@ class Attention(nn.Module):
         assert dim % num_heads == 0, f"width {dim} does not divide into {num_heads} heads"
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim)
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B,S,parts*D] -> `parts` tensors [B,H,S,D/H]."""
@@ -146,7 +167,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """Causal self-attention over x [B,S,D]; mask [B,1,S,S'] bool or None for plain causal."""
-        q, k, v = self.split(F.linear(x, self.in_proj_weight), 3)                                       # [B, H, S, D/H]
+        q, k, v = self.split(linear(x, self.in_proj_weight), 3)                                       # [B, H, S, D/H]
         fresh = cache is None or cache.length == 0
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -157,11 +178,11 @@ class Attention(nn.Module):
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a condition [B,L,D], for `cross`."""
         D = source.shape[-1]
-        return self.split(F.linear(source, self.in_proj_weight[D:]), 2)                                 # [B, H, L, D/H]
+        return self.split(linear(source, self.in_proj_weight[D:]), 2)                                 # [B, H, L, D/H]
 
     def cross(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Attention of x [B,S,D] to a condition; mask [B,1,1,L] bool or None."""
-        q, = self.split(F.linear(x, self.in_proj_weight[:x.shape[-1]]), 1)
+        q, = self.split(linear(x, self.in_proj_weight[:x.shape[-1]]), 1)
         return self.attend(q, *keys_values, mask)
 
 
@@ -181,7 +202,7 @@ class Layer(nn.Module):
         self.p = config.dropout
         self.self_attn = Attention(D, config.num_heads)
         self.norm1, self.norm2 = LayerNorm(D), LayerNorm(D)
-        self.linear1, self.linear2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
+        self.linear1, self.linear2 = Linear(D, hidden), Linear(hidden, D)
         if config.cross_attention:
             self.cross_attention = Attention(D, config.num_heads)
             self.norm_cross = LayerNorm(D)
@@ -244,7 +265,7 @@ class MusicGen(nn.Module):
         self.emb = nn.ModuleList(nn.Embedding(card + 1, D) for _ in range(K))
         self.transformer = Transformer(config)
         self.out_norm = LayerNorm(D)
-        self.linears = nn.ModuleList(nn.Linear(D, card, bias=False) for _ in range(K))
+        self.linears = nn.ModuleList(Linear(D, card) for _ in range(K))
         self.conditioner = conditioner
         self.init_weights()
 
