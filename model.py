@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import patterns
 
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
+LOGITS = 1 << 22                                                     # of a chunk of the loss: 16 MiB
 SIZES = {                                                            # Copet et al. 2023 sec. 3.1: small 300M, medium 1.5B, large 3.3B
     "debug": dict(dim=64, num_layers=2, num_heads=2),
     "tiny": dict(dim=192, num_layers=4, num_heads=3),
@@ -146,6 +147,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+def again(function, *inputs):
+    """function(*inputs), of which training keeps the inputs alone and computes the rest again in the backward pass, up to the last
+    that this needs: for a product of something cheap, the cheap part. No generator's state is kept: what is dropped is a hash."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Attention(nn.Module):
     """Multi-head attention with one packed projection: rows q | k | v of in_proj_weight [3D, D], no biases."""
 
@@ -217,8 +226,12 @@ class Layer(nn.Module):
                 if cache is not None:
                     cache.cross[index] = keys_values
             x = x + dropout(self.cross_attention.cross(self.norm_cross(x), keys_values, source_mask), self.p, keys, 4 * index + 1)
-        hidden = dropout(F.gelu(self.linear1(self.norm2(x))), self.p, keys, 4 * index + 2)              # [B, S, 4D]
-        return x + dropout(self.linear2(hidden), self.p, keys, 4 * index + 3)
+        hidden = self.linear1(self.norm2(x))                                                            # [B, S, 4D]
+        return x + dropout(again(self.contract, hidden, keys, index), self.p, keys, 4 * index + 3)
+
+    def contract(self, hidden: Tensor, keys: Tensor | None, index: int) -> Tensor:
+        """The second half of the feed-forward: [B,S,4D] -> [B,S,D]."""
+        return self.linear2(dropout(F.gelu(hidden), self.p, keys, 4 * index + 2))
 
 
 class Transformer(nn.Module):
@@ -232,7 +245,7 @@ class Transformer(nn.Module):
     def forward(self, x, mask, source, source_mask, cache=None, keys=None):
         for i, layer in enumerate(self.layers):
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, mask, source, source_mask, None, i, keys, use_reentrant=False)
+                x = again(layer, x, mask, source, source_mask, None, i, keys)
             else:
                 x = layer(x, mask, source, source_mask, cache, i, keys)
         return x
@@ -250,6 +263,11 @@ def init_transformer(transformer: Transformer) -> None:
         for weight in layer.parameters():
             if weight.dim() == 2:
                 trunc_normal(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
+
+
+def head_loss(head: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """Summed cross-entropy of a codebook: x [N,D], target [N] with IGNORE where none is. The logits are float32."""
+    return F.cross_entropy(head(x).float(), target, ignore_index=IGNORE, reduction="sum")
 
 
 class MusicGen(nn.Module):
@@ -364,9 +382,13 @@ class MusicGen(nn.Module):
         if frame_mask is not None:
             codes = codes.masked_fill(~frame_mask[:, None], self.special)
         x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions, keys=keys)            # [B, S-1, D]
-        return torch.stack([F.cross_entropy(head(x).flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE,
-                                            reduction="sum")
-                            for head, target in zip(self.linears, targets.unbind(1))])                  # [K]
+        loss, x = self.checkpointed_loss if self.transformer.checkpointing else head_loss, x.flatten(0, 1)
+        return torch.stack([loss(head, x, target.flatten()) for head, target in zip(self.linears, targets.unbind(1))])   # [K]
+
+    def checkpointed_loss(self, head: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """`head_loss` in chunks, computed again in the backward pass: no more than LOGITS logits exist at once."""
+        rows = max(1, LOGITS // self.config.card)
+        return sum(again(head_loss, head, *part) for part in zip(x.split(rows), target.split(rows)))
 
     def count_targets(self, frame_mask: Tensor) -> Tensor:
         """Number of supervised codes of each codebook [K] for frames [B,T]."""
