@@ -4,52 +4,31 @@
     aside/bin/pip install --no-deps --no-build-isolation audiocraft==1.3.0 omegaconf antlr4-python3-runtime==4.9.3 julius
     aside/bin/python tests/parity_audiocraft.py
 
-What audiocraft imports and does not need for this (xformers, spacy, av ..) is replaced by empty modules. Two it would need for a melody
-are replaced too: demucs, so that the whole audio is heard, and librosa's filterbank by transformers', which has the same numbers.
+What audiocraft imports and does not need for this (xformers, spacy, av ..) is replaced by empty modules: see peers.py. Two it would need for a
+melody are replaced too: demucs, so that the whole audio is heard, and librosa's filterbank by transformers', which has the same numbers.
 
 Release 1.3.0 has no style conditioner. It has what the later one is made of (StreamingTransformer, ResidualVectorQuantizer): these, with
 nn.BatchNorm1d, are put together here as the public code does, and compared; the later class itself was not run.
 """
 
-import importlib.abc
-import importlib.machinery
 import itertools
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-EMPTY = ("xformers", "flashy", "dora", "spacy", "av", "demucs", "librosa", "num2words", "hydra", "torchdiffeq", "torchmetrics", "pesq",
-         "pystoi", "laion_clap", "audiocraft.solvers", "audiocraft.metrics", "audiocraft.adversarial", "audiocraft.losses")
-
-
-class Empty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules named in EMPTY: whatever is asked of them is there, and does nothing."""
-
-    def find_spec(self, name, path, target=None):
-        if any(name == e or name.startswith(f"{e}.") for e in EMPTY):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        module = MagicMock(name=spec.name)
-        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
-        return module
-
-    def exec_module(self, module):
-        pass
+import peers                                                         # after the path
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    sys.meta_path.insert(0, Empty())
+    peers.hide_unneeded_modules()
     import audiocraft.models.loaders as loaders
     import audiocraft.modules.chroma
     import audiocraft.modules.conditioners as conditioners
-    import audiocraft.modules.transformer as transformer
     import demucs
     import transformers
     from audiocraft.models.builders import get_wrapped_compression_model
@@ -57,7 +36,6 @@ def main() -> None:
     import convert
     import test_convert as made
     from generate import MusicGenerator
-    transformer.ops.unbind = torch.unbind
     conditioners.T5Conditioner.MODELS.append("t5-tiny")
     conditioners.T5Conditioner.MODELS_DIMS["t5-tiny"] = 24
     convert.T5_NAMES[24, 2, 3, 8, 40, 80] = "t5-tiny"
@@ -80,8 +58,6 @@ def main() -> None:
         if melody:                                                   # as their MusicGen sets it for every model of this kind
             theirs.condition_provider.conditioners["self_wav"]._use_masking = False
         compare(MusicGenerator.load(folder / "nano"), theirs, their_codec, made.WORDS, made.tune if melody else None)
-
-
     style(folder, made, convert)
 
 

@@ -155,6 +155,45 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
 
+def saved(m: MusicGen, codes) -> dict:
+    """Numbers that a forward pass keeps for the backward pass: {shape: how many tensors}, weights left out."""
+    kept, weights = {}, {p.data_ptr() for p in m.parameters()}
+
+    def pack(x):
+        if x.data_ptr() not in weights:
+            kept.setdefault(x.data_ptr(), tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = m(codes).sum()
+    shapes = list(kept.values())
+    loss.backward()
+    return {shape: shapes.count(shape) for shape in shapes}
+
+
+def test_what_training_keeps():
+    """One of the feed-forward's two wide tensors a layer, a codebook's log-probabilities; with checkpointing neither, whole."""
+    codes, m = torch.randint(0, 11, (2, 3, 8)), tiny(pattern="parallel", num_layers=3).train()
+    kept = saved(m, codes)
+    assert kept[2, 8, 128] == 3 and kept[16, 11] == 3
+    m.transformer.checkpointing = True
+    kept = saved(m, codes)
+    assert (2, 8, 128) not in kept and (16, 11) not in kept and kept[2, 8, 32] == 3 + 1
+
+
+def test_the_loss_in_chunks(monkeypatch):
+    """16 rows in chunks of 3: the same loss and gradients up to rounding, and no row lost."""
+    codes, found = torch.randint(0, 11, (2, 3, 8)), []
+    for logits in (1 << 22, 33):
+        monkeypatch.setattr(lm, "LOGITS", logits)
+        m = tiny(pattern="parallel").train()
+        m.transformer.checkpointing = True
+        loss = m(codes)
+        loss.sum().backward()
+        found.append([loss, *(head.weight.grad for head in m.linears), m.emb[0].weight.grad])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found)) and found[0][0].min() > 1
+
+
 def test_dropout_is_a_function_of_the_sample():
     """Frequency, scale, and independence: of other samples, of the place, of how a batch is split."""
     x, keys = torch.ones(6, 50, 64), torch.tensor([3, 4, 3, 2**31 - 1, 0, 99], dtype=torch.int32)
@@ -189,6 +228,16 @@ def test_decay_on_matrices_only():
     decayed, rest = lm.decay_groups(tiny(), 0.1)
     assert all(p.dim() == 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
     assert rest["weight_decay"] == 0 and sum(p.dim() == 2 for p in rest["params"]) == 3      # the three tables
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 64), (8, 64), (1, 3, 64), (9, 64), (2, 4096), (64,)])
+def test_linear_is_a_matrix_product_whatever_its_order(shape):
+    """Few rows without gradient go the other way round, to the same numbers up to rounding, in memory as `F.linear` leaves them."""
+    x, weight = torch.randn(shape), torch.randn(48, shape[-1])
+    with torch.no_grad():
+        found = lm.linear(x, weight)
+    assert torch.allclose(found, F.linear(x, weight), atol=1e-4) and found.is_contiguous()
+    assert lm.linear(x, weight.requires_grad_()).equal(F.linear(x, weight))
 
 
 def test_wrong_number_of_codebooks():
