@@ -160,7 +160,8 @@ def reference_curve(args: dict, path: Path = REFERENCE_RUN) -> list:
     if not path.is_file():
         return []
     header, *records = (json.loads(line) for line in path.read_text().splitlines())
-    same = all(args.get(k) == v for k, v in ({"channels": 1, "init_from": None} | header["args"]).items())
+    plain = dict(channels=1, num_codebooks=None, conditions=["text"], no_text=False, init_from=None)
+    same = all(args.get(k) == v for k, v in (plain | header["args"]).items())
     return [r for r in records if r["kind"] == "stage"] if same else []
 
 

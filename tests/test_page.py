@@ -13,6 +13,7 @@ import soundfile
 import torch
 import torchaudio
 
+import flags
 import page
 import tokenizer
 import train
@@ -144,9 +145,11 @@ def test_the_page_holds_everything(finished):
 
 def test_the_reference_curve_is_that_of_the_same_flags(tmp_path):
     header, *rest = page.REFERENCE_RUN.read_text().splitlines()
-    args = json.loads(header)["args"]
-    assert len(page.reference_curve(dict(args, channels=1, init_from=None))) == len(rest)
-    assert page.reference_curve(dict(args, channels=2, init_from=None)) == [] == page.reference_curve({})
+    args = vars(flags.build_parser().parse_args([])) | json.loads(header)["args"]
+    assert len(page.reference_curve(args)) == len(rest)
+    for other in (dict(channels=2), dict(num_codebooks=3), dict(conditions=["text", "style"]), dict(no_text=True), dict(size="base")):
+        assert page.reference_curve(args | other) == []
+    assert page.reference_curve({}) == []
 
 
 def test_epochs_that_are_shown():
