@@ -156,29 +156,30 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 def saved(m: MusicGen, codes) -> dict:
-    """Numbers that a forward pass keeps for the backward pass: {shape: how many tensors}, weights left out."""
+    """What a forward pass keeps for the backward pass, weights left out: {numbers in a tensor: how many such tensors}."""
     kept, weights = {}, {p.data_ptr() for p in m.parameters()}
 
     def pack(x):
         if x.data_ptr() not in weights:
-            kept.setdefault(x.data_ptr(), tuple(x.shape))
+            kept.setdefault(x.data_ptr(), x.numel())
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = m(codes).sum()
-    shapes = list(kept.values())
-    loss.backward()
-    return {shape: shapes.count(shape) for shape in shapes}
+    sizes = list(kept.values())
+    loss.backward()                                                  # until here no address is given away again
+    return {size: sizes.count(size) for size in sizes}
 
 
 def test_what_training_keeps():
     """One of the feed-forward's two wide tensors a layer, a codebook's log-probabilities; with checkpointing neither, whole."""
     codes, m = torch.randint(0, 11, (2, 3, 8)), tiny(pattern="parallel", num_layers=3).train()
     kept = saved(m, codes)
-    assert kept[2, 8, 128] == 3 and kept[16, 11] == 3
+    wide, logits, x = 2 * 8 * 128, 2 * 8 * 11, 2 * 8 * 32
+    assert kept[wide] == 3 and kept[logits] == 3
     m.transformer.checkpointing = True
     kept = saved(m, codes)
-    assert (2, 8, 128) not in kept and (16, 11) not in kept and kept[2, 8, 32] == 3 + 1
+    assert wide not in kept and logits not in kept and kept[x] <= 3 + 3
 
 
 def test_the_loss_in_chunks(monkeypatch):
@@ -222,6 +223,27 @@ def test_dropout_in_the_model():
         model(codes, None, None, keys).sum().backward()
         grads.append(model.emb[0].weight.grad.clone())
     torch.testing.assert_close(*grads)
+
+
+def test_compiled_layers_are_not_compiled_again():
+    """Of 12 updates with texts of other lengths and smaller batches without gradient between them, only the first 4 compile anything."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    m, graphs = tiny(num_layers=4), []
+    m.conditioner = torch.nn.Identity()                              # hands the conditions through
+    for layer in m.transformer.layers:
+        layer.compile(backend="eager")                               # what is compiled when does not depend on the compiler
+    for step in range(12):
+        c = conditions(B=4, L=4 + step % 5)
+        given = Conditions(cross=c.cross, cross_mask=c.cross_mask)
+        codes, mask = torch.randint(0, 11, (4, 3, 9)), torch.ones(4, 9, dtype=torch.bool)
+        m.train()(codes, mask, given).sum().backward()
+        if step % 4 == 3:
+            with torch.no_grad():
+                m.eval()(codes[:3], mask[:3], Conditions(cross=c.cross[:3], cross_mask=c.cross_mask[:3]))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[3] <= 4 and set(graphs[3:]) == {graphs[3]} and not counters["graph_break"]
 
 
 def test_decay_on_matrices_only():
