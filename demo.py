@@ -102,7 +102,6 @@ def build(gradio, music, folder: str, title: str):
                             delete_cache=(3600, 3600))               # uploads and results are forgotten after an hour (seconds)
 
 
-
 def serve(gradio, music, host: str, port: int, title: str) -> None:
     """Shows the page until Ctrl-C. Errors: ValueError where the address cannot be had."""
     if not 0 < port < 1 << 16:

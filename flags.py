@@ -313,7 +313,7 @@ class Plan:
 def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, speed: float) -> Plan:
     """Memory and time from shapes alone, at half of `speed` (peak FLOP/s of a rank).
 
-    Activations: about 20 D numbers a layer and step are kept for backward (28 D with cross-attention), and three of the
+    Activations: about 16 D numbers a layer and step are kept for backward (24 D with cross-attention), and three of the
     logits' size in float32. Sharded: all but activations over the ranks, and two layers gathered (ZeRO-3) or all (ZeRO-2);
     whole, autocast keeps its casts of the weights until the backward pass. Frozen matrices (--lora) need no gradient, optimiser
     or average, and one pass backward instead of two."""
@@ -321,7 +321,7 @@ def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, spee
     added = count_parameters(config, args.lora) if args.lora else 0
     learnt = added or N
     bytes_each = 4 if args.dtype == "float32" else 2
-    per_layer = (28 if config.cross_attention else 20) * config.dim
+    per_layer = (24 if config.cross_attention else 16) * config.dim
     kept = config.num_layers * (config.dim if args.checkpointing else per_layer) + (per_layer if args.checkpointing else 0)
     sharded = args.parallel == "fsdp" and world > 1
     share = world if sharded else 1
