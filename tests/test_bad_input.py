@@ -327,7 +327,7 @@ def prepare(shared: Path) -> Path:
 REFUSED = {
     # train.py: flags
     "train: a flag that does not exist": ("train --sise tiny", "--sise"),
-    "train: a size that does not exist": ("train --size huge", "'huge'", "tiny"),
+    "train: a size that does not exist": ("train --size huge", "--size huge", "tiny"),
     "train: a pattern that does not exist": ("train --pattern zigzag", "'zigzag'", "delay"),
     "train: a word for a number": ("train --epochs many", "--epochs", "'many'"),
     "train: a fraction for a whole number": ("train --batch_size 2.5", "--batch_size", "'2.5'"),
@@ -339,7 +339,7 @@ REFUSED = {
     "train: start from nothing": ("train --init_from no/such", "no/such", "give the folder of a run"),
     "train: start from another size": ("train --init_from @model --size tiny", "dim 64 there, 192 here", "it was trained with"),
     "train: stereo start from another size": ("train --init_from @model --channels 2 --size tiny", "dim 64 there, 192 here"),
-    "train: start from fewer conditions": ("train --init_from @mute", "conditions None there", "it was trained with"),
+    "train: start from fewer conditions": ("train --init_from @mute", "cross_attention False there", "it was trained with"),
     "train: start from other codebooks": ("train --init_from @model --num_codebooks 2", "codes 4 of toy", "codes 2 of toy"),
     **{f"train: start from a best.pt {what}": (f"train --init_from @best_{name}", f"best_{name}", says) for name, what, says in (
         ("cut", "cut", "not a model"), ("pickle", "is a pickle", "not a model"), ("no_model", "without weights", "not a model"),

@@ -345,6 +345,11 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     (["--temperature", "-2"], "temperature -2"),
     (["--dtype", "float16"], "float16"),
     (["--cache", "missing_cache"], "missing_cache"),
+    (["--size", "huge"], "--size huge: debug, tiny"),
+    (["--size", "320x6"], "--size 320x6"),
+    (["--size", "320x6x0"], "--size 320x6x0"),
+    (["--size", "100x2x3"], "a multiple of the heads"),
+    (["--size", "64x2x2x4x1"], "WIDTHxLAYERSxHEADS"),
 ])
 def test_bad_flags_are_one_line(flags, says, tmp_path, capsys):
     assert run(tmp_path / "new", *flags) == 2
@@ -352,7 +357,7 @@ def test_bad_flags_are_one_line(flags, says, tmp_path, capsys):
     assert says in error and error.count("\n") == 1 and error.startswith("train.py: ")
 
 
-@pytest.mark.parametrize("flags", [["--sise", "tiny"], ["--size", "huge"], ["--pattern", "zigzag"], ["--seed", "x"]])
+@pytest.mark.parametrize("flags", [["--sise", "tiny"], ["--pattern", "zigzag"], ["--seed", "x"]])
 def test_mistyped_flags(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, *flags)
