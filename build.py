@@ -73,18 +73,20 @@ def condition_shapes(args: argparse.Namespace, codec) -> dict:
 
 
 def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, saved: dict | None) -> Conditioner | None:
-    """The conditioner, with the vocabulary of the checkpoint, or one fitted to the captions of the training set."""
+    """The conditioner, with the text's vocabulary and encoder as in the checkpoint or start (`saved`), or new ones, fitted to the captions
+    of the training set, where it has none."""
     if not (methods := fuses(args)):
         return None
     shape, assets = condition_shapes(args, codec), {}
     if "text" in methods:
-        if saved is not None and "text" in saved["assets"]:          # captions may have changed since
+        known = saved is not None and "text" in saved["assets"]
+        if known:                                                    # captions may have changed since
             pieces = fitting(Path(args.out), conditioning.unpack, saved["assets"]["text"])
             fitting(Path(args.out), conditioning.vocabulary_size, pieces)
         else:
             pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
         assets["text"], shape["text_vocab"] = pieces, conditioning.vocabulary_size(pieces)
-        if stored := (saved or {}).get("conditioner_config"):        # T5 has another shape than ours, and more rows than pieces
+        if known and (stored := saved.get("conditioner_config")):    # T5 has another shape than ours, and more rows than pieces
             shape |= {name: value for name, value in stored.items() if name.startswith("text_")}
         elif shape["text_vocab"] < args.text_vocab:
             ranks.print(f"text: {shape['text_vocab']} pieces, not {args.text_vocab}: the captions hold no more")
@@ -136,6 +138,7 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
     sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)
     return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, stop, [], sums)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a start from the weights of another run

@@ -297,6 +297,7 @@ def of_the_run(argv: list | None, out: str | None) -> argparse.Namespace:
     parser.set_defaults(**{k: v for k, v in stored.items() if k not in HERE_ONLY and k in parser.parse_args([])})
     return parser.parse_args(argv)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # estimate
 

@@ -339,7 +339,8 @@ def sweep(run: str, settings: list, n: int, seed: int, split: str) -> None:
               f"{result['instrument']['none']:>12.3f}", flush=True)
 
 
-def main(argv: list | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description="Distances between sets of clips; caption adherence on toy music.", allow_abbrev=False)
     parser.add_argument("--reference", metavar="DIR", help="folder of real audio, to compare --generated with")
     parser.add_argument("--generated", metavar="DIR", help="folder of generated audio")
@@ -361,47 +362,53 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--fit_analyser", action="store_true", help="fit the heads first, and write them to assets/")
     parser.add_argument("--n", type=int, default=128, help="clips")
     parser.add_argument("--seed", type=int, default=1, help="of the captions and the sampling")
-    args = parser.parse_args(argv)
-    try:
-        if args.clap_text:
-            if not args.generated:
-                raise ValueError("--clap_text: of which clips? Give --generated, a folder of audio with json files")
-            print(text_consistency(args.generated, distances.Clap(args.clap)))
-            return 0
-        if args.reference or args.generated:
-            if not (args.reference and args.generated):
-                raise ValueError("give both --reference and --generated, folders of audio")
-            print(compare_folders(args.reference, args.generated, tokenizer.load_codec(args.codec), args.fad_embedding, args.clap,
-                                  args.fad_inf, args.labels))
-            return 0
-        for name, low in (("n", 1), ("seed", 0)):
-            if not low <= (value := getattr(args, name)) < 2 ** 31:
-                raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
-        if args.table:
-            if not args.run:
-                raise ValueError("--table: of which model? Give --run")
-            rows = toy_sets(generate.MusicGenerator.load(args.run), args.n, args.seed, args.split)
-            print(conditions_table(rows, f"{args.n} clips, {args.split}"))
-            print("\n".join(f"out of order: {name}, {better} is not better than {worse}" for name, better, worse in disorder(rows))
-                  or "in order: real, codec, trained, then untrained and shuffled")
-            return 0
-        if args.run and args.conditions:
-            music = generate.MusicGenerator.load(args.run)
-            if music.model.conditioner is None:
-                raise ValueError(f"{args.run}: an unconditional model follows nothing")
-            print(conditions_table(toy_conditions(music, args.n, args.seed), f"{args.n} clips, given"))
-            return 0
-        if args.conditions:
-            raise ValueError("--conditions: of which model? Give --run")
-        if args.run:
-            grid = itertools.product(args.cfg, args.temperature, args.top_k, args.top_p)
-            sweep(args.run, [generate.Sampling(*point) for point in grid], args.n, args.seed, args.split)
-            return 0
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what the flags ask for. Errors: ValueError."""
+    if args.clap_text:
+        if not args.generated:
+            raise ValueError("--clap_text: of which clips? Give --generated, a folder of audio with json files")
+        print(text_consistency(args.generated, distances.Clap(args.clap)))
+        return
+    if args.reference or args.generated:
+        if not (args.reference and args.generated):
+            raise ValueError("give both --reference and --generated, folders of audio")
+        print(compare_folders(args.reference, args.generated, tokenizer.load_codec(args.codec), args.fad_embedding, args.clap,
+                              args.fad_inf, args.labels))
+        return
+    for name, low in (("n", 1), ("seed", 0)):
+        if not low <= (value := getattr(args, name)) < 2 ** 31:
+            raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
+    for name in ("table", "conditions"):
+        if getattr(args, name) and not args.run:
+            raise ValueError(f"--{name}: of which model? Give --run")
+    if args.table:
+        rows = toy_sets(generate.MusicGenerator.load(args.run), args.n, args.seed, args.split)
+        print(conditions_table(rows, f"{args.n} clips, {args.split}"))
+        print("\n".join(f"out of order: {name}, {better} is not better than {worse}" for name, better, worse in disorder(rows))
+              or "in order: real, codec, trained, then untrained and shuffled")
+    elif args.conditions:
+        music = generate.MusicGenerator.load(args.run)
+        if music.model.conditioner is None:
+            raise ValueError(f"{args.run}: an unconditional model follows nothing")
+        print(conditions_table(toy_conditions(music, args.n, args.seed), f"{args.n} clips, given"))
+    elif args.run:
+        grid = itertools.product(args.cfg, args.temperature, args.top_k, args.top_p)
+        sweep(args.run, [generate.Sampling(*point) for point in grid], args.n, args.seed, args.split)
+    else:
         codec = tokenizer.load_codec(args.codec)
         if args.fit_analyser:
             fit_analyser(codec).save()
             print(f"wrote {toy.ANALYSER_FILE}")
         print(ceiling_report(codec, args.n, args.seed))
+
+
+def main(argv: list | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
     except ValueError as error:
         print(f"metrics.py: {error}", file=sys.stderr)
         return 2

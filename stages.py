@@ -72,6 +72,7 @@ def figures(sums: Tensor, counts: Tensor) -> dict:
         result |= {f"ce_q{k}": value, f"ppl_q{k}": math.exp(min(value, 80.0))}
     return result
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # valid
 
@@ -119,6 +120,7 @@ def valid_stage(run: Run) -> dict:
     """Cross-entropy of the averaged weights on the validation set."""
     began = time.perf_counter()
     return mean_loss(run, run.ema.model) | dict(seconds=time.perf_counter() - began)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluate
@@ -195,6 +197,7 @@ def held_out_distances(run: Run, music: generate.MusicGenerator) -> dict:
     if args.cache is not None:
         run.ranks.print("(a cache has no audio: validation clips are as the codec decodes them, and the ceiling counts it twice)")
     return found
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generate

@@ -124,6 +124,7 @@ def summary(record: dict) -> str:
     figures = show(record) if "ce" in record else f"{record.get('samples', 0)} samples"
     return f"epoch {record['epoch']} {record['stage']} | {figures} | {record.get('seconds', 0.0):.1f} s"
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
@@ -183,6 +184,7 @@ def cut_log(path: Path, size: int) -> None:
     if path.stat().st_size > size:
         os.truncate(path, size)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # best.pt: for deployment
 
@@ -220,6 +222,7 @@ def stored_assets(model: MusicGen) -> dict:
     """What the conditioners need beside weights, {name: bytes as a uint8 tensor}: no file holds more than plain tensors."""
     assets = {} if model.conditioner is None else model.conditioner.assets
     return {name: conditioning.pack(content) for name, content in assets.items()}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # last.pt: to go on from

@@ -45,6 +45,7 @@ from stages import (beside_text, draw_page, evaluate_stage, figures, generate_st
 REFERENCE_RUN = page.REFERENCE_RUN
 DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # one update
 
@@ -141,6 +142,7 @@ def first_bad(named) -> str | None:
 def found_first(ranks: Ranks, name: str | None) -> str | None:
     """The first rank that found something, with it: "NAME (rank 1)"."""
     return next((f"{found} (rank {rank})" for rank, found in enumerate(ranks.gather(name)) if found), None)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the run
@@ -294,6 +296,7 @@ def train(run: Run) -> None:
     run_epochs(run)
     run.ranks.print(f"finished: {duration(time.perf_counter() - began)}, best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
     compare_with_reference(run)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command

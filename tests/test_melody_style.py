@@ -410,6 +410,10 @@ def test_a_start_learns_further_conditions(of_melody, tmp_path, monkeypatch, cap
     fresh = {name for name in model if name not in start}
     assert {name.split(".")[2] for name in fresh} == {"style"} and not any(model[name].is_meta for name in fresh)
     assert model["conditioner.parts.style.output_proj.weight"].std() > 0
+    text = ["--conditions", "melody", "text", "--fuse", "melody=prepend", "text=prepend", "--out", str(tmp_path / "text")]
+    assert train.main([*new, *text]) == 0                            # its vocabulary is the captions', its shape no other's
+    part = seen["run"].model.conditioner.parts["text"]
+    assert part.encoder.embed.num_embeddings == conditioning.vocabulary_size(seen["run"].model.conditioner.assets["text"])
     assert train.main([*new, *conditions, "--lora", "2", "--out", str(tmp_path / "b")]) == 2
     assert "conditions {'melody': 'prepend'} there, {'style': 'prepend', 'melody': 'prepend'} here" in capsys.readouterr().err
     assert train.main([*new, "--out", str(tmp_path / "c")]) == 2
