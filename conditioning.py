@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 import chroma as melodies
 import tokenizer
+from linear import Linear
 from model import Conditions, ModelConfig, Transformer, init_transformer, sinusoid
 
 PAD, EOS, UNK = 0, 1, 2                                              # sentencepiece ids, T5's
@@ -212,10 +213,10 @@ class TextLayer(nn.Module):
         inner = c.text_heads * c.text_head_dim
         self.heads = c.text_heads
         self.norm1, self.norm2 = RMSNorm(c.text_dim), RMSNorm(c.text_dim)
-        self.q, self.k, self.v = (nn.Linear(c.text_dim, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, c.text_dim, bias=False)
-        self.wi = nn.Linear(c.text_dim, c.text_hidden, bias=False)
-        self.wo = nn.Linear(c.text_hidden, c.text_dim, bias=False)
+        self.q, self.k, self.v = (Linear(c.text_dim, inner, bias=False) for _ in range(3))
+        self.o = Linear(inner, c.text_dim, bias=False)
+        self.wi = Linear(c.text_dim, c.text_hidden, bias=False)
+        self.wo = Linear(c.text_hidden, c.text_dim, bias=False)
         nn.init.normal_(self.q.weight, std=(c.text_dim * c.text_head_dim) ** -0.5)
         for linear in (self.k, self.v, self.o, self.wi, self.wo):
             nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
@@ -272,7 +273,7 @@ class TextConditioner(nn.Module):
         assert c.text_vocab >= self.processor.vocab_size(), f"{c.text_vocab} pieces configured, the model has " \
             f"{self.processor.vocab_size()}"                         # T5 has more rows than pieces
         self.encoder = TextEncoder(c)
-        self.output_proj = nn.Linear(c.text_dim, dim)
+        self.output_proj = Linear(c.text_dim, dim)
 
     def prepare(self, values: list) -> tuple[Tensor, Tensor]:
         """Texts or None -> (ids [B,L] long, mask [B,L] bool) on the host; a null text is one padded token."""
@@ -301,7 +302,7 @@ class MelodyConditioner(nn.Module):
     def __init__(self, c: ConditionerConfig, dim: int, asset: None = None):
         super().__init__()
         self.config = c
-        self.output_proj = nn.Linear(12, dim)
+        self.output_proj = Linear(12, dim)
         nn.init.normal_(self.output_proj.weight)                     # a class is a vector, as large as nn.Embedding makes them
 
     def prepare(self, values: list) -> tuple[Tensor, Tensor]:
@@ -440,7 +441,7 @@ class StyleConditioner(nn.Module):
         self.transformer = Transformer(ModelConfig(dim=E, num_layers=c.style_layers, num_heads=c.style_heads, cross_attention=False))
         init_transformer(self.transformer)
         self.bottleneck = Bottleneck(E, c.style_levels, c.style_bins)
-        self.output_proj = nn.Linear(E, dim)
+        self.output_proj = Linear(E, dim)
 
     def prepare(self, values: list) -> tuple[Tensor, Tensor]:
         """Codes [K,T'] or None each -> (codes [B,n,L], mask [B,L] bool), where the values lie. A null one is one padded frame."""

@@ -30,7 +30,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import chroma
 import tokenizer

@@ -43,6 +43,7 @@ import chroma
 import tokenizer
 from conditioning import clean_text, excerpt, melody_window
 from convert import FORMAT, WHAT, build_model, read_deployment       # FORMAT and WHAT for those who import this file
+from linear import linear
 from model import Cache, Conditions, MusicGen
 
 
@@ -67,17 +68,17 @@ def sample_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator 
     """logits [...,card] -> codes [...]. The draw is argmax(p / exponential noise): no trip to the host."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    logits, codes = logits.float() / sampling.temperature, None
     if sampling.top_p > 0:
-        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        probs, codes = logits.softmax(-1).sort(-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs > sampling.top_p, 0)      # the first always stays
-        probs = torch.zeros_like(probs).scatter(-1, order, probs)
     elif sampling.top_k > 0:
-        top, order = logits.topk(min(sampling.top_k, logits.shape[-1]), -1)
-        probs = torch.zeros_like(logits).scatter(-1, order, top.softmax(-1))         # exactly k, ties or not
+        top, codes = logits.topk(min(sampling.top_k, logits.shape[-1]), -1)          # exactly k, ties or not
+        probs = top.softmax(-1)
     else:
         probs = logits.softmax(-1)
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+    return drawn if codes is None else codes.gather(-1, drawn[..., None])[..., 0]
 
 
 @torch.inference_mode()
@@ -113,7 +114,7 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
             x = model.hidden(new, conditions, cache)[:, -1]                                             # [rows*B, D]
             fed = s
             if heads[s]:
-                logits = torch.stack([model.linears[k](x) for k in heads[s]], 1).float()                # [rows*B, k, card]
+                logits = torch.stack([linear(x, model.linears[k].weight, cache.packs) for k in heads[s]], 1).float()     # [rows*B, k, card]
                 full, *others = logits.chunk(rows)
                 if beta is not None:
                     style = others.pop(0)

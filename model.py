@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import patterns
+from linear import FEW, Linear, Packs, linear
 
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
 LOGITS = 1 << 22                                                     # of a chunk of the loss: 16 MiB
@@ -83,18 +84,18 @@ class Cache:
     def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32):
         shape = (config.num_layers, 2, B, config.num_heads, S_max, config.dim // config.num_heads)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.cross = [None] * config.num_layers                      # (k, v) [B, H, L, D/H] each
+        self.cross = [None] * config.num_layers                      # keys and values [2, B, H, L, D/H] each
+        self.packs = Packs() if B > FEW else None                    # weights as a CPU reads them fastest
         self.length = 0                                              # steps read, the prefix counted in
         self.P, self.prefix_mask = 0, None                           # prefix tokens and their mask [B, P]
         self.source_mask = self.summed = None                        # [B, 1, 1, L], [B, 1, D]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new steps k, v [B,H,S,D/H] and returns all [B,H,length+S,D/H]."""
-        end = self.length + k.shape[2]
+    def append(self, layer: int, kv: Tensor) -> Tensor:
+        """Stores keys and values of new steps [2,B,H,S,D/H] and returns those of all [2,B,H,length+S,D/H]."""
+        end = self.length + kv.shape[3]
         assert end <= self.kv.shape[4], f"step {end} of a cache of {self.kv.shape[4]}"
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        self.kv[layer, :, :, :, self.length:end] = kv
+        return self.kv[layer, :, :, :, :end]
 
 
 def sinusoid(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -126,17 +127,6 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
     return x * kept / (1 - p)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [...,in] and weight [out,in] -> [...,out]: `F.linear`, transposed where a CPU generates few rows.
-
-    A generation step takes as long as reading the weights does. For 2 to 8 rows that fit a core's first cache (4,096 numbers) MKL
-    reads them up to 2.4 times as fast for (W x^T)^T as for x W^T; beyond, it is the other way round."""
-    rows = x.shape[:-1].numel()
-    if torch.is_grad_enabled() or x.device.type != "cpu" or not (1 < rows <= 8 and x.numel() <= 4096):
-        return F.linear(x, weight)
-    return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1).contiguous()
-
-
 class LowRank(nn.Module):
     """What fine-tuning adds to a matrix W [out, in] that stays as it is: SCALE * B A, of rank R (Hu et al. 2021, arXiv:2106.09685).
 
@@ -149,12 +139,12 @@ class LowRank(nn.Module):
         trunc_normal(self.A, fan_in ** -0.5)
 
     def forward(self, x: Tensor, rows: slice | None) -> Tensor:
-        return self.SCALE * F.linear(F.linear(x, self.A), self.B if rows is None else self.B[rows])
+        return self.SCALE * linear(linear(x, self.A), self.B if rows is None else self.B[rows])
 
 
-def project(x: Tensor, weight: Tensor, lora: LowRank | None, rows: slice | None = None) -> Tensor:
+def project(x: Tensor, weight: Tensor, lora: LowRank | None, rows: slice | None = None, packs: Packs | None = None) -> Tensor:
     """x [..,in] times those rows of a matrix [out,in], and what fine-tuning adds to them, if anything."""
-    y = linear(x, weight if rows is None else weight[rows])
+    y = linear(x, weight if rows is None else weight[rows], packs)
     return y if lora is None else y + lora(x, rows)
 
 
@@ -174,37 +164,37 @@ class Attention(nn.Module):
         assert dim % num_heads == 0, f"width {dim} does not divide into {num_heads} heads"
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
         self.in_proj_lora = self.out_proj_lora = None                # see `add_lora`
 
-    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B,S,parts*D] -> `parts` tensors [B,H,S,D/H]."""
+    def split(self, x: Tensor, parts: int) -> Tensor:
+        """[B,S,parts*D] -> [parts,B,H,S,D/H]."""
         B, S, _ = x.shape
-        return x.view(B, S, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return x.view(B, S, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, packs: Packs | None) -> Tensor:
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return project(x.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj_lora)          # [B, S, D]
+        return project(x.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj_lora, packs=packs)     # [B, S, D]
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """Causal self-attention over x [B,S,D]; mask [B,1,S,S'] bool or None for plain causal."""
-        q, k, v = self.split(project(x, self.in_proj_weight, self.in_proj_lora), 3)                     # [B, H, S, D/H]
+        packs = None if cache is None else cache.packs
+        qkv = self.split(project(x, self.in_proj_weight, self.in_proj_lora, packs=packs), 3)            # [3, B, H, S, D/H]
+        q, k, v = qkv if cache is None else (qkv[0], *cache.append(layer, qkv[1:]))
         fresh = cache is None or cache.length == 0
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
         if mask is None and not fresh:
             assert x.shape[1] == 1, "several new steps on a filled cache need a mask"
-        return self.attend(q, k, v, mask, is_causal=mask is None and fresh)
+        return self.attend(q, k, v, mask, mask is None and fresh, packs)
 
-    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, source: Tensor) -> Tensor:
         """Keys and values of a condition [B,L,D], for `cross`."""
         D = source.shape[-1]
-        return self.split(project(source, self.in_proj_weight, self.in_proj_lora, slice(D, None)), 2)   # [B, H, L, D/H]
+        return self.split(project(source, self.in_proj_weight, self.in_proj_lora, slice(D, None)), 2)   # [2, B, H, L, D/H]
 
-    def cross(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def cross(self, x: Tensor, keys_values: Tensor, mask: Tensor | None, packs: Packs | None = None) -> Tensor:
         """Attention of x [B,S,D] to a condition; mask [B,1,1,L] bool or None."""
-        q, = self.split(project(x, self.in_proj_weight, self.in_proj_lora, slice(x.shape[-1])), 1)
-        return self.attend(q, *keys_values, mask)
+        q, = self.split(project(x, self.in_proj_weight, self.in_proj_lora, slice(x.shape[-1]), packs), 1)
+        return self.attend(q, *keys_values, mask, False, packs)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -223,7 +213,7 @@ class Layer(nn.Module):
         self.p = config.dropout
         self.self_attn = Attention(D, config.num_heads)
         self.norm1, self.norm2 = LayerNorm(D), LayerNorm(D)
-        self.linear1, self.linear2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
+        self.linear1, self.linear2 = Linear(D, hidden, bias=False), Linear(hidden, D, bias=False)
         self.linear1_lora = self.linear2_lora = None                 # see `add_lora`
         if config.cross_attention:
             self.cross_attention = Attention(D, config.num_heads)
@@ -231,6 +221,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None,
                 cache: Cache | None = None, index: int = 0, keys: Tensor | None = None) -> Tensor:
+        packs = None if cache is None else cache.packs
         x = x + dropout(self.self_attn(self.norm1(x), mask, cache, index), self.p, keys, 4 * index)     # [B, S, D]
         if source is not None or (cache is not None and cache.cross[index] is not None):
             keys_values = cache.cross[index] if cache is not None else None
@@ -238,13 +229,15 @@ class Layer(nn.Module):
                 keys_values = self.cross_attention.keys_values(source)
                 if cache is not None:
                     cache.cross[index] = keys_values
-            x = x + dropout(self.cross_attention.cross(self.norm_cross(x), keys_values, source_mask), self.p, keys, 4 * index + 1)
-        hidden = project(self.norm2(x), self.linear1.weight, self.linear1_lora)                         # [B, S, 4D]
-        return x + dropout(again(self.contract, hidden, keys, index), self.p, keys, 4 * index + 3)
+            attended = self.cross_attention.cross(self.norm_cross(x), keys_values, source_mask, packs)
+            x = x + dropout(attended, self.p, keys, 4 * index + 1)
+        hidden = project(self.norm2(x), self.linear1.weight, self.linear1_lora, packs=packs)            # [B, S, 4D]
+        return x + dropout(again(self.contract, hidden, keys, index, packs), self.p, keys, 4 * index + 3)
 
-    def contract(self, hidden: Tensor, keys: Tensor | None, index: int) -> Tensor:
+    def contract(self, hidden: Tensor, keys: Tensor | None, index: int, packs: Packs | None) -> Tensor:
         """The second half of the feed-forward: [B,S,4D] -> [B,S,D]."""
-        return project(dropout(F.gelu(hidden), self.p, keys, 4 * index + 2), self.linear2.weight, self.linear2_lora)
+        active = dropout(F.gelu(hidden), self.p, keys, 4 * index + 2)
+        return project(active, self.linear2.weight, self.linear2_lora, packs=packs)
 
 
 class Transformer(nn.Module):
@@ -296,7 +289,7 @@ class MusicGen(nn.Module):
         self.emb = nn.ModuleList(nn.Embedding(card + 1, D) for _ in range(K))
         self.transformer = Transformer(config)
         self.out_norm = LayerNorm(D)
-        self.linears = nn.ModuleList(nn.Linear(D, card, bias=False) for _ in range(K))
+        self.linears = nn.ModuleList(Linear(D, card, bias=False) for _ in range(K))
         self.conditioner = conditioner
         self.init_weights()
 
@@ -332,6 +325,8 @@ class MusicGen(nn.Module):
             x = torch.cat([c.prefix.to(x.dtype), x], 1)                                                 # [B, P+S, D]
             P, prefix_mask = c.prefix.shape[1], c.prefix_mask if self.config.mask_padding else None
         if cache is not None:
+            if not start and source_mask is not None and source_mask.all():
+                source_mask = None                                   # found out once, spared at every step
             cache.P, cache.prefix_mask, cache.source_mask, cache.summed = P, prefix_mask, source_mask, summed
         positions = self._positions(B, start, x.shape[1], P, prefix_mask, x.device)
         x = x + sinusoid(positions, self.config.dim)
@@ -375,7 +370,7 @@ class MusicGen(nn.Module):
     def logits(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None) -> Tensor:
         """seq [B,K,S] -> logits [B,K,S,card]: at step s of codebook k for what stands at step s+1."""
         x = self.hidden(seq, conditions, cache)
-        return torch.stack([linear(x, head.weight) for head in self.linears], 1)                        # [B, K, S, card]
+        return torch.stack([head(x) for head in self.linears], 1)                        # [B, K, S, card]
 
     def predict(self, codes: Tensor, conditions: Conditions | None = None) -> tuple[Tensor, Tensor]:
         """The paper's view: codes [B,K,T] -> logits [B,K,T,card] (NaN where nothing predicts them) and mask [K,T]."""

@@ -16,7 +16,7 @@ import generate
 import stages
 import tokenizer
 import train
-from conditioning import Bottleneck, Conditioner, ConditionerConfig, StyleConditioner
+from conditioning import Bottleneck, Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long
 from model import ModelConfig, MusicGen
 

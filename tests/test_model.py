@@ -252,16 +252,6 @@ def test_decay_on_matrices_only():
     assert rest["weight_decay"] == 0 and sum(p.dim() == 2 for p in rest["params"]) == 3      # the three tables
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 64), (8, 64), (1, 3, 64), (9, 64), (2, 4096), (64,)])
-def test_linear_is_a_matrix_product_whatever_its_order(shape):
-    """Few rows without gradient go the other way round, to the same numbers up to rounding, in memory as `F.linear` leaves them."""
-    x, weight = torch.randn(shape), torch.randn(48, shape[-1])
-    with torch.no_grad():
-        found = lm.linear(x, weight)
-    assert torch.allclose(found, F.linear(x, weight), atol=1e-4) and found.is_contiguous()
-    assert lm.linear(x, weight.requires_grad_()).equal(F.linear(x, weight))
-
-
 def test_wrong_number_of_codebooks():
     with pytest.raises(AssertionError, match="4 codebooks, the model has 3"):
         tiny().logits(torch.zeros(1, 4, 5, dtype=torch.long))

@@ -12,7 +12,7 @@ import train
 
 HERE = Path(__file__).parent.parent
 FILES = sorted(p.stem for p in HERE.glob("*.py"))
-ORDER = ["patterns", "model", "peers", "chroma", "weights", "tokenizer", "conditioning", "demo", "convert", "generate", "toy", "data",
+ORDER = ["patterns", "linear", "model", "peers", "chroma", "weights", "tokenizer", "conditioning", "demo", "convert", "generate", "toy", "data",
          "distances", "metrics", "page", "ranks", "checkpoint", "flags", "state", "build", "stages", "train", "bench"]
 NEVER = {"model": {"conditioning", "data", "tokenizer"}, "conditioning": {"data"}, "data": {"model", "conditioning"},
          "metrics": {"train"}, "weights": set(FILES), "convert": {"generate", "train", "data"}, "tokenizer": {"convert", "model"},

@@ -1,0 +1,73 @@
+"""The matrix products of linear layers, y = x W^T, and who computes them.
+
+On a GPU, and in bfloat16 anywhere, PyTorch's own choice is right. In float32 on a CPU it asks MKL, though it carries oneDNN as well
+(its compiler uses it), and oneDNN is the faster of the two: about twice as fast where the processor has AVX-512 but is not Intel's,
+on which MKL keeps to AVX2; 1.1 times with AVX2 alone. README, "How fast", has the figures.
+
+oneDNN's operator knows no gradients, so they stand here:
+
+    y = x W^T        dx = dy W        dW = dy^T x
+
+Generation reads the same weights again at every step. With many rows (a batch of 8 with guidance has 16) it pays to store them once
+more in blocks as oneDNN walks through them: `Packs`, which live as long as the key-value cache does.
+"""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HERE = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")        # PyTorch calls oneDNN by its old name
+FEW = 8                                                              # rows a step that are as fast without packing
+PACK_ROWS = 1024                                                     # that a packed layout is made for; fewer have no layout of their own
+
+
+class Packs(dict):
+    """Weights packed for oneDNN, made when first asked for, by the place of the plain ones, which must neither change nor go."""
+
+    def get_pack(self, weight: Tensor) -> Tensor:
+        """A weight [out,in] in oneDNN's blocks; only oneDNN can read it."""
+        key = weight.data_ptr(), weight.shape
+        if key not in self:
+            self[key] = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
+        return self[key]
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [...,in] and weight [out,in], transposed in memory or not -> [...,out], by oneDNN, without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """`product` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        dx = product(dy, weight.T) if ctx.needs_input_grad[0] else None
+        dW = product(dy.T, x.T) if ctx.needs_input_grad[1] else None
+        return dx, dW
+
+
+def linear(x: Tensor, weight: Tensor, packs: Packs | None = None) -> Tensor:
+    """x [...,in] and weight [out,in] -> [...,out], as `F.linear`; packs: of a generation, in which weights stay as they are."""
+    fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
+    if not (HERE and fits) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight)
+    if torch.is_grad_enabled():
+        return Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+    return product(x, weight if packs is None else packs.get_pack(weight))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias

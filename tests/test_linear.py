@@ -1,0 +1,61 @@
+"""Linear layers by oneDNN: the numbers and gradients of PyTorch's own, and only where they should be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import linear as lin
+
+here = pytest.mark.skipif(not lin.HERE, reason="no oneDNN for this processor: PyTorch's own products are used")
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@here
+@pytest.mark.parametrize("shape", [(64,), (2, 1, 64), (9, 64), (3, 40, 64)])
+@pytest.mark.parametrize("rows", [slice(None), slice(16, None)])
+def test_values_and_gradients(shape, rows, monkeypatch):
+    """Also of rows of a weight, and where only one of the two wants a gradient. `F.linear` is not called."""
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(48, 64, requires_grad=True)
+    expected = F.linear(x, weight[rows])
+    dy = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (x, weight), dy)
+    monkeypatch.setattr(F, "linear", None)
+    close(lin.linear(x, weight[rows]), expected)
+    for found, reference in zip(torch.autograd.grad(lin.linear(x, weight[rows]), (x, weight), dy), gradients):
+        close(found, reference)
+    close(*torch.autograd.grad(lin.linear(x.detach(), weight[rows]), weight, dy), gradients[1])
+    close(*torch.autograd.grad(lin.linear(x, weight.detach()[rows]), x, dy), gradients[0])
+    with torch.no_grad():
+        close(lin.linear(x, weight[rows]), expected.detach())
+
+
+@here
+def test_packed_once_and_the_same():
+    """Rows of one weight that are a weight of their own have a pack of their own."""
+    weight, packs = torch.randn(96, 64), lin.Packs()
+    with torch.inference_mode():
+        for step in range(3):
+            x = torch.randn(16, 1, 64)
+            close(lin.linear(x, weight, packs), F.linear(x, weight))
+            close(lin.linear(x, weight[:32], packs), F.linear(x, weight[:32]))
+            assert len(packs) == 2
+
+
+def test_other_types_are_left_to_pytorch(monkeypatch):
+    """Autocast and bfloat16 choose for themselves; what is empty has no product."""
+    monkeypatch.setattr(lin, "product", None)
+    x, weight = torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lin.linear(x, weight).dtype == torch.bfloat16
+    assert lin.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert lin.linear(x[:0], weight).shape == (0, 5)
+    monkeypatch.setattr(lin, "HERE", False)
+    assert lin.linear(x, weight).equal(F.linear(x, weight))
+
+
+def test_layer_with_a_bias():
+    layer, x = lin.Linear(8, 5), torch.randn(2, 3, 8)
+    close(layer(x), F.linear(x, layer.weight, layer.bias))
