@@ -38,6 +38,7 @@ import data
 import patterns
 import tokenizer
 from generate import Sampling, generate_codes
+from linear import linear
 from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step
 from peers import INSTALL, PEERS, Peer
 
@@ -174,7 +175,7 @@ def find_limits(args: argparse.Namespace) -> Limits:
 
     with torch.inference_mode():
         squares = [torch.randn(n, n, device=device).to(dtype) for n in ((4096, 8192) if on_gpu(args) else (1024, 2048))]
-        flops = max(2 * len(a) ** 3 / best(lambda: a @ a) for a in squares)
+        flops = max(2 * len(a) ** 3 / best(lambda: f(a, a)) for a in squares for f in (torch.mm, linear))
         big = torch.randn(2 ** 28 // squares[0].itemsize // 4096, 4096, device=device).to(dtype)        # 256 MB, no cache holds it
         other, vector = torch.empty_like(big), big[0].clone()
         read = big.nbytes / min(best(big.sum), best(lambda: big @ vector))

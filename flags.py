@@ -24,6 +24,7 @@ import generate
 import tokenizer
 import toy
 from conditioning import ConditionerConfig
+from linear import linear
 from model import SIZES, ModelConfig, count_parameters, flops_per_step
 
 PRESETS = {                                                          # defaults that depend on what is trained on
@@ -349,7 +350,8 @@ def estimate(args: argparse.Namespace, config: ModelConfig, T: int, world: int) 
         lines += [f"memory a rank ({world} in all), about: " + ", ".join(f"{k} {v:.2f}" for k, v in p.memory.items()) +
                   f" = {sum(p.memory.values()):.2f} GiB",
                   f"time, about: {p.flops / 1e9:.0f} GFLOP an update and rank at half of {speed / 1e9:.0f} GFLOP/s = "
-                  f"{duration(p.seconds)} for {args.epochs} epochs of {args.updates_per_epoch} updates"]
+                  f"{duration(p.seconds)} for {args.epochs} epochs of {args.updates_per_epoch} updates, "
+                  "besides encoding audio and evaluation"]
     return lines
 
 
@@ -359,7 +361,7 @@ def machine_flops(args: argparse.Namespace) -> float:
     a, times = torch.randn(1024, 1024, device=device, dtype=dtype), []
     for _ in range(5):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()                                         # waits for the device
+        linear(a, a)[0, 0].item()                                    # waits for the device
         times.append(time.perf_counter() - start)
     return 2 * 1024 ** 3 / min(times)
 
