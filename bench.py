@@ -41,6 +41,7 @@ from generate import Sampling, generate_codes
 from linear import linear
 from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step
 from peers import INSTALL, PEERS, Peer
+from ranks import keep_freed_memory
 
 FRAME_RATE = 50                                                      # Hz, of MusicGen's codec: 50 frames/s are real time
 REFERENCE = dict(dim=512, num_layers=8, num_heads=8)
@@ -423,6 +424,7 @@ def main(argv: list | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         derive(args)
+        keep_freed_memory()
         where = torch.cuda.get_device_name(args.device) if on_gpu(args) else args.device
         print(f"{args.command}: dim {args.dim}, {args.num_layers} layers, {args.num_heads} heads, K {args.K}, card {args.card}, batch "
               f"{args.batch_size}, {args.pattern}, {args.dtype}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}")

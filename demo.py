@@ -27,14 +27,14 @@ LABELS = dict(text="Prompt (empty: none)", melody="Melody to follow", style="Sty
               temperature="Temperature (0: the likeliest)", top_k="Top-k (0: all)", top_p="Top-p (0: off)", seed="Seed")
 
 
-def settings(music) -> dict:
+def settings(music, seconds: float | None = None, seed: int = 0) -> dict:
     """The fields of the page for a generate.MusicGenerator and what they hold at first: its conditions, then numbers."""
     names = music.model.conditioner.names if music.model.conditioner is not None else []
     conditions = {name: None for name in ("text", "melody", "style") if name in names}
     sampling = dataclasses.asdict(music.sampling)
     if "text" not in names or len(names) < 2:
         del sampling["cfg_style"]                                    # nothing for the text to stand beside
-    return conditions | {"seconds": round(music.window / music.codec.frame_rate, 2)} | sampling | {"seed": 0}
+    return conditions | {"seconds": seconds or round(music.window / music.codec.frame_rate, 2)} | sampling | {"seed": seed}
 
 
 def number(name: str, value) -> float | int:
@@ -77,9 +77,9 @@ def find_gradio():
     return gradio
 
 
-def build(gradio, music, folder: str, title: str):
-    """The page, a gradio.Interface; the newest result is written to a folder, from where gradio takes it."""
-    fields = settings(music)
+def build(gradio, music, folder: str, title: str, **first):
+    """The page, a gradio.Interface; the newest result is written to a folder, from where gradio takes it. first: as `settings` takes."""
+    fields = settings(music, **first)
 
     def act(*values, progress=gradio.Progress()):
         try:
@@ -102,13 +102,13 @@ def build(gradio, music, folder: str, title: str):
                             delete_cache=(3600, 3600))               # uploads and results are forgotten after an hour (seconds)
 
 
-def serve(gradio, music, host: str, port: int, title: str) -> None:
-    """Shows the page until Ctrl-C. Errors: ValueError where the address cannot be had."""
+def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
+    """Shows the page until Ctrl-C. first: as `settings` takes. Errors: ValueError where the address cannot be had."""
     if not 0 < port < 1 << 16:
         raise ValueError(f"--port {port}: it lies between 1 and 65535")
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     with tempfile.TemporaryDirectory() as folder:
-        page = build(gradio, music, folder, title)
+        page = build(gradio, music, folder, title, **first)
         try:
             page.launch(server_name=host, server_port=port, share=False, quiet=True, max_file_size=UPLOAD, ssr_mode=False,
                         footer_links=["api"], prevent_thread_lock=True,

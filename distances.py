@@ -131,6 +131,14 @@ def kl_divergence(reference: list, generated: list, values: tuple) -> float:
     return float((p * np.log(p / q)).sum())
 
 
+def soft_divergence(reference: list, generated: list, paired: bool) -> float:
+    """KL(reference || generated) in nats of clips' probabilities [V]: the mean over pairs of clips, or that of the sets' means."""
+    p, q = (torch.stack(part).double() for part in (reference, generated))                              # [n, V]
+    if not paired:
+        p, q = p.mean(0), q.mean(0)
+    return float((torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1).mean())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # embeddings
 
@@ -230,6 +238,12 @@ class Clap:
         found = self.audio(mono)                                                                                        # [n, D]
         return [float(torch.cosine_similarity(found, self.text(text)[None]).mean()) for text in texts]
 
+    def label_probabilities(self, wav: Tensor, sample_rate: int, labels: list) -> Tensor:
+        """How likely each of V texts is to name a clip [C,N] if one of them does: [V] float64, the model's own softmax over its scaled
+        cosines (zero-shot classification)."""
+        scale = float(self.model.logit_scale_a.detach().exp())       # of audio towards texts
+        return (scale * torch.tensor(self.similarity(wav, sample_rate, labels), dtype=torch.float64)).softmax(0)
+
 
 def clap_embedding(path: str | None) -> Embedding:
     """Audio features of a `Clap`."""
@@ -319,11 +333,13 @@ def compare(sets: dict, values: dict | None = None, inf: bool = False) -> dict:
     """Figures of the sets "generated", "codec" and "noise" against "reference", {metric: {"generated", "ceiling", "floor"}}:
 
         fad_NAME        Frechet distance in each embedding; with `inf` also fad_inf_NAME
-        kl_LABEL        divergence of what was heard, for {label: its values}
+        kl_LABEL        divergence of what was heard, for {label: its values}: of how often a value was, or of probabilities [V]
         chroma          cosine similarity of each clip's melody with that of its own reference; floor: of another clip's
 
     ceiling: the reference through the codec; floor: noise with the spectra of the reference."""
     reference, result = sets["reference"], {}
+    tunes = reference.tunes
+    paired = tunes is not None and len(sets["generated"].tunes or ()) == len(tunes)
     for embedding in reference.embeddings:
         whole, short = together(reference.parts[embedding.name]), embedding.name.split()[0]
         result[f"fad_{short}"] = {title: frechet(whole, together(sets[kind].parts[embedding.name])) for title, kind in BOUNDS.items()}
@@ -331,9 +347,10 @@ def compare(sets: dict, values: dict | None = None, inf: bool = False) -> dict:
             result[f"fad_inf_{short}"] = {title: frechet_inf(whole, sets[kind].parts[embedding.name]) for title, kind in BOUNDS.items()}
     for label, choices in (values or {}).items():
         heard = {kind: [h[label] for h in clips.heard] for kind, clips in sets.items()}
-        result[f"kl_{label}"] = {title: kl_divergence(heard["reference"], heard[kind], choices) for title, kind in BOUNDS.items()}
-    tunes = reference.tunes
-    if tunes is not None and len(sets["generated"].tunes or ()) == len(tunes):
+        soft = isinstance(heard["reference"][0], Tensor)
+        result[f"kl_{label}"] = {title: soft_divergence(heard["reference"], heard[kind], paired) if soft else
+                                 kl_divergence(heard["reference"], heard[kind], choices) for title, kind in BOUNDS.items()}
+    if paired:
         turned = tunes[1:] + tunes[:1]
         made = sets["generated"].tunes
         pairs = dict(generated=(made, tunes), ceiling=(sets["codec"].tunes, tunes), floor=(made, turned))

@@ -25,7 +25,7 @@ import tokenizer
 import toy
 from conditioning import ConditionerConfig
 from linear import linear
-from model import SIZES, ModelConfig, count_parameters, flops_per_step
+from model import LOGITS, SIZES, ModelConfig, count_parameters, flops_per_step
 
 PRESETS = {                                                          # defaults that depend on what is trained on
     "toy": dict(size="tiny", fuse=["text=cross+sum"], codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=16, epochs=12,
@@ -315,10 +315,10 @@ class Plan:
 def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, speed: float) -> Plan:
     """Memory and time from shapes alone, at half of `speed` (peak FLOP/s of a rank).
 
-    Activations: about 16 D numbers a layer and step are kept for backward (24 D with cross-attention), and three of the
-    logits' size in float32. Sharded: all but activations over the ranks, and two layers gathered (ZeRO-3) or all (ZeRO-2);
-    whole, autocast keeps its casts of the weights until the backward pass. Frozen matrices (--lora) need no gradient, optimiser
-    or average, and one pass backward instead of two."""
+    Activations: about 16 D numbers a layer and step are kept for backward (24 D with cross-attention); of the heads a few logits
+    at a time, and their gradients in float32 until backward. Sharded: all but activations over the ranks, and two layers gathered
+    (ZeRO-3) or all (ZeRO-2); whole, autocast keeps its casts of the weights until the backward pass. Frozen matrices (--lora) need
+    no gradient, optimiser or average, and one pass backward instead of two."""
     N, S, B = count_parameters(config), config.layout(T).S_valid - 1, min(args.micro_batch_size, max(1, args.batch_size // world))
     added = count_parameters(config, args.lora) if args.lora else 0
     learnt = added or N
@@ -332,7 +332,7 @@ def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, spee
                   EMA=4 * (learnt + sharded * (N + added)) / share,  # sharded, the best weights stay on the device too
                   gathered=sharded * bytes_each * N * (1 if args.zero == 2 else 2 / config.num_layers),
                   casts=(bytes_each < 4) * (not sharded) * bytes_each * N / (config.num_layers if added and args.checkpointing else 1),
-                  activations=B * S * (kept * bytes_each + 3 * config.K * config.card * 4))
+                  activations=B * S * kept * bytes_each + 3 * 4 * LOGITS + (not added) * 4 * config.K * config.card * config.dim)
     passes = (2 if added else 3) + args.checkpointing
     flops = passes * flops_per_step(config, S, 16) * args.batch_size / world
     return Plan(N, {k: v / 2**30 for k, v in memory.items() if v}, flops, flops / (0.5 * speed) * args.epochs * args.updates_per_epoch)

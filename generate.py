@@ -32,7 +32,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -319,9 +319,7 @@ def main(argv: list | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.serve:
-            import demo                                              # nothing else needs it
-            gradio = demo.find_gradio()                              # before the model is read
-            demo.serve(gradio, MusicGenerator.load(args.run, args.device, args.codec), args.host, args.port, args.run)
+            serve(args)
         else:
             run(args)
     except (ValueError, OSError) as error:
@@ -393,19 +391,36 @@ def read_conditions(music: MusicGenerator, requests: list) -> list:
     return [{"text": r["text"], **{name: read.get((name, r[name])) for name in ("melody", "style")}} for r in requests]
 
 
+def chosen_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling:
+    """The run's own settings, but for those that the command line gives. Errors: ValueError, also for its seconds and seed."""
+    if args.seconds is not None and not 0 < args.seconds <= 3600:
+        raise ValueError(f"--seconds {args.seconds:g}: more than 0, at most 3600")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed {args.seed}: it lies between 0 and 2^63")
+    return replace(music.sampling, **{k: v for k in asdict(music.sampling) if (v := getattr(args, k)) is not None})
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Shows the page in which the settings of the command line are the first. Errors: ValueError, also for flags it has no use for."""
+    import demo                                                      # nothing else needs it
+    for name in ("prompt", "prompts", "unconditional", "melody", "melody_stems", "style", "continued", "stride"):
+        if getattr(args, name):
+            raise ValueError(f"--{'continue' if name == 'continued' else name} does not go with --serve: the page asks for what it takes")
+    if args.seconds is not None and args.seconds > demo.MOST_SECONDS:
+        raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {demo.MOST_SECONDS}")
+    gradio = demo.find_gradio()                                      # before the model is read
+    music = MusicGenerator.load(args.run, args.device, args.codec)
+    music.sampling = chosen_sampling(args, music)
+    demo.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
+
+
 def run(args: argparse.Namespace) -> None:
     """Generates and writes what the command line asks for."""
     requests = read_requests(args)
     music = MusicGenerator.load(args.run, args.device, args.codec)
     music.attributes([r["text"] for r in requests])                  # refuses texts where none were trained on
-    codec = music.codec
-    chosen = {k: v for k in asdict(music.sampling) if (v := getattr(args, k)) is not None}
-    sampling = Sampling(**{**asdict(music.sampling), **chosen})
+    codec, sampling = music.codec, chosen_sampling(args, music)
     seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
-    if not 0 < seconds <= 3600:
-        raise ValueError(f"--seconds {seconds:g}: more than 0, at most 3600")
-    if not 0 <= args.seed < 2 ** 63:
-        raise ValueError(f"--seed {args.seed}: it lies between 0 and 2^63")
     if args.continued and not Path(args.continued).is_file():
         raise ValueError(f"--continue {args.continued}: no such file")
     prompt = args.continued and tokenizer.read_audio(args.continued, sample_rate=codec.sample_rate, channels=codec.channels)

@@ -27,7 +27,7 @@ import patterns
 from linear import FEW, Linear, Packs, linear
 
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
-LOGITS = 1 << 22                                                     # of a chunk of the loss: 16 MiB
+LOGITS = 1 << 20                                                     # that the loss has at a time, for the caches of a CPU
 SIZES = {                                                            # Copet et al. 2023 sec. 3.1: small 300M, medium 1.5B, large 3.3B
     "debug": dict(dim=64, num_layers=2, num_heads=2),
     "tiny": dict(dim=192, num_layers=4, num_heads=3),
@@ -271,9 +271,42 @@ def init_transformer(transformer: Transformer) -> None:
                 trunc_normal(weight, weight.shape[1] ** -0.5 / math.sqrt(2 * (l + 1)))
 
 
-def head_loss(head: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Summed cross-entropy of a codebook: x [N,D], target [N] with IGNORE where none is. The logits are float32."""
-    return F.cross_entropy(head(x).float(), target, ignore_index=IGNORE, reduction="sum")
+class HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of a codebook, float32 []: x [N,D], weight [card,D], target [N] with IGNORE where none is.
+
+    The gradients are computed in the forward pass, a few rows at a time, while the logits of those rows are at hand: all logits never
+    exist at once, nor are any computed twice. With p the softmax of the logits z,
+
+        dloss/dz = p - [is the target]        dx = dloss/dz W        dW = (dloss/dz)^T x
+
+    learning: whether gradients will be asked for. They are kept in float32 and scaled in the backward pass, as loss scaling needs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, learning: bool) -> Tensor:
+        loss = torch.zeros((), device=x.device)
+        dx = torch.empty_like(x) if learning and ctx.needs_input_grad[0] else None
+        dW = torch.zeros_like(weight, dtype=torch.float32) if learning and ctx.needs_input_grad[1] else None
+        rows = max(1, LOGITS // len(weight))
+        for start in range(0, len(x), rows):
+            part, goal = x[start:start + rows], target[start:start + rows, None]
+            logits = linear(part, weight)                                                               # [rows, card]
+            log_p = logits.float().log_softmax(-1)
+            loss += F.nll_loss(log_p, goal[:, 0], ignore_index=IGNORE, reduction="sum")
+            if learning:
+                slope = log_p.exp_().scatter_add_(1, goal.clamp_min(0), log_p.new_full(goal.shape, -1.0))
+                slope = slope.mul_(goal != IGNORE).to(logits.dtype)
+                if dx is not None:
+                    dx[start:start + rows] = linear(slope, weight.T)
+                if dW is not None:
+                    dW += linear(slope.T, part.T)
+        ctx.save_for_backward(dx, dW)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple:
+        dx, dW = ctx.saved_tensors
+        return None if dx is None else scale.to(dx.dtype) * dx, None if dW is None else (scale * dW).to(ctx.dtype), None, None
 
 
 class MusicGen(nn.Module):
@@ -390,13 +423,9 @@ class MusicGen(nn.Module):
         if frame_mask is not None:
             codes = codes.masked_fill(~frame_mask[:, None], self.special)
         x = self.hidden(pattern.build(codes, self.special)[..., :-1], conditions, keys=keys)            # [B, S-1, D]
-        loss, x = self.checkpointed_loss if self.transformer.checkpointing else head_loss, x.flatten(0, 1)
-        return torch.stack([loss(head, x, target.flatten()) for head, target in zip(self.linears, targets.unbind(1))])   # [K]
-
-    def checkpointed_loss(self, head: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        """`head_loss` in chunks, computed again in the backward pass: no more than LOGITS logits exist at once."""
-        rows = max(1, LOGITS // self.config.card)
-        return sum(again(head_loss, head, *part) for part in zip(x.split(rows), target.split(rows)))
+        x, learning = x.flatten(0, 1), torch.is_grad_enabled()
+        return torch.stack([HeadLoss.apply(x, head.weight, target.flatten(), learning)
+                            for head, target in zip(self.linears, targets.unbind(1))])                  # [K]
 
     def count_targets(self, frame_mask: Tensor) -> Tensor:
         """Number of supervised codes of each codebook [K] for frames [B,T]."""

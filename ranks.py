@@ -12,6 +12,7 @@ written is plain tensors: files do not know how many ranks made them.
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
 import secrets
@@ -71,6 +72,16 @@ class Ranks:
         blocks = range(0, len(mine), share)                          # a batch is made of one block of each rank
         every = change([x for i in blocks for part in parts for x in part[i:i + share]])
         return [x for i in blocks for x in every[i * self.world + self.rank * share:][:share]]
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what tensors leave behind, up to a gigabyte, for the next: memory that went back to the system is cleared before
+    it comes again, which takes 3 to 8 % of an update on a CPU. Another C library, and the variables MALLOC_*, are left alone."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version") and not any(name.startswith("MALLOC_") for name in os.environ):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                  # of malloc.h
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)                      # bytes
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)                      # bytes; the most that glibc would choose by itself
 
 
 def setup(device: str, timeout_minutes: float) -> Ranks:

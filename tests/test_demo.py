@@ -78,6 +78,27 @@ def test_without_gradio_one_line(monkeypatch, capsys):
     assert 'pip install "gradio>=6"' in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags, says", [(["--prompt", "slow organ"], "--prompt does not go with --serve"),
+                                         (["--continue", "a.wav"], "--continue does not go"), (["--seconds", "400"], "at most 300"),
+                                         (["--stride", "1"], "--stride does not go"), (["--cfg", "1000"], "cfg 1000"),
+                                         (["--seconds", "0"], "--seconds 0")])
+def test_flags_that_the_page_has_no_use_for(flags, says, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "find_gradio", lambda: None)
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
+    assert generate.main(["--run", "nowhere", "--serve", *flags]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_the_page_begins_with_the_settings_of_the_command_line(monkeypatch):
+    served = []
+    monkeypatch.setattr(demo, "find_gradio", lambda: None)
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
+    monkeypatch.setattr(demo, "serve", lambda gradio, music, *_, **first: served.append(demo.settings(music, **first)))
+    assert generate.main("--run nowhere --serve --cfg 4 --top_k 0 --seconds 2.5 --seed 7".split()) == 0
+    assert served == [demo.settings(tiny("text")) | dict(cfg=4.0, top_k=0, seconds=2.5, seed=7)]
+
+
 def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
     """Where gradio is installed: what the page returns is the file that the command line writes; what it refuses comes as a message."""
     pytest.importorskip("gradio", reason="gradio is not installed")

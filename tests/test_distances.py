@@ -1,10 +1,12 @@
 """Distances between sets of clips: the arithmetic against independent formulas, and what must be near and what far."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+import torchaudio
 
 import conditioning
 import distances
@@ -309,3 +311,33 @@ def test_text_consistency_of_a_folder(clap, tmp_path, capsys):
     assert f"3 clips: {own:.4f} with their prompts, {others:.4f} with those of others" in capsys.readouterr().out
     (tmp_path / "made" / "000.json").write_text('{"prompt": null}')
     assert metrics.main(flags) == 2 and "000.wav: its prompt is None" in capsys.readouterr().err
+
+
+def test_divergence_of_claps_labels(clap, tmp_path, capsys):
+    """What transformers' own zero-shot pipeline finds for each clip; pair by pair where names are the same, else of the means."""
+    import transformers
+    labels, real, made = ["organ", "bells", "a drum kit"], clips(3), clips(3, seed=7)
+    places = [folder(tmp_path / name, wavs) for name, wavs in (("real", real), ("made", made), ("other", made[:2]))]
+    model, judge = transformers.ClapModel.from_pretrained(clap).eval(), distances.Clap(clap)
+
+    def odds(path):
+        mono = torchaudio.functional.resample(tokenizer.read_audio(path)[0], 16_000, 48_000)
+        heard = transformers.ClapFeatureExtractor.from_pretrained(clap)(mono.numpy(), sampling_rate=48_000, return_tensors="pt")
+        read = transformers.AutoTokenizer.from_pretrained(clap)(labels, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            p = model(**heard, input_ids=read["input_ids"], attention_mask=read["attention_mask"]).logits_per_audio.softmax(-1)[0]
+        torch.testing.assert_close(judge.label_probabilities(tokenizer.read_audio(path), 16_000, labels), p.double(), atol=1e-5, rtol=0)
+        return p.double().numpy()
+
+    p, q = ([odds(f"{place}/{i:03d}.wav") for i in range(3)] for place in places[:2])
+    kl = lambda p, q: float((p * np.log(p / q)).sum())
+    flags = ["--reference", places[0], "--fad_embedding", "mel", "--clap", clap, "--clap_labels", *labels, "--generated"]
+    for place, expected, how in ((places[1], np.mean([kl(*pair) for pair in zip(p, q)]), "pair by pair"),
+                                 (places[2], kl(np.mean(p, 0), np.mean(q[:2], 0)), "of means"),
+                                 (places[0], 0.0, "pair by pair")):
+        assert metrics.main(flags + [place]) == 0
+        out = capsys.readouterr().out
+        found = [float(x) for x in re.search(r"  kl_clap +(\S+) +(\S+) +(\S+)", out).groups()]
+        assert found[0] == pytest.approx(expected, abs=1e-4) and how in out and found[2] > found[1] >= 0
+    assert metrics.main([*flags[:6], "--clap_labels", "organ", "--generated", places[1]]) == 2
+    assert "--clap_labels organ: at least two" in capsys.readouterr().err

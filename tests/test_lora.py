@@ -151,7 +151,8 @@ def test_less_memory_is_estimated(start, tmp_path, capsys):
     low, added = flags.plan(args, CONFIG, 100, 1, 1e12), count_parameters(CONFIG, 2)
     assert low.memory["weights"] * 2**30 == 4 * (count_parameters(CONFIG) + added)
     assert low.memory["optimiser"] * 2**30 == 8 * added and low.memory["EMA"] * 2**30 == 4 * added
-    assert low.memory["activations"] == full.memory["activations"] and low.flops == full.flops * 2 / 3
+    heads = 4 * CONFIG.K * CONFIG.card * CONFIG.dim / 2**30          # whose gradients wait for the backward pass
+    assert low.memory["activations"] == pytest.approx(full.memory["activations"] - heads) and low.flops == full.flops * 2 / 3
 
 
 @pytest.mark.parametrize("given, says", [(["--lora", "0"], "--lora 0: at least 1"), (["--lora", "4"], "give them by --init_from")])

@@ -172,27 +172,42 @@ def saved(m: MusicGen, codes) -> dict:
 
 
 def test_what_training_keeps():
-    """One of the feed-forward's two wide tensors a layer, a codebook's log-probabilities; with checkpointing neither, whole."""
+    """One of the feed-forward's two wide tensors a layer, with checkpointing none; of the logits nothing."""
     codes, m = torch.randint(0, 11, (2, 3, 8)), tiny(pattern="parallel", num_layers=3).train()
     kept = saved(m, codes)
     wide, logits, x = 2 * 8 * 128, 2 * 8 * 11, 2 * 8 * 32
-    assert kept[wide] == 3 and kept[logits] == 3
+    assert kept[wide] == 3 and logits not in kept
     m.transformer.checkpointing = True
     kept = saved(m, codes)
-    assert wide not in kept and logits not in kept and kept[x] <= 3 + 3
+    assert wide not in kept and kept[x] <= 3 + 3 + 3                 # of each layer what goes in, of each head a gradient, the last
 
 
-def test_the_loss_in_chunks(monkeypatch):
-    """16 rows in chunks of 3: the same loss and gradients up to rounding, and no row lost."""
-    codes, found = torch.randint(0, 11, (2, 3, 8)), []
-    for logits in (1 << 22, 33):
-        monkeypatch.setattr(lm, "LOGITS", logits)
-        m = tiny(pattern="parallel").train()
-        m.transformer.checkpointing = True
-        loss = m(codes)
-        loss.sum().backward()
-        found.append([loss, *(head.weight.grad for head in m.linears), m.emb[0].weight.grad])
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found)) and found[0][0].min() > 1
+@pytest.mark.parametrize("logits", [1 << 20, 33, 1])
+@pytest.mark.parametrize("frozen", [None, "x", "weight"])
+def test_the_loss_of_a_head(logits, frozen, monkeypatch):
+    """In chunks of all 16 rows, 3 and 1: the loss and the gradients of `F.cross_entropy`, scaled by what comes after; and without gradients."""
+    monkeypatch.setattr(lm, "LOGITS", logits)
+    x, weight = torch.randn(16, 8, requires_grad=frozen != "x"), torch.randn(11, 8, requires_grad=frozen != "weight")
+    target = torch.randint(0, 11, (16,))
+    target[[3, 4, 5, 15]] = lm.IGNORE
+    wanted = [t for t in (x, weight) if t.requires_grad]
+    expected = F.cross_entropy(x @ weight.T, target, reduction="sum")
+    found = lm.HeadLoss.apply(x, weight, target, True)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found / 7, wanted), torch.autograd.grad(expected / 7, wanted)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(lm.HeadLoss.apply(x, weight, target, False), expected.detach())
+
+
+def test_the_loss_of_a_head_in_bfloat16():
+    """Under autocast the products are bfloat16's, the softmax is not; gradients come in the type of the weights."""
+    x, weight, target = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True), torch.randint(0, 50, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = lm.HeadLoss.apply(x, weight, target, True), F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    for a, b in zip(torch.autograd.grad(found, (x, weight)), torch.autograd.grad(expected, (x, weight))):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.01 * b.norm()
 
 
 def test_dropout_is_a_function_of_the_sample():
