@@ -36,7 +36,7 @@ class Packs(dict):
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [...,in] and weight [out,in], transposed in memory or not -> [...,out], by oneDNN, without gradients."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 class Product(torch.autograd.Function):
