@@ -27,7 +27,7 @@ import patterns
 from linear import FEW, Linear, Packs, linear
 
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
-LOGITS = 1 << 20                                                     # that the loss has at a time, for the caches of a CPU
+LOGITS = 1 << 21                                                     # that the loss has at a time: 8 MiB
 SIZES = {                                                            # Copet et al. 2023 sec. 3.1: small 300M, medium 1.5B, large 3.3B
     "debug": dict(dim=64, num_layers=2, num_heads=2),
     "tiny": dict(dim=192, num_layers=4, num_heads=3),
