@@ -58,7 +58,7 @@ class Product(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, packs: Packs | None = None) -> Tensor:
     """x [...,in] and weight [out,in] -> [...,out], as `F.linear`; packs: of a generation, in which weights stay as they are."""
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
-    if not (HERE and fits) or torch.is_autocast_enabled("cpu"):
+    if not (HERE and fits) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():   # which chooses for itself
         return F.linear(x, weight)
     if torch.is_grad_enabled():
         return Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))

@@ -56,6 +56,21 @@ def test_other_types_are_left_to_pytorch(monkeypatch):
     assert lin.linear(x, weight).equal(F.linear(x, weight))
 
 
+def test_the_compiler_is_left_to_choose():
+    """Its own lowering of oneDNN's operator is for frozen weights only, and fails here."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    x, weight = torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)
+    found = torch.compile(lin.linear, backend=backend, fullgraph=True)(x, weight)
+    assert found.equal(F.linear(x, weight)) and any("linear" in name for name in seen)
+    assert not any("mkldnn" in name or "autograd_function" in name for name in seen)
+
+
 def test_layer_with_a_bias():
     layer, x = lin.Linear(8, 5), torch.randn(2, 3, 8)
     close(layer(x), F.linear(x, layer.weight, layer.bias))
