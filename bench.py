@@ -424,7 +424,7 @@ def main(argv: list | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         derive(args)
-        keep_freed_memory()
+        keep_freed_memory(sparing=args.checkpointing or "checkpointing" in (args.child or ""))
         where = torch.cuda.get_device_name(args.device) if on_gpu(args) else args.device
         print(f"{args.command}: dim {args.dim}, {args.num_layers} layers, {args.num_heads} heads, K {args.K}, card {args.card}, batch "
               f"{args.batch_size}, {args.pattern}, {args.dtype}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}")

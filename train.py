@@ -313,7 +313,7 @@ def main(argv: list | None = None) -> int:
             args = of_the_run(argv, args.out) if args.only else args
             notes = derive(args, world)
             check(args, world)
-            several.keep_freed_memory()
+            several.keep_freed_memory(sparing=args.checkpointing)
             ranks = several.setup(args.device, args.timeout)
             if args.only:
                 stage_alone(args, notes, ranks, stop)
