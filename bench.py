@@ -279,6 +279,7 @@ def bench_memory(args: argparse.Namespace, argv: list) -> None:
     """Peak memory of updates, each side in a process of its own: on the CPU less what importing took, on a GPU what was allocated."""
     if args.child:
         name, _, args.checkpointing = args.child.partition("+")
+        keep_freed_memory(sparing=args.checkpointing)
         small = argparse.Namespace(**vars(args) | dict(dim=64, num_heads=1, num_layers=1, card=8, batch_size=1, frames=[args.K + 1]))
         two_updates(small, name)                                     # what is imported on the way does not count
         before = peak_bytes()
@@ -424,7 +425,7 @@ def main(argv: list | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         derive(args)
-        keep_freed_memory(sparing=args.checkpointing or "checkpointing" in (args.child or ""))
+        keep_freed_memory(sparing=args.checkpointing)
         where = torch.cuda.get_device_name(args.device) if on_gpu(args) else args.device
         print(f"{args.command}: dim {args.dim}, {args.num_layers} layers, {args.num_heads} heads, K {args.K}, card {args.card}, batch "
               f"{args.batch_size}, {args.pattern}, {args.dtype}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -2,7 +2,7 @@
 
 On a GPU, and in bfloat16 anywhere, PyTorch's own choice is right. In float32 on a CPU it asks MKL, though it carries oneDNN as well
 (its compiler uses it), and oneDNN is the faster of the two: about twice as fast where the processor has AVX-512 but is not Intel's,
-on which MKL keeps to AVX2; 1.1 times with AVX2 alone. README, "How fast", has the figures.
+on which MKL keeps to AVX2; 1.1 times with AVX2 alone, dW excepted. README, "How fast", has the figures.
 
 oneDNN's operator knows no gradients, so they stand here:
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HERE = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")        # PyTorch calls oneDNN by its old name
+WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()           # the vectors that oneDNN wins most by, and dW only by
 FEW = 8                                                              # rows a step that are as fast without packing
 PACK_ROWS = 1024                                                     # that a packed layout is made for; fewer have no layout of their own
 
@@ -39,20 +40,40 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
-class Product(torch.autograd.Function):
-    """`product` with its gradients."""
+def gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dW [out,in] of a weight from dy [N,out] and x [N,in]. oneDNN copies dy first: on AVX2 alone MKL is faster, by up to a half."""
+    return linear(dy.T, x.T) if WIDE else dy.T @ x
+
+
+class Kept(torch.autograd.Function):
+    """What the gradients of a product need. Its output has the product's shape [N,out] and no content: a place in the graph.
+
+    On its own, before `Product`, because what recomputes activations stops once the last of them is kept: here, before a product
+    that nobody would look at."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight)
+        return x.new_empty(()).expand(len(x), len(weight))
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         dx = product(dy, weight.T) if ctx.needs_input_grad[0] else None
-        dW = product(dy.T, x.T) if ctx.needs_input_grad[1] else None
+        dW = gradient(dy, x) if ctx.needs_input_grad[1] else None
         return dx, dW
+
+
+class Product(torch.autograd.Function):
+    """`product` in the place that `Kept` made for it."""
+
+    @staticmethod
+    def forward(ctx, place: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        return dy, None, None
 
 
 def linear(x: Tensor, weight: Tensor, packs: Packs | None = None) -> Tensor:
@@ -61,7 +82,8 @@ def linear(x: Tensor, weight: Tensor, packs: Packs | None = None) -> Tensor:
     if not (HERE and fits) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():   # which chooses for itself
         return F.linear(x, weight)
     if torch.is_grad_enabled():
-        return Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
+        rows = x.reshape(-1, x.shape[-1])                            # [N, in]
+        return Product.apply(Kept.apply(rows, weight), rows.detach(), weight.detach()).view(*x.shape[:-1], len(weight))
     return product(x, weight if packs is None else packs.get_pack(weight))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import patterns
-from linear import FEW, Linear, Packs, linear
+from linear import FEW, Linear, Packs, gradient, linear
 
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
 LOGITS = 1 << 21                                                     # that the loss has at a time: 8 MiB
@@ -301,7 +301,7 @@ class HeadLoss(torch.autograd.Function):
                 if dx is not None:
                     dx[start:start + rows] = linear(slope, weight.T)
                 if dW is not None:
-                    dW += linear(slope.T, part.T)
+                    dW += gradient(slope, part)
         ctx.save_for_backward(dx, dW)
         ctx.dtype = weight.dtype
         return loss

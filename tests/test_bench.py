@@ -57,13 +57,14 @@ def test_scaling(capsys, monkeypatch):
     assert [row[1] for row in rows if row[0] == "pattern"] == ["delay", "parallel", "unrolled"]
 
 
-def test_memory_is_of_a_process_of_its_own(capsys):
-    """Recomputing 8 layers of 600 steps holds less; what this process holds does not count."""
+def test_memory_is_of_a_process_of_its_own(capsys, monkeypatch):
+    """Recomputing 8 layers of 600 steps holds less; what this process holds does not count, nor what the C library keeps of so little."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     ballast = torch.ones(2 ** 26)                                    # 256 MiB
     assert bench.main("memory --dim 64 --num_layers 8 --num_heads 2 --card 16 --top_k 5 --frames 600 --device cpu".split()) == 0
     ours, less = (int(x) for x in re.findall(r"peak (\d+) MiB", capsys.readouterr().out))
     kept = 8 * 4 * 600 * 64 * 4 / 2 ** 20                            # one [B,S,D] a layer
-    assert 10 * kept < ours < 40 * kept and less < 0.8 * ours and ballast[0] == 1
+    assert 10 * kept < ours < 40 * kept and less < 0.5 * ours and ballast[0] == 1
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import linear as lin
+from model import ModelConfig, Transformer, init_transformer
 
 here = pytest.mark.skipif(not lin.HERE, reason="no oneDNN for this processor: PyTorch's own products are used")
 
@@ -16,8 +17,10 @@ def close(found, expected):
 @here
 @pytest.mark.parametrize("shape", [(64,), (2, 1, 64), (9, 64), (3, 40, 64)])
 @pytest.mark.parametrize("rows", [slice(None), slice(16, None)])
-def test_values_and_gradients(shape, rows, monkeypatch):
+@pytest.mark.parametrize("wide", [True, False])
+def test_values_and_gradients(shape, rows, wide, monkeypatch):
     """Also of rows of a weight, and where only one of the two wants a gradient. `F.linear` is not called."""
+    monkeypatch.setattr(lin, "WIDE", wide)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(48, 64, requires_grad=True)
     expected = F.linear(x, weight[rows])
     dy = torch.randn_like(expected)
@@ -30,6 +33,22 @@ def test_values_and_gradients(shape, rows, monkeypatch):
     close(*torch.autograd.grad(lin.linear(x, weight.detach()[rows]), x, dy), gradients[0])
     with torch.no_grad():
         close(lin.linear(x, weight[rows]), expected.detach())
+
+
+@here
+def test_recomputing_stops_before_the_last_product(monkeypatch):
+    """A layer has four products and eight of gradients. With its feed-forward's activations recomputed no product comes twice; with all of
+    the layer's, those before the last."""
+    products = []
+    product = lin.product
+    monkeypatch.setattr(lin, "product", lambda x, weight: products.append(weight.shape) or product(x, weight))
+    monkeypatch.setattr(lin, "WIDE", True)
+    stack = Transformer(ModelConfig(dim=64, num_layers=1, num_heads=2, cross_attention=False))
+    init_transformer(stack)
+    for stack.checkpointing, count in ((False, 12), (True, 15)):
+        products.clear()
+        stack(torch.randn(2, 5, 64, requires_grad=True), None, None, None).sum().backward()
+        assert len(products) == count
 
 
 @here
