@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import patterns
-from linear import FEW, Linear, Packs, gradient, linear
+from linear import UNPACKED, Linear, Packs, gradient, linear
 
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
 LOGITS = 1 << 21                                                     # that the loss has at a time: 8 MiB
@@ -85,7 +85,7 @@ class Cache:
         shape = (config.num_layers, 2, B, config.num_heads, S_max, config.dim // config.num_heads)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
         self.cross = [None] * config.num_layers                      # keys and values [2, B, H, L, D/H] each
-        self.packs = Packs() if B > FEW else None                    # weights as a CPU reads them fastest
+        self.packs = Packs() if B > UNPACKED else None                    # weights as a CPU reads them fastest
         self.length = 0                                              # steps read, the prefix counted in
         self.P, self.prefix_mask = 0, None                           # prefix tokens and their mask [B, P]
         self.source_mask = self.summed = None                        # [B, 1, 1, L], [B, 1, D]
