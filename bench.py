@@ -73,7 +73,9 @@ def ours(args: argparse.Namespace, config: ModelConfig) -> Peer:
     """This repository's model in the same dress."""
     model = MusicGen(config, Given(torch.randn(1, args.tokens, config.dim))).to(args.device)
     model.transformer.checkpointing = args.checkpointing
-    if args.compile:
+    if args.compile and args.command == "generate":
+        model.compile_step()
+    elif args.compile:
         for layer in model.transformer.layers:                       # as train.py does
             layer.compile()
     asked = [{"text": "given"}] * args.batch_size
@@ -388,7 +390,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's own)")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
     parser.add_argument("--vs", nargs="+", default=[], choices=list(INSTALL), help="peers to measure in turn with ours")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our layers (train)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our layers (train) or our step (generate)")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of ours (train)")
     parser.add_argument("--limit", action="store_true", help="measure the machine's limits too, and print fractions of them")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -107,12 +107,14 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
         rows = 1 + guided + (beta is not None)                       # of each sample
         conditions = encode_conditions(model, attributes, guided, beta is not None)
         P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
-        cache = Cache(model.config, B * rows, P + pattern.S, device, dtype)
-        first, fed = pattern.first_step(T_prompt), 0
+        cache = Cache(model.config, B * rows, P + pattern.S, device, dtype, model.compiled)
+        first = pattern.first_step(T_prompt)
         for s in range(first, pattern.S):
-            new = seq[..., fed:s].repeat(rows, 1, 1)                                                    # [rows*B, K, new]
-            x = model.hidden(new, conditions, cache)[:, -1]                                             # [rows*B, D]
-            fed = s
+            if s == first:
+                x = model.hidden(seq[..., :s].repeat(rows, 1, 1), conditions, cache)                    # [rows*B, s, D]
+            else:
+                x = model.next(seq[..., s - 1:s].repeat(rows, 1, 1), cache)                             # [rows*B, 1, D]
+            x = x[:, -1]
             if heads[s]:
                 logits = torch.stack([linear(x, model.linears[k].weight, cache.packs) for k in heads[s]], 1).float()     # [rows*B, k, card]
                 full, *others = logits.chunk(rows)
@@ -121,7 +123,7 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
                     full = style + beta * (full - style)
                 null = others[0] if guided else full
                 logits = null + sampling.cfg * (full - null) if guided else full
-                seq[:, heads[s], s] = sample_codes(logits, sampling, generator)
+                seq[:, slice(None) if len(heads[s]) == K else heads[s], s] = sample_codes(logits, sampling, generator)
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)
     model.train(was_training)
@@ -312,6 +314,7 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--codec", default=None, help="where the codec lies, if it has moved since training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step: a minute or two at first, then faster")
     parser.add_argument("--out", default="generated", help="folder for wav and json files; existing files are kept")
     parser.add_argument("--serve", action="store_true", help="instead: a page to try the model in the browser (needs gradio)")
     parser.add_argument("--host", default="127.0.0.1", help="of --serve; the default is for this machine alone")
@@ -411,6 +414,8 @@ def serve(args: argparse.Namespace) -> None:
     gradio = demo.find_gradio()                                      # before the model is read
     music = MusicGenerator.load(args.run, args.device, args.codec)
     music.sampling = chosen_sampling(args, music)
+    if args.compile:
+        music.model.compile_step()
     demo.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
 
 
@@ -430,6 +435,8 @@ def run(args: argparse.Namespace) -> None:
         chroma.load_separator()
         music.model.conditioner.config.melody_stems = True
     attributes = read_conditions(music, requests)
+    if args.compile:
+        music.model.compile_step()
     out = output_folder(args.out)                                    # before the work, not after it
     bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
     codes = music.codes(attributes, seconds, args.seed, sampling, args.stride,

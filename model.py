@@ -16,6 +16,8 @@ Legend: B batch, K codebooks, T frames, S sequence steps, L condition tokens, P 
 
 import argparse
 import math
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -77,25 +79,61 @@ class Conditions:
 
 
 class Cache:
-    """Keys and values of what was already read: preallocated for S_max steps, filled from the left, one per sequence batch.
+    """Keys and values of what was already read, filled from the left, one per sequence batch: `MusicGen.hidden` begins it, `next` goes on.
 
-    Cross-attention keys and values are computed once, with the first step."""
+    Cross-attention keys and values are computed once, with the first steps. Without `fixed` there is room for S_max steps and attention
+    reads those that are filled. With it, for a compiled step, the shapes stay: attention reads all the room behind a mask, and the
+    room is doubled when it is full."""
+    LEAST = 256                                                      # steps that a fixed one has room for at first
 
-    def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32):
-        shape = (config.num_layers, 2, B, config.num_heads, S_max, config.dim // config.num_heads)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
+    def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32, fixed: bool = False):
+        room = self.LEAST if fixed else S_max
+        shape = (2, B, config.num_heads, room, config.dim // config.num_heads)
+        new = torch.zeros if fixed else torch.empty                  # what is masked must be finite
+        self.kv = [new(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.cross = [None] * config.num_layers                      # keys and values [2, B, H, L, D/H] each
-        self.packs = Packs() if B > UNPACKED else None                    # weights as a CPU reads them fastest
+        self.packs = Packs() if B > UNPACKED and not fixed else None  # weights as a CPU reads them fastest
         self.length = 0                                              # steps read, the prefix counted in
-        self.P, self.prefix_mask = 0, None                           # prefix tokens and their mask [B, P]
+        self.position = torch.zeros(1, dtype=torch.long, device=device)                  # the same, where a compiled step sees it
+        self.fixed, self.begun = fixed, False
+        self.origin, self.prefix_mask = 0, None                      # what position 0 is the place of, mask [B, P]
         self.source_mask = self.summed = None                        # [B, 1, 1, L], [B, 1, D]
 
+    def make_room(self, S: int) -> None:
+        """Sees to it that S more steps fit."""
+        room, needed = self.kv[0].shape[3], self.length + S
+        while self.fixed and room < needed:
+            room *= 2
+        assert needed <= room, f"step {needed} of a cache of {room}"
+        if room > self.kv[0].shape[3]:
+            self.kv = [F.pad(kv, (0, 0, 0, room - kv.shape[3])) for kv in self.kv]
+        if self.fixed and self.position.is_cuda:                     # a CUDA graph need not copy what stays where it is
+            for x in (*self.kv, *self.cross):
+                if x is not None:
+                    torch._dynamo.mark_static_address(x, guard=False)
+
+    def advance(self, S: int) -> None:
+        """S steps were read."""
+        self.length, self.begun = self.length + S, True
+        self.position += S
+
     def append(self, layer: int, kv: Tensor) -> Tensor:
-        """Stores keys and values of new steps [2,B,H,S,D/H] and returns those of all [2,B,H,length+S,D/H]."""
+        """Stores keys and values of new steps [2,B,H,S,D/H] and returns those of all [2,B,H,length+S,D/H], or of all the room."""
+        if self.fixed and self.begun:
+            return self.kv[layer].index_copy_(3, self.position, kv.to(self.kv[layer].dtype))
         end = self.length + kv.shape[3]
-        assert end <= self.kv.shape[4], f"step {end} of a cache of {self.kv.shape[4]}"
-        self.kv[layer, :, :, :, self.length:end] = kv
-        return self.kv[layer, :, :, :, :end]
+        self.kv[layer][:, :, :, self.length:end] = kv
+        return self.kv[layer][:, :, :, :end]
+
+    def mask(self) -> Tensor | None:
+        """What the next step sees, [B or 1,1,1,length+1] or [..,room] bool; None if that is all."""
+        if not self.fixed and self.prefix_mask is None:
+            return None
+        columns = self.kv[0].shape[3] if self.fixed else self.length + 1
+        seen = (torch.arange(columns, device=self.position.device) <= self.position)[None, None, None]
+        if self.prefix_mask is None:
+            return seen
+        return seen & F.pad(self.prefix_mask, (0, columns - self.prefix_mask.shape[1]), value=True)[:, None, None]
 
 
 def sinusoid(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -181,10 +219,7 @@ class Attention(nn.Module):
         packs = None if cache is None else cache.packs
         qkv = self.split(project(x, self.in_proj_weight, self.in_proj_lora, packs=packs), 3)            # [3, B, H, S, D/H]
         q, k, v = qkv if cache is None else (qkv[0], *cache.append(layer, qkv[1:]))
-        fresh = cache is None or cache.length == 0
-        if mask is None and not fresh:
-            assert x.shape[1] == 1, "several new steps on a filled cache need a mask"
-        return self.attend(q, k, v, mask, mask is None and fresh, packs)
+        return self.attend(q, k, v, mask, mask is None and (cache is None or not cache.begun), packs)
 
     def keys_values(self, source: Tensor) -> Tensor:
         """Keys and values of a condition [B,L,D], for `cross`."""
@@ -316,6 +351,7 @@ class MusicGen(nn.Module):
     """The language model with its conditioner. `forward` is the loss; `logits` and `hidden` serve generation and tests.
 
     conditioner: a module whose call turns prepared inputs into `Conditions`, or None for an unconditional model."""
+    compiled = False                                                 # whether `step` is: see `compile_step`
 
     def __init__(self, config: ModelConfig, conditioner: nn.Module | None = None):
         super().__init__()
@@ -341,61 +377,83 @@ class MusicGen(nn.Module):
             trunc_normal(head.weight, self.config.dim ** -0.5)
         init_transformer(self.transformer)
 
+    def embed(self, seq: Tensor) -> Tensor:
+        """seq [B,K,S] -> [B,S,D]."""
+        return sum(table(codes) for table, codes in zip(self.emb, seq.unbind(1)))
+
     def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None,
                keys: Tensor | None = None) -> Tensor:
         """Codes in the pattern, seq [B,K,S] -> [B,S,D], normalised, ready for the heads.
 
-        With a cache only the new steps are given; conditions are then read from the first call and ignored later.
-        keys [B] int32: see `dropout`; without them nothing is dropped."""
+        An empty cache then holds what `next` goes on from. keys [B] int32: see `dropout`; without them nothing is dropped."""
         B, K, S = seq.shape
         assert K == self.config.K, f"{K} codebooks, the model has {self.config.K}"
-        x = sum(table(codes) for table, codes in zip(self.emb, seq.unbind(1)))                          # [B, S, D]
+        assert cache is None or not cache.begun, "a cache that holds steps: `next` goes on with it"
         c = conditions or Conditions()
-        start = cache.length if cache is not None else 0
-        P, prefix_mask, source_mask, summed = 0, None, self._cross_mask(c.cross_mask), c.summed
-        if start:                                                    # conditions were read with the first steps
-            P, prefix_mask, source_mask, summed = cache.P, cache.prefix_mask, cache.source_mask, cache.summed
-        if summed is not None:
-            x = x + summed
-        if not start and c.prefix is not None:
+        x, source_mask = self.embed(seq), self._cross_mask(c.cross_mask)                                # [B, S, D]
+        if c.summed is not None:
+            x = x + c.summed
+        P, prefix_mask = 0, None
+        if c.prefix is not None:
             x = torch.cat([c.prefix.to(x.dtype), x], 1)                                                 # [B, P+S, D]
             P, prefix_mask = c.prefix.shape[1], c.prefix_mask if self.config.mask_padding else None
         if cache is not None:
-            if not start and source_mask is not None and source_mask.all():
+            if source_mask is not None and source_mask.all():
                 source_mask = None                                   # found out once, spared at every step
-            cache.P, cache.prefix_mask, cache.source_mask, cache.summed = P, prefix_mask, source_mask, summed
-        positions = self._positions(B, start, x.shape[1], P, prefix_mask, x.device)
+            cache.source_mask, cache.summed = source_mask, c.summed
+            cache.origin, cache.prefix_mask = (P, prefix_mask) if prefix_mask is not None else (0, None)
+            cache.make_room(P + S)
+        positions = self._positions(P, S, prefix_mask, x.device)
         x = x + sinusoid(positions, self.config.dim)
         if keys is not None and prefix_mask is not None:             # how a batch pads its prefixes must not count
             keys = mix(keys[:, None] + positions.int())                                                 # [B, S]
-        mask = self._self_mask(start, x.shape[1], P, prefix_mask, x.device)
-        x = self.transformer(x, mask, None if start else c.cross, source_mask, cache, keys)
+        x = self.transformer(x, self._self_mask(P + S, prefix_mask), c.cross, source_mask, cache, keys)
         if cache is not None:
-            cache.length += x.shape[1]
-        return self.out_norm(x[:, -S:])                                                                 # [B, S, D]
+            cache.advance(P + S)
+        return self.out_norm(x[:, P:])                                                                  # [B, S, D]
+
+    def next(self, codes: Tensor, cache: Cache) -> Tensor:
+        """One more step on what a cache holds, with the conditions of its beginning: codes [B,K,1] -> [B,1,D], ready for the heads."""
+        cache.make_room(1)
+        x = self.step(codes, cache)
+        cache.advance(1)
+        return x
+
+    def step(self, codes: Tensor, cache: Cache) -> Tensor:
+        """The part of `next` that can be compiled: the cache's own numbers stay as they are."""
+        x = self.embed(codes)                                                                           # [B, 1, D]
+        if cache.summed is not None:
+            x = x + cache.summed
+        x = x + sinusoid(cache.position[None] - cache.origin, self.config.dim)
+        return self.out_norm(self.transformer(x, cache.mask(), None, cache.source_mask, cache))
+
+    def compile_step(self) -> None:
+        """Compiles `step`, once for a batch's shape and once more when the room of its cache is doubled; on a GPU as a CUDA graph.
+
+        Errors: ValueError where a C++ compiler is missing."""
+        on_gpu = self.emb[0].weight.is_cuda
+        if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+            raise ValueError("--compile needs a C++ compiler: neither g++ nor clang++ is here")
+        self.step, self.compiled = torch.compile(self.step, mode="reduce-overhead" if on_gpu else None, fullgraph=True), True
 
     @staticmethod
-    def _positions(B: int, start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor:
-        """Positions [1,S] or [B,S]. With a mask the codes begin at 0, whatever stands before them, at -1, -2, ..: neither a
+    def _positions(P: int, S: int, prefix_mask: Tensor | None, device) -> Tensor:
+        """Positions [1,P+S] or [B,P+S]. With a mask the codes begin at 0, whatever stands before them, at -1, -2, ..: neither a
         batch's padding nor a condition more or less moves them. Without, the prefix begins at 0, as in the public weights."""
-        positions = torch.arange(start, start + S, device=device)[None]                                 # [1, S]
         if prefix_mask is None:
-            return positions
-        real = torch.cat([prefix_mask, prefix_mask.new_ones(B, start + S - P)], 1)
-        return (real.cumsum(1) - 1 - prefix_mask.sum(1, keepdim=True))[:, start:]                       # [B, S]
+            return torch.arange(P + S, device=device)[None]
+        real = F.pad(prefix_mask, (0, S), value=True)                                                   # [B, P+S]
+        return real.cumsum(1) - 1 - prefix_mask.sum(1, keepdim=True)
 
     @staticmethod
-    def _self_mask(start: int, S: int, P: int, prefix_mask: Tensor | None, device) -> Tensor | None:
-        """Causal mask [B,1,S,start+S] that hides masked prefix tokens; None where plain causal attention will do."""
-        if prefix_mask is None and (start == 0 or S == 1):
-            return None
-        rows = torch.arange(start, start + S, device=device)[:, None]
-        columns = torch.arange(start + S, device=device)[None]
-        causal = columns <= rows                                                                        # [S, start+S]
+    def _self_mask(S: int, prefix_mask: Tensor | None) -> Tensor | None:
+        """Causal mask [B,1,S,S] over prefix and codes that hides masked prefix tokens; None where plain causal attention will do."""
         if prefix_mask is None:
-            return causal[None, None]
-        visible = F.pad(prefix_mask, (0, start + S - P), value=True)[:, None, None]                     # [B, 1, 1, start+S]
-        return (causal & visible) | (columns == rows)                # a token always sees itself: no empty softmax
+            return None
+        rows = torch.arange(S, device=prefix_mask.device)[:, None]
+        columns = rows.T
+        visible = F.pad(prefix_mask, (0, S - prefix_mask.shape[1]), value=True)[:, None, None]          # [B, 1, 1, S]
+        return ((columns <= rows) & visible) | (columns == rows)     # a token always sees itself: no empty softmax
 
     def _cross_mask(self, mask: Tensor | None) -> Tensor | None:
         """[B,L] -> [B,1,1,L]; a row without any token attends to its zeros, which gives exactly zero."""
@@ -403,9 +461,9 @@ class MusicGen(nn.Module):
             return None
         return (mask | ~mask.any(1, keepdim=True))[:, None, None]
 
-    def logits(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None) -> Tensor:
+    def logits(self, seq: Tensor, conditions: Conditions | None = None) -> Tensor:
         """seq [B,K,S] -> logits [B,K,S,card]: at step s of codebook k for what stands at step s+1."""
-        x = self.hidden(seq, conditions, cache)
+        x = self.hidden(seq, conditions)
         return torch.stack([head(x) for head in self.linears], 1)                        # [B, K, S, card]
 
     def predict(self, codes: Tensor, conditions: Conditions | None = None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Sampling against its definition, cached generation against a full forward, windows, prompts, guidance."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import conditioning
 import generate
 from conditioning import Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long, sample_codes
-from model import ModelConfig, MusicGen
+from model import Cache, ModelConfig, MusicGen
 
 PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
 GREEDY = Sampling(cfg=1, temperature=0)
@@ -47,6 +49,23 @@ def test_cached_generation_equals_full_forward(pattern, cfg, fuse):
     m, asked = tiny(pattern, text=fuse), texts("slow organ", "fast bells", None)
     fast = generate_codes(m, asked, 7, Sampling(cfg=cfg, temperature=0))
     assert torch.equal(fast, slow_greedy(m, asked, 7, cfg))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_generation_is_the_same(monkeypatch):
+    """By the real compiler, over doublings of the cache; for one row with guidance and, where few rows are not a case of its own, for six."""
+    monkeypatch.setattr(Cache, "LEAST", 16)
+    for asked in (texts("slow organ"), texts("slow organ", "fast bells", None)):
+        plain, fast = tiny(), tiny()
+        fast.compile_step()
+        wanted, found = (generate_codes(m, asked, 40, Sampling(cfg=3, temperature=0)) for m in (plain, fast))
+        assert torch.equal(found, wanted)
+
+
+def test_compiling_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler"):
+        tiny().compile_step()
 
 
 def test_guidance_of_one_is_no_guidance():

