@@ -448,7 +448,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer.write_audio(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate)
         record = dict(prompt=asked["text"], melody=asked["melody"], style=asked["style"], seconds=seconds, seed=args.seed,
                       index_in_batch=i, batch=len(requests), run=str(args.run), melody_stems=args.melody_stems,
-                      continued=args.continued, stride=args.stride, codec=codec.fingerprint, **asdict(sampling))
+                      continued=args.continued, stride=args.stride, compile=args.compile, codec=codec.fingerprint, **asdict(sampling))
         path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         shown = ", ".join(v if k == "text" else f"{k} {v}" for k, v in asked.items() if v is not None)
         print(f"wrote {path}: {shown or '(unconditional)'}")
