@@ -95,7 +95,7 @@ class Cache:
         self.packs = Packs() if B > UNPACKED and not fixed else None  # weights as a CPU reads them fastest
         self.length = 0                                              # steps read, the prefix counted in
         self.position = torch.zeros(1, dtype=torch.long, device=device)                  # the same, where a compiled step sees it
-        self.fixed, self.begun = fixed, False
+        self.fixed, self.begun, self.marked = fixed, False, False
         self.origin, self.prefix_mask = 0, None                      # what position 0 is the place of, mask [B, P]
         self.source_mask = self.summed = None                        # [B, 1, 1, L], [B, 1, D]
 
@@ -106,11 +106,11 @@ class Cache:
             room *= 2
         assert needed <= room, f"step {needed} of a cache of {room}"
         if room > self.kv[0].shape[3]:
-            self.kv = [F.pad(kv, (0, 0, 0, room - kv.shape[3])) for kv in self.kv]
-        if self.fixed and self.position.is_cuda:                     # a CUDA graph need not copy what stays where it is
-            for x in (*self.kv, *self.cross):
-                if x is not None:
-                    torch._dynamo.mark_static_address(x, guard=False)
+            self.kv, self.marked = [F.pad(kv, (0, 0, 0, room - kv.shape[3])) for kv in self.kv], False
+        if self.fixed and self.begun and not self.marked:            # a CUDA graph need not copy what stays where it is
+            for x in (*self.kv, *(x for x in self.cross if x is not None)):
+                torch._dynamo.mark_static_address(x, guard=False)
+            self.marked = True
 
     def advance(self, S: int) -> None:
         """S steps were read."""
