@@ -43,7 +43,6 @@ import chroma
 import tokenizer
 from conditioning import clean_text, excerpt, melody_window
 from convert import FORMAT, WHAT, build_model, read_deployment       # FORMAT and WHAT for those who import this file
-from linear import linear
 from model import Cache, Conditions, MusicGen
 
 
@@ -110,20 +109,21 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
         cache = Cache(model.config, B * rows, P + pattern.S, device, dtype, model.compiled)
         first = pattern.first_step(T_prompt)
         for s in range(first, pattern.S):
+            which = heads[s] if 0 < len(heads[s]) < K else None      # None: all
             if s == first:
                 x = model.hidden(seq[..., :s].repeat(rows, 1, 1), conditions, cache)                    # [rows*B, s, D]
+                logits = model.heads(x[:, -1:], which)                                                  # [rows*B, k, 1, card]
             else:
-                x = model.next(seq[..., s - 1:s].repeat(rows, 1, 1), cache)                             # [rows*B, 1, D]
-            x = x[:, -1]
+                logits = model.next(seq[..., s - 1:s].repeat(rows, 1, 1), cache, which)
             if heads[s]:
-                logits = torch.stack([linear(x, model.linears[k].weight, cache.packs) for k in heads[s]], 1).float()     # [rows*B, k, card]
+                logits = logits[:, :, 0].float()
                 full, *others = logits.chunk(rows)
                 if beta is not None:
                     style = others.pop(0)
                     full = style + beta * (full - style)
                 null = others[0] if guided else full
                 logits = null + sampling.cfg * (full - null) if guided else full
-                seq[:, slice(None) if len(heads[s]) == K else heads[s], s] = sample_codes(logits, sampling, generator)
+                seq[:, slice(None) if which is None else which, s] = sample_codes(logits, sampling, generator)
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)
     model.train(was_training)

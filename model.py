@@ -82,9 +82,9 @@ class Cache:
     """Keys and values of what was already read, filled from the left, one per sequence batch: `MusicGen.hidden` begins it, `next` goes on.
 
     Cross-attention keys and values are computed once, with the first steps. Without `fixed` there is room for S_max steps and attention
-    reads those that are filled. With it, for a compiled step, the shapes stay: attention reads all the room behind a mask, and the
-    room is doubled when it is full."""
-    LEAST = 256                                                      # steps that a fixed one has room for at first
+    reads those that are filled. With it, for a compiled step, the shapes stay: attention reads all the room behind a mask. Room that
+    is full grows: a GPU's is doubled, since each takes a CUDA graph of its own; a CPU's step is compiled once for any room."""
+    LEAST = 256                                                      # steps that a fixed one has room for at first, and a CPU's grows by
 
     def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32, fixed: bool = False):
         room = self.LEAST if fixed else S_max
@@ -103,13 +103,15 @@ class Cache:
         """Sees to it that S more steps fit."""
         room, needed = self.kv[0].shape[3], self.length + S
         while self.fixed and room < needed:
-            room *= 2
+            room += room if self.position.is_cuda else self.LEAST
         assert needed <= room, f"step {needed} of a cache of {room}"
         if room > self.kv[0].shape[3]:
             self.kv, self.marked = [F.pad(kv, (0, 0, 0, room - kv.shape[3])) for kv in self.kv], False
-        if self.fixed and self.begun and not self.marked:            # a CUDA graph need not copy what stays where it is
-            for x in (*self.kv, *(x for x in self.cross if x is not None)):
-                torch._dynamo.mark_static_address(x, guard=False)
+        if self.fixed and self.begun and not self.marked:
+            for x in self.kv if not self.position.is_cuda else ():
+                torch._dynamo.mark_dynamic(x, 3)
+            for x in (*self.kv, *(x for x in self.cross if x is not None)) if self.position.is_cuda else ():
+                torch._dynamo.mark_static_address(x, guard=False)    # a CUDA graph need not copy what stays where it is
             self.marked = True
 
     def advance(self, S: int) -> None:
@@ -412,29 +414,43 @@ class MusicGen(nn.Module):
             cache.advance(P + S)
         return self.out_norm(x[:, P:])                                                                  # [B, S, D]
 
-    def next(self, codes: Tensor, cache: Cache) -> Tensor:
-        """One more step on what a cache holds, with the conditions of its beginning: codes [B,K,1] -> [B,1,D], ready for the heads."""
-        cache.make_room(1)
-        x = self.step(codes, cache)
-        cache.advance(1)
-        return x
+    def heads(self, x: Tensor, which: list | None = None, packs: Packs | None = None) -> Tensor:
+        """x [..,D] of `hidden` -> logits [B,k,..,card] of the k codebooks asked for (None: of all)."""
+        asked = self.linears if which is None else [self.linears[k] for k in which]
+        return torch.stack([linear(x, head.weight, packs) for head in asked], 1)
 
-    def step(self, codes: Tensor, cache: Cache) -> Tensor:
+    def next(self, codes: Tensor, cache: Cache, which: list | None = None) -> Tensor:
+        """One more step on what a cache holds, with the conditions of its beginning: codes [B,K,1] -> logits [B,k,1,card], see `heads`."""
+        cache.make_room(1)
+        if self.compiled:                                            # for all codebooks, whichever are asked for: one thing to compile
+            logits = self.step(codes, cache)
+            logits = logits if which is None else logits[:, which]
+        else:
+            logits = self.step(codes, cache, which)
+        cache.advance(1)
+        return logits
+
+    def step(self, codes: Tensor, cache: Cache, which: list | None = None) -> Tensor:
         """The part of `next` that can be compiled: the cache's own numbers stay as they are."""
         x = self.embed(codes)                                                                           # [B, 1, D]
         if cache.summed is not None:
             x = x + cache.summed
         x = x + sinusoid(cache.position[None] - cache.origin, self.config.dim)
-        return self.out_norm(self.transformer(x, cache.mask(), None, cache.source_mask, cache))
+        return self.heads(self.out_norm(self.transformer(x, cache.mask(), None, cache.source_mask, cache)), which, cache.packs)
 
     def compile_step(self) -> None:
-        """Compiles `step`, once for a batch's shape and once more when the room of its cache is doubled; on a GPU as a CUDA graph.
+        """Compiles `step`, again for another number of rows. On a CPU weights become constants, stored once more in the order in which
+        products read them, so they must stay as they are. On a GPU it is a CUDA graph, another when the room of its cache is doubled.
 
         Errors: ValueError where a C++ compiler is missing."""
-        on_gpu = self.emb[0].weight.is_cuda
         if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
             raise ValueError("--compile needs a C++ compiler: neither g++ nor clang++ is here")
-        self.step, self.compiled = torch.compile(self.step, mode="reduce-overhead" if on_gpu else None, fullgraph=True), True
+        if self.emb[0].weight.is_cuda:
+            self.step, self.compiled = torch.compile(self.step, mode="reduce-overhead", fullgraph=True), True
+            return
+        import torch._inductor.config                                # a second or two, for nobody else
+        constant = torch._inductor.config.patch(freezing=True, max_autotune_gemm=True, max_autotune_gemm_backends="CPP")
+        self.step, self.compiled = constant(torch.compile(self.step, fullgraph=True)), True
 
     @staticmethod
     def _positions(P: int, S: int, prefix_mask: Tensor | None, device) -> Tensor:
@@ -463,8 +479,7 @@ class MusicGen(nn.Module):
 
     def logits(self, seq: Tensor, conditions: Conditions | None = None) -> Tensor:
         """seq [B,K,S] -> logits [B,K,S,card]: at step s of codebook k for what stands at step s+1."""
-        x = self.hidden(seq, conditions)
-        return torch.stack([head(x) for head in self.linears], 1)                        # [B, K, S, card]
+        return self.heads(self.hidden(seq, conditions))                                                 # [B, K, S, card]
 
     def predict(self, codes: Tensor, conditions: Conditions | None = None) -> tuple[Tensor, Tensor]:
         """The paper's view: codes [B,K,T] -> logits [B,K,T,card] (NaN where nothing predicts them) and mask [K,T]."""

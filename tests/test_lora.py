@@ -56,9 +56,9 @@ def test_merged_weights_compute_the_same():
     plain.load_state_dict(merged)
     torch.testing.assert_close(plain.logits(seq, conditions), wanted, atol=1e-5, rtol=0)
     cache = Cache(CONFIG, 2, 7, "cpu")
-    first = added.hidden(seq[..., :1], conditions, cache)
-    x = torch.cat([first] + [added.next(seq[..., s:s + 1], cache) for s in range(1, 7)], 1)
-    torch.testing.assert_close(torch.stack([head(x) for head in added.linears], 1), wanted, atol=1e-5, rtol=0)
+    first = added.heads(added.hidden(seq[..., :1], conditions, cache))
+    found = torch.cat([first] + [added.next(seq[..., s:s + 1], cache) for s in range(1, 7)], 2)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_only_the_additions_are_trained():
