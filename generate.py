@@ -112,7 +112,7 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
             which = heads[s] if 0 < len(heads[s]) < K else None      # None: all
             if s == first:
                 x = model.hidden(seq[..., :s].repeat(rows, 1, 1), conditions, cache)                    # [rows*B, s, D]
-                logits = model.heads(x[:, -1:], which)                                                  # [rows*B, k, 1, card]
+                logits = model.heads(x[:, -1:], which, cache.packs)                                     # [rows*B, k, 1, card]
             else:
                 logits = model.next(seq[..., s - 1:s].repeat(rows, 1, 1), cache, which)
             if heads[s]:

@@ -89,12 +89,12 @@ class Product(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, packs: Packs | None = None) -> Tensor:
     """x [...,in] and weight [out,in] -> [...,out], as `F.linear`; packs: of a generation, in which weights stay as they are."""
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
-    if not (HERE and fits) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():         # the compiler chooses
+    if not (HERE and fits) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():   # which chooses for itself
         return F.linear(x, weight)
     if torch.is_grad_enabled():
         rows = x.reshape(-1, x.shape[-1])                            # [N, in]
         return Product.apply(Kept.apply(rows, weight), rows.detach(), weight.detach()).view(*x.shape[:-1], len(weight))
-    if x.numel() <= FEW * x.shape[-1] and not WIDE:
+    if not WIDE and x.numel() <= FEW * x.shape[-1]:
         return product_of_few(x, weight)
     return product(x, weight if packs is None else packs.get_pack(weight))
 

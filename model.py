@@ -108,11 +108,13 @@ class Cache:
         if room > self.kv[0].shape[3]:
             self.kv, self.marked = [F.pad(kv, (0, 0, 0, room - kv.shape[3])) for kv in self.kv], False
         if self.fixed and self.begun and not self.marked:
-            for x in self.kv if not self.position.is_cuda else ():
-                torch._dynamo.mark_dynamic(x, 3)
-            for x in (*self.kv, *(x for x in self.cross if x is not None)) if self.position.is_cuda else ():
-                torch._dynamo.mark_static_address(x, guard=False)    # a CUDA graph need not copy what stays where it is
             self.marked = True
+            if self.position.is_cuda:                                # a CUDA graph need not copy what stays where it is
+                for x in (*self.kv, *(x for x in self.cross if x is not None)):
+                    torch._dynamo.mark_static_address(x, guard=False)
+            else:
+                for x in self.kv:
+                    torch._dynamo.mark_dynamic(x, 3)
 
     def advance(self, S: int) -> None:
         """S steps were read."""
