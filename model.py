@@ -81,21 +81,26 @@ class Conditions:
 class Cache:
     """Keys and values of what was already read, filled from the left, one per sequence batch: `MusicGen.hidden` begins it, `next` goes on.
 
-    Cross-attention keys and values are computed once, with the first steps. Without `fixed` there is room for S_max steps and attention
-    reads those that are filled. With it, for a compiled step, the shapes stay: attention reads all the room behind a mask. Room that
-    is full grows: a GPU's is doubled, since each takes a CUDA graph of its own; a CPU's step is compiled once for any room."""
-    LEAST = 256                                                      # steps that a fixed one has room for at first, and a CPU's grows by
+    There is room for S_max steps, of which attention reads those that are filled. How many those are is the size of `filled`: what is
+    compiled for tensors of a changing size stays compiled. Cross-attention keys and values are computed once, with the first steps.
 
-    def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32, fixed: bool = False):
-        room = self.LEAST if fixed else S_max
+    A CUDA graph knows no changing size: with `fixed`, attention reads all the room behind a mask, and room that is full is doubled,
+    at the price of another graph."""
+    GRAPHED = ("cuda",)                                              # devices on which a compiled step is such a graph
+    LEAST = 256                                                      # steps that a fixed one has room for at first
+
+    def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32, compiled: bool = False):
+        self.compiled, self.fixed = compiled, compiled and torch.device(device).type in self.GRAPHED
+        room = self.LEAST if self.fixed else S_max + compiled        # never quite full: what is contiguous would be compiled once more
         shape = (2, B, config.num_heads, room, config.dim // config.num_heads)
-        new = torch.zeros if fixed else torch.empty                  # what is masked must be finite
+        new = torch.zeros if self.fixed else torch.empty             # what is masked must be finite
         self.kv = [new(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.cross = [None] * config.num_layers                      # keys and values [2, B, H, L, D/H] each
-        self.packs = Packs() if B > UNPACKED and not fixed else None  # weights as a CPU reads them fastest
+        self.packs = Packs() if B > UNPACKED and not compiled else None                  # weights as a CPU reads them fastest
         self.length = 0                                              # steps read, the prefix counted in
         self.position = torch.zeros(1, dtype=torch.long, device=device)                  # the same, where a compiled step sees it
-        self.fixed, self.begun, self.marked = fixed, False, False
+        self.filled = None                                           # [length + S] while S steps are being read
+        self.begun = self.marked = False
         self.origin, self.prefix_mask = 0, None                      # what position 0 is the place of, mask [B, P]
         self.source_mask = self.summed = None                        # [B, 1, 1, L], [B, 1, D]
 
@@ -103,18 +108,26 @@ class Cache:
         """Sees to it that S more steps fit."""
         room, needed = self.kv[0].shape[3], self.length + S
         while self.fixed and room < needed:
-            room += room if self.position.is_cuda else self.LEAST
+            room *= 2
         assert needed <= room, f"step {needed} of a cache of {room}"
         if room > self.kv[0].shape[3]:
             self.kv, self.marked = [F.pad(kv, (0, 0, 0, room - kv.shape[3])) for kv in self.kv], False
-        if self.fixed and self.begun and not self.marked:
-            self.marked = True
-            if self.position.is_cuda:                                # a CUDA graph need not copy what stays where it is
-                for x in (*self.kv, *(x for x in self.cross if x is not None)):
-                    torch._dynamo.mark_static_address(x, guard=False)
+        self.filled = torch.empty(needed, dtype=torch.bool)          # of which nobody reads more than the size
+        if self.compiled and self.begun:
+            self.mark()
+
+    def mark(self) -> None:
+        """Tells the compiler what a step's tensors are: of changing size, or in a place that stays, for a CUDA graph to read them there."""
+        if not self.fixed:
+            torch._dynamo.mark_dynamic(self.filled, 0)
+        if self.marked:
+            return
+        self.marked = True
+        for x in (*self.kv, *(x for x in self.cross if self.fixed and x is not None)):
+            if self.fixed:
+                torch._dynamo.mark_static_address(x, guard=False)
             else:
-                for x in self.kv:
-                    torch._dynamo.mark_dynamic(x, 3)
+                torch._dynamo.mark_dynamic(x, 3)
 
     def advance(self, S: int) -> None:
         """S steps were read."""
@@ -125,15 +138,15 @@ class Cache:
         """Stores keys and values of new steps [2,B,H,S,D/H] and returns those of all [2,B,H,length+S,D/H], or of all the room."""
         if self.fixed and self.begun:
             return self.kv[layer].index_copy_(3, self.position, kv.to(self.kv[layer].dtype))
-        end = self.length + kv.shape[3]
-        self.kv[layer][:, :, :, self.length:end] = kv
+        end = self.filled.shape[0]
+        self.kv[layer][:, :, :, end - kv.shape[3]:end] = kv
         return self.kv[layer][:, :, :, :end]
 
     def mask(self) -> Tensor | None:
         """What the next step sees, [B or 1,1,1,length+1] or [..,room] bool; None if that is all."""
         if not self.fixed and self.prefix_mask is None:
             return None
-        columns = self.kv[0].shape[3] if self.fixed else self.length + 1
+        columns = self.kv[0].shape[3] if self.fixed else self.filled.shape[0]
         seen = (torch.arange(columns, device=self.position.device) <= self.position)[None, None, None]
         if self.prefix_mask is None:
             return seen
@@ -198,6 +211,15 @@ def again(function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a single step, q [B,H,1,D/H] to k, v [B,H,S,D/H], as sums, of which the compiler makes loops of its own on a CPU: for
+    so little work PyTorch's operator takes longer to call than to run."""
+    scores = (q * k).sum(-1) * q.shape[-1] ** -0.5                                                      # [B, H, S]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, 0], -torch.inf)
+    return (scores.softmax(-1)[..., None] * v).sum(2, keepdim=True)                                     # [B, H, 1, D/H]
+
+
 class Attention(nn.Module):
     """Multi-head attention with one packed projection: rows q | k | v of in_proj_weight [3D, D], no biases."""
 
@@ -215,7 +237,10 @@ class Attention(nn.Module):
         return x.view(B, S, parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, packs: Packs | None) -> Tensor:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        if torch.compiler.is_compiling() and q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[2] == 1:
+            x = attend_one(q, k, v, mask)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return project(x.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj_lora, packs=packs)     # [B, S, D]
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None, layer: int = 0) -> Tensor:
@@ -452,7 +477,8 @@ class MusicGen(nn.Module):
             return
         import torch._inductor.config                                # a second or two, for nobody else
         constant = torch._inductor.config.patch(freezing=True, max_autotune_gemm=True, max_autotune_gemm_backends="CPP")
-        self.step, self.compiled = constant(torch.compile(self.step, fullgraph=True)), True
+        unchanging = dict(guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe)            # none is looked at at every step
+        self.step, self.compiled = constant(torch.compile(self.step, fullgraph=True, options=unchanging)), True
 
     @staticmethod
     def _positions(P: int, S: int, prefix_mask: Tensor | None, device) -> Tensor:

@@ -52,9 +52,8 @@ def test_cached_generation_equals_full_forward(pattern, cfg, fuse):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_generation_is_the_same(monkeypatch):
-    """By the real compiler, over a cache that grows; for one row with guidance and, where few rows are not a case of its own, for six."""
-    monkeypatch.setattr(Cache, "LEAST", 16)
+def test_compiled_generation_is_the_same():
+    """By the real compiler; for one row with guidance and, where few rows are not a case of its own, for six."""
     for asked in (texts("slow organ"), texts("slow organ", "fast bells", None)):
         plain, fast, greedy = tiny(), tiny(), Sampling(cfg=3, temperature=0)
         fast.compile_step()

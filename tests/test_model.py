@@ -58,28 +58,33 @@ def test_cached_decode_equals_full_forward(pattern, which):
         assert not torch.allclose(full, m.logits(seq), atol=1e-3)
 
 
+@pytest.mark.parametrize("graphed", (False, True))
 @pytest.mark.parametrize("which", ("cross", "prefix", "summed", "all"))
-def test_compiled_step_equals_the_plain_one(which, monkeypatch):
-    """Over a cache that grows, for a second cache and for some of the codebooks too: compiled once, and not once more."""
+def test_compiled_step_equals_the_plain_one(which, graphed, monkeypatch):
+    """To the last step there is room for, for a second cache and for some of the codebooks too: compiled once, and not once more; as for
+    a CUDA graph, once more for each room."""
     monkeypatch.setattr(Cache, "LEAST", 8)
+    monkeypatch.setattr(Cache, "GRAPHED", ("cpu",) if graphed else ())
     torch._dynamo.reset()
     m, c = tiny().eval(), conditions()
     keep = c if which == "all" else replace(Conditions(), **{name: x for name, x in vars(c).items() if name.startswith(which)})
-    step, compiled = m.step, CompileCounter()
-    fast = torch.compile(step, backend=compiled, fullgraph=True)
-    for clip in range(2):
-        seq = torch.randint(0, 11, (2, 3, 40))
+    P = 0 if keep.prefix is None else keep.prefix.shape[1]
+    step, backend = m.step, CompileCounter()
+    fast = torch.compile(step, backend=backend, fullgraph=True)
+    for S in (40, 50):
+        seq = torch.randint(0, 11, (2, 3, S))
         with torch.inference_mode():
-            plain, fixed = (Cache(m.config, 2, 43, "cpu", fixed=fixed) for fixed in (False, True))
-            assert torch.allclose(m.hidden(seq[..., :2], keep, fixed), m.hidden(seq[..., :2], keep, plain), atol=1e-6)
-            for s in range(2, 40):
+            plain, cache = (Cache(m.config, 2, P + S, "cpu", compiled=compiled) for compiled in (False, True))
+            assert torch.allclose(m.hidden(seq[..., :2], keep, cache), m.hidden(seq[..., :2], keep, plain), atol=1e-6)
+            for s in range(2, S):
                 asked = [2, 0] if s % 3 else None                    # of the codebooks
                 m.step, m.compiled = fast, True
-                found = m.next(seq[..., s:s + 1], fixed, asked)
+                found = m.next(seq[..., s:s + 1].contiguous(), cache, asked)
                 m.step, m.compiled = step, False
                 assert torch.allclose(found, m.next(seq[..., s:s + 1], plain, asked), atol=1e-5), s
-        assert plain.length == fixed.length == int(fixed.position) and 0 <= fixed.kv[0].shape[3] - fixed.length < 8
-        assert compiled.frame_count == 1
+        assert plain.length == cache.length == int(cache.position) == P + S
+        assert cache.kv[0].shape[3] == (64 if graphed else P + S + 1)
+        assert backend.frame_count == (2 if graphed else 1)
 
 
 def test_padding_of_conditions_changes_nothing():
