@@ -39,7 +39,7 @@ import patterns
 import tokenizer
 from generate import Sampling, generate_codes
 from linear import linear
-from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step
+from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step, require_compiler
 from peers import INSTALL, PEERS, Peer
 from ranks import keep_freed_memory
 
@@ -418,6 +418,8 @@ def derive(args: argparse.Namespace) -> None:
     for name in args.vs:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--vs {name}: not installed here; {INSTALL[name]}")
+    if args.compile:
+        require_compiler()
     if args.threads:
         torch.set_num_threads(args.threads)
 

@@ -25,7 +25,7 @@ import tokenizer
 import toy
 from conditioning import ConditionerConfig
 from linear import linear
-from model import LOGITS, SIZES, ModelConfig, count_parameters, flops_per_step
+from model import LOGITS, SIZES, ModelConfig, count_parameters, flops_per_step, require_compiler
 
 PRESETS = {                                                          # defaults that depend on what is trained on
     "toy": dict(size="tiny", fuse=["text=cross+sum"], codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=16, epochs=12,
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     g = new("machine")
     g.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     g.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of autocast (default: by device)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the layers")
+    g.add_argument("--compile", action="store_true", help="torch.compile the layers; needs a C++ compiler")
     g.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"), help="several ranks: whole models, or shards (FSDP2)")
     g.add_argument("--zero", type=int, default=3, choices=(2, 3), help="fsdp: 3 gathers a layer twice a step, 2 keeps it gathered")
     g.add_argument("--cpu_offload", action="store_true", help="fsdp: shards and the optimiser live in the host's memory")
@@ -243,6 +243,8 @@ def check(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--lora {args.lora}: it adds to weights that are there: give them by --init_from")
     if args.cpu_offload and args.parallel != "fsdp":
         raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
+    if args.compile:
+        require_compiler()
     if any(n < 1 for n in args.plan_gpus or ()):
         raise ValueError(f"--plan_gpus {min(args.plan_gpus)}: at least 1")
     if args.emb_std is not None and not 0 < args.emb_std < 100:

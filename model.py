@@ -469,9 +469,8 @@ class MusicGen(nn.Module):
         """Compiles `step`, again for another number of rows. On a CPU weights become constants, stored once more in the order in which
         products read them, so they must stay as they are. On a GPU it is a CUDA graph, another when the room of its cache is doubled.
 
-        Errors: ValueError where a C++ compiler is missing."""
-        if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-            raise ValueError("--compile needs a C++ compiler: neither g++ nor clang++ is here")
+        Errors: see `require_compiler`."""
+        require_compiler()
         if self.emb[0].weight.is_cuda:
             self.step, self.compiled = torch.compile(self.step, mode="reduce-overhead", fullgraph=True), True
             return
@@ -535,6 +534,12 @@ class MusicGen(nn.Module):
         """Number of supervised codes of each codebook [K] for frames [B,T]."""
         supervised = self.config.layout(frame_mask.shape[1]).supervised.to(frame_mask.device)           # [K, T]
         return (frame_mask[:, None] & supervised).sum((0, 2))
+
+
+def require_compiler() -> None:
+    """Errors: ValueError where the C++ compiler that torch.compile calls is missing."""
+    if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise ValueError("--compile needs a C++ compiler: neither g++ nor clang++ is here")
 
 
 def add_lora(model: MusicGen, rank: int) -> None:

@@ -5,8 +5,10 @@ import shutil
 import pytest
 import torch
 
+import bench
 import conditioning
 import generate
+import train
 from conditioning import Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long, sample_codes
 from model import Cache, ModelConfig, MusicGen
@@ -64,10 +66,13 @@ def test_compiled_generation_is_the_same():
     assert generate_codes(fast, asked, 40, greedy).any(), "weights are constants of what was compiled"
 
 
-def test_compiling_without_a_compiler(monkeypatch):
+def test_compiling_without_a_compiler(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="C\\+\\+ compiler"):
         tiny().compile_step()
+    assert bench.main(["train", "--compile"]) == train.main(["--dataset", "toy", "--out", str(tmp_path / "run"), "--compile"]) == 2
+    assert capsys.readouterr().err.count("C++ compiler") == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_guidance_of_one_is_no_guidance():
