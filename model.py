@@ -476,8 +476,7 @@ class MusicGen(nn.Module):
             return
         import torch._inductor.config                                # a second or two, for nobody else
         constant = torch._inductor.config.patch(freezing=True, max_autotune_gemm=True, max_autotune_gemm_backends="CPP")
-        unchanging = dict(guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe)            # none is looked at at every step
-        self.step, self.compiled = constant(torch.compile(self.step, fullgraph=True, options=unchanging)), True
+        self.step, self.compiled = constant(torch.compile(self.step, fullgraph=True)), True
 
     @staticmethod
     def _positions(P: int, S: int, prefix_mask: Tensor | None, device) -> Tensor:
