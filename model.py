@@ -119,15 +119,12 @@ class Cache:
     def mark(self) -> None:
         """Tells the compiler what a step's tensors are: of changing size, or in a place that stays, for a CUDA graph to read them there."""
         if not self.fixed:
-            torch._dynamo.mark_dynamic(self.filled, 0)
-        if self.marked:
-            return
-        self.marked = True
-        for x in (*self.kv, *(x for x in self.cross if self.fixed and x is not None)):
-            if self.fixed:
+            for x, size in ((self.filled, 0), *((kv, 3) for kv in self.kv)):
+                torch._dynamo.mark_dynamic(x, size)
+        elif not self.marked:
+            self.marked = True
+            for x in (*self.kv, *(x for x in self.cross if x is not None)):
                 torch._dynamo.mark_static_address(x, guard=False)
-            else:
-                torch._dynamo.mark_dynamic(x, 3)
 
     def advance(self, S: int) -> None:
         """S steps were read."""

@@ -11,7 +11,7 @@ import generate
 import train
 from conditioning import Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long, sample_codes
-from model import Cache, ModelConfig, MusicGen
+from model import ModelConfig, MusicGen
 
 PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
 GREEDY = Sampling(cfg=1, temperature=0)

@@ -62,7 +62,7 @@ def test_cached_decode_equals_full_forward(pattern, which):
 @pytest.mark.parametrize("which", ("cross", "prefix", "summed", "all"))
 def test_compiled_step_equals_the_plain_one(which, graphed, monkeypatch):
     """To the last step there is room for, for a second cache and for some of the codebooks too: compiled once, and not once more; as for
-    a CUDA graph, once more for each room."""
+    a CUDA graph, whose room doubles from 8 to 64, once more, for the second room and all that follow."""
     monkeypatch.setattr(Cache, "LEAST", 8)
     monkeypatch.setattr(Cache, "GRAPHED", ("cpu",) if graphed else ())
     torch._dynamo.reset()
