@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import chroma as melodies
+from support import chroma as melodies
 import tokenizer
-from linear import Linear
+from support.kernels import Linear
 from model import Conditions, ModelConfig, Transformer, init_transformer, sinusoid
 
 PAD, EOS, UNK = 0, 1, 2                                              # sentencepiece ids, T5's

@@ -37,7 +37,7 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-import chroma
+from support import chroma
 import tokenizer
 import toy
 

@@ -39,10 +39,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import chroma
+from support import chroma
 import tokenizer
 from conditioning import clean_text, excerpt, melody_window
-from convert import FORMAT, WHAT, build_model, read_deployment       # FORMAT and WHAT for those who import this file
+from interop.convert import FORMAT, WHAT, build_model, read_deployment       # FORMAT and WHAT for those who import this file
 from model import Cache, Conditions, MusicGen
 
 
@@ -405,7 +405,7 @@ def chosen_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling
 
 def serve(args: argparse.Namespace) -> None:
     """Shows the page in which the settings of the command line are the first. Errors: ValueError, also for flags it has no use for."""
-    import demo                                                      # nothing else needs it
+    from tools import demo                                                      # nothing else needs it
     for name in ("prompt", "prompts", "unconditional", "melody", "melody_stems", "style", "continued", "stride"):
         if getattr(args, name):
             raise ValueError(f"--{'continue' if name == 'continued' else name} does not go with --serve: the page asks for what it takes")

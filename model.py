@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import patterns
-from linear import UNPACKED, Linear, Packs, gradient, linear
+from support.kernels import UNPACKED, Linear, Packs, gradient, linear
 
 IGNORE = -100                                                        # a target that is no target (F.cross_entropy's default)
 LOGITS = 1 << 21                                                     # that the loss has at a time: 8 MiB

@@ -41,8 +41,8 @@ from encodec.modules.seanet import SEANetResnetBlock
 from encodec.quantization import ResidualVectorQuantizer
 from torch import nn
 
-import weights
-from weights import TRAINING_BUFFERS
+from interop import weights
+from interop.weights import TRAINING_BUFFERS
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MP3_LEAD = 16 * 1152                                                 # samples: MP3 frames lean on those before them, so

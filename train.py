@@ -28,19 +28,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
+from support import checkpoint
 import conditioning
 import data
 import generate
-import page
-import ranks as several
+from evaluate import page
+from support import distributed
 import tokenizer
-from build import build, model_config, read_start
-from checkpoint import Stop, Stopped
-from flags import build_parser, check, derive, duration, estimate, of_the_run, segment_frames
-from ranks import Ranks
-from state import Run, commit, cut_log, fitting, keep_best, read_checkpoint, restore, show, summary, write_config
-from stages import (beside_text, draw_page, evaluate_stage, figures, generate_stage, prepare, to_codes, valid_stage, without_excerpts)
+from support.build import build, model_config, read_start
+from support.checkpoint import Stop, Stopped
+from support.flags import build_parser, check, derive, duration, estimate, of_the_run, segment_frames
+from support.distributed import Ranks
+from support.run import Run, commit, cut_log, fitting, keep_best, read_checkpoint, restore, show, summary, write_config
+from evaluate.stages import (beside_text, draw_page, evaluate_stage, figures, generate_stage, prepare, to_codes, valid_stage,
+                             without_excerpts)
 
 REFERENCE_RUN = page.REFERENCE_RUN
 DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
@@ -88,14 +89,14 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     counts = run.ranks.sum(sum(model.count_targets(learnt) for *_, learnt in micros)).clamp_min(1)      # [K]
     sums = torch.zeros(model.config.K, device=run.ranks.device)
     for i, micro in enumerate(micros):
-        with several.synchronised(run.wrapped, last=i == len(micros) - 1):
+        with distributed.synchronised(run.wrapped, last=i == len(micros) - 1):
             with run.autocast():
                 part = run.wrapped(*micro)                                                              # [K]
             loss = (part / counts).mean() * run.ranks.world          # gradients are averaged over ranks: undo the division
             run.scaler.scale(loss).backward()
         sums += part.detach()
     run.scaler.unscale_(run.optimizer)
-    norm = several.whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norm = distributed.whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if args.max_grad_norm and norm.isfinite():                       # what is not finite stays where it is, to be named
         nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
     norm = float(norm)
@@ -136,7 +137,7 @@ def count_skipped(run: Run, norm: float, sums: Tensor) -> None:
 
 def first_bad(named) -> str | None:
     """The first name whose tensor (this rank's part of it) is not finite."""
-    return next((name for name, x in named if not several.local([x.detach()])[0].isfinite().all()), None)
+    return next((name for name, x in named if not distributed.local([x.detach()])[0].isfinite().all()), None)
 
 
 def found_first(ranks: Ranks, name: str | None) -> str | None:
@@ -284,7 +285,7 @@ def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: its fingerprint is another")
     ranks.print(*notes)
     run = build(args, ranks, codec, found, out, best, stop)
-    fitting(out, several.fill, several.named(run.ema.model), best["model"])
+    fitting(out, distributed.fill, distributed.named(run.ema.model), best["model"])
     run.step = best["step"]
     values = {"valid": lambda: valid_stage(run), "evaluate": lambda: evaluate_stage(run), "generate": lambda: generate_stage(run, "best")}
     ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in page.flat(values[args.only]()).items()))
@@ -313,8 +314,8 @@ def main(argv: list | None = None) -> int:
             args = of_the_run(argv, args.out) if args.only else args
             notes = derive(args, world)
             check(args, world)
-            several.keep_freed_memory(sparing=args.checkpointing)
-            ranks = several.setup(args.device, args.timeout)
+            distributed.keep_freed_memory(sparing=args.checkpointing)
+            ranks = distributed.setup(args.device, args.timeout)
             if args.only:
                 stage_alone(args, notes, ranks, stop)
             elif (run := prepare_run(args, notes, ranks, stop)) is not None:
@@ -324,7 +325,7 @@ def main(argv: list | None = None) -> int:
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         mistake = isinstance(error, ValueError)
         text = explain(error)
-        if stop.requested and text and several.lost(error):          # the others have obeyed a signal first
+        if stop.requested and text and distributed.lost(error):          # the others have obeyed a signal first
             code = stopped(run, stop.requested, rank)
         elif text and not debug:
             if run is not None or not mistake or os.environ.get("LOCAL_RANK", "0") == "0":   # every rank of a machine makes the same
@@ -339,7 +340,7 @@ def main(argv: list | None = None) -> int:
         if run is not None and run.held is not None:
             os.close(run.held)
     if world > 1:
-        several.leave(code)
+        distributed.leave(code)
     return code
 
 
@@ -357,7 +358,7 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or --parallel fsdp"
-    if several.lost(error):
+    if distributed.lost(error):
         return f"lost the other ranks ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"
     if "DataLoader worker" in str(error):
         return f"a process that loads data died ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"

@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch._dynamo                                                 # 260 modules that every forked training would import by itself
 
-import build
-import checkpoint
+from support import build
+from support import checkpoint
 import conditioning
 import model
-import ranks as several
+from support import distributed
 import train
 
 torch.set_num_threads(1)
@@ -327,7 +327,7 @@ def starts(args: argparse.Namespace) -> None:
                     os._exit(9)
                 code = 1
                 try:                                                 # 0.6 s is the time-out that a dead rank is waited for
-                    code = 10 * int(several.setup("cpu", 0.01 if dies else 0.1).sum(torch.ones(1)).item())
+                    code = 10 * int(distributed.setup("cpu", 0.01 if dies else 0.1).sum(torch.ones(1)).item())
                 except RuntimeError as error:
                     code = 2 if "did not come" in str(error) else 1
                 finally:
@@ -407,7 +407,7 @@ def poison_weight(rank: int) -> None:
     def poisoned(*rest):
         run = begin(*rest)
         if rank == 1:
-            several.local([run.model.linears[1].weight.data])[0][0, 0] = float("inf")
+            distributed.local([run.model.linears[1].weight.data])[0][0, 0] = float("inf")
         return run
 
     train.build = poisoned

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import peers                                                         # after the path
+from tools import peers                                                         # after the path
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     import transformers
     from audiocraft.models.builders import get_wrapped_compression_model
 
-    import convert
+    from interop import convert
     import test_convert as made
     from generate import MusicGenerator
     conditioners.T5Conditioner.MODELS.append("t5-tiny")

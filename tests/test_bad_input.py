@@ -32,9 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import conditioning
 import data
-import flags
+from support import flags
 import generate
-import metrics
+from evaluate import metrics
 import tokenizer
 import toy
 import train

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import linear
-import peers
+from tools import bench
+from support import kernels as linear
+from tools import peers
 from model import MusicGen, ModelConfig
 
 SMALL = "--dim 32 --num_layers 2 --num_heads 2 --card 16 --top_k 5 --frames 12 --tokens 3 --rounds 2 --device cpu".split()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from support import checkpoint
 import faults
-import ranks
+from support import distributed as ranks
 import train
 
 HERE = Path(__file__).parent.parent

@@ -14,9 +14,9 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-import chroma
+from support import chroma
 import conditioning
-import convert
+from interop import convert
 import generate
 import tokenizer
 import toy

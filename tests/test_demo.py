@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import conditioning
-import demo
+from tools import demo
 import generate
 import tokenizer
 from conditioning import Conditioner, ConditionerConfig

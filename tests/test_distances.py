@@ -9,13 +9,13 @@ import torch
 import torchaudio
 
 import conditioning
-import distances
+from evaluate import distances
 import generate
-import metrics
+from evaluate import metrics
 import tokenizer
 import toy
 from conditioning import Conditioner, ConditionerConfig
-from distances import Moments, frechet
+from evaluate.distances import Moments, frechet
 from model import ModelConfig, MusicGen
 
 CODEC = tokenizer.load_codec("toy")

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-import bench
+from tools import bench
 import conditioning
 import generate
 import train

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import linear as lin
+from support import kernels as lin
 from model import ModelConfig, Transformer, init_transformer
 
 here = pytest.mark.skipif(not lin.HERE, reason="no oneDNN for this processor: PyTorch's own products are used")

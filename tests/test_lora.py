@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-import convert
-import flags
+from interop import convert
+from support import flags
 import generate
 import train
 from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, add_lora, count_parameters, merge_lora
-from state import Ema
+from support.run import Ema
 from test_train import HERE, SMALL, lines, part, run, saved
 
 CONFIG = ModelConfig(K=3, card=11, **SIZES["debug"])

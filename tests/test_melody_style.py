@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import chroma
+from support import chroma
 import conditioning
 import data
 import generate
-import stages
+from evaluate import stages
 import tokenizer
 import train
 from conditioning import Bottleneck, Conditioner, ConditionerConfig

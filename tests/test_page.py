@@ -13,8 +13,8 @@ import soundfile
 import torch
 import torchaudio
 
-import flags
-import page
+from support import flags
+from evaluate import page
 import tokenizer
 import train
 from test_train import SMALL, lines

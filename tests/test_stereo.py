@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 import data
-import flags
+from support import flags
 import generate
 import patterns
 import tokenizer

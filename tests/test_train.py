@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import build
+from support import build
 import generate
 import model
-import page
+from evaluate import page
 import train
-from flags import PRESETS
-from state import Ema
+from support.flags import PRESETS
+from support.run import Ema
 
 HERE = Path(__file__).parent.parent
 SMALL = ("--size debug --batch_size 4 --updates_per_epoch 3 --epochs 2 --valid_samples 8 --eval_samples 2 --lr 0.01 "

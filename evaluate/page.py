@@ -12,7 +12,7 @@ a caption with HTML in it is shown, not run.
 Samples are as loud as each other: -14 LUFS by ITU-R BS.1770-4, less where a peak would pass -1 dB of full scale.
 
 Legend: C channels, N samples.
-    python page.py runs/toy          writes runs/toy/index.html anew
+    python -m evaluate.page runs/toy          writes runs/toy/index.html anew
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch import Tensor
 
 import tokenizer
 
-REFERENCE_RUN = Path(__file__).parent / "assets" / "reference_run.jsonl"
+REFERENCE_RUN = Path(__file__).parent.parent / "assets" / "reference_run.jsonl"
 KINDS = dict(unprompted="from the conditions of the clip", prompted="the same, continuing the clip's first quarter (up to the line)",
              unconditional="from nothing")
 NAME = "index.html"

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import conditioning
 import data
-import distances
+from evaluate import distances
 import generate
-import metrics
-import page
+from evaluate import metrics
+from evaluate import page
 import toy
-from flags import segment_frames, style_frames
+from support.flags import segment_frames, style_frames
 from model import MusicGen
-from state import Run, attempt, deployment, note_written
+from support.run import Run, attempt, deployment, note_written
 
 PLURALS = dict(text="captions", melody="melodies", style="styles")
 

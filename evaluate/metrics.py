@@ -9,13 +9,13 @@ clips follow their captions.
 
 The accuracy of every attribute comes from toy.py's analyser, which knows nothing of the model.
 Legend: B clips, C channels, N samples.
-    python metrics.py --run runs/toy --cfg 1 3 --temperature 0 1     adherence at several sampling settings, as a table
-    python metrics.py --codec toy                                    the analyser on clean clips and after a codec
-    python metrics.py --reference DIR --generated DIR                two folders of audio: Frechet distance and more (distances.py)
-    python metrics.py --generated DIR --clap_text --clap FOLDER      how near clips are to their prompts (of the json files beside them)
-    python metrics.py --codec toy --fit_analyser                     fits the analyser's heads again (assets/)
-    python metrics.py --run runs/toy --conditions                    given text, melody, style, or some of them: what follows what
-    python metrics.py --run runs/toy --table                         real, codec, trained, untrained, shuffled captions side by side
+    python -m evaluate.metrics --run runs/toy --cfg 1 3 --temperature 0 1     adherence at several sampling settings, as a table
+    python -m evaluate.metrics --codec toy                                    the analyser on clean clips and after a codec
+    python -m evaluate.metrics --reference DIR --generated DIR                two folders of audio: Frechet distance and more (distances.py)
+    python -m evaluate.metrics --generated DIR --clap_text --clap FOLDER      how near clips are to their prompts (in json files)
+    python -m evaluate.metrics --codec toy --fit_analyser                     fits the analyser's heads again (assets/)
+    python -m evaluate.metrics --run runs/toy --conditions                    given text, melody, style, or some of them: what follows what
+    python -m evaluate.metrics --run runs/toy --table                         real, codec, trained, untrained, shuffled captions side by side
 """
 
 import argparse
@@ -29,9 +29,9 @@ import torch
 import torchaudio
 from torch import Tensor
 
-import chroma
+from support import chroma
 import data
-import distances
+from evaluate import distances
 import generate
 import tokenizer
 import toy

@@ -30,7 +30,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-import chroma
+from support import chroma
 import tokenizer
 
 EMBEDDINGS = ("codec", "mel", "clap")

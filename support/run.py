@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
+from support import checkpoint
 import conditioning
 import generate
-import page
-import ranks as several
+from evaluate import page
+from support import distributed
 import tokenizer
-from checkpoint import Stop
-from flags import NEUTRAL, segment_frames
+from support.checkpoint import Stop
+from support.flags import NEUTRAL, segment_frames
 from model import MusicGen, merge_lora
-from ranks import Ranks
+from support.distributed import Ranks
 
 CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",
               "history", "sums", "data", "log_bytes", "assets", "names", "tensors", "shards"}                # what last.pt holds
@@ -52,7 +52,7 @@ class Ema:
         """Takes in the weights as they are now; where they are sharded, each rank its own part."""
         self.count = self.count * self.decay + 1
         learnt = [(old, now) for old, now in zip(self.model.parameters(), model.parameters()) if now.requires_grad]
-        mine, new = (several.local(parameters) for parameters in zip(*learnt))
+        mine, new = (distributed.local(parameters) for parameters in zip(*learnt))
         torch._foreach_lerp_(mine, new, 1 / self.count)
         for old, now in zip(self.model.buffers(), model.buffers()):  # statistics are averages already
             old.copy_(now)
@@ -193,7 +193,7 @@ def keep_best(run: Run, values: dict) -> None:
     """Keeps the averaged weights, and writes best.pt, if the validation loss is the lowest so far."""
     if values["ce"] < run.best_ce:
         run.best_ce, run.best_values = values["ce"], values
-        run.best = {name: several.copy_of(x) for name, x in averages(run).items()}
+        run.best = {name: distributed.copy_of(x) for name, x in averages(run).items()}
         write_best(run)
 
 
@@ -208,8 +208,8 @@ def deployment(run: Run, keep: bool = True) -> dict:
     those that do not `keep` the weights get none."""
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
-    weights = several.named(run.ema.model) | (run.best or {})        # none yet where every validation was not finite
-    return dict(format=generate.FORMAT, model=merge_lora(several.gather_state(weights, keep)), model_config=asdict(model.config),
+    weights = distributed.named(run.ema.model) | (run.best or {})        # none yet where every validation was not finite
+    return dict(format=generate.FORMAT, model=merge_lora(distributed.gather_state(weights, keep)), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
                 codec=codec.reference,
@@ -231,13 +231,13 @@ def stored_assets(model: MusicGen) -> dict:
 def averages(run: Run) -> dict:
     """{name: tensor} of the average, without what is frozen: the model has that."""
     frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
-    return {name: x for name, x in several.named(run.ema.model).items() if name not in frozen}
+    return {name: x for name, x in distributed.named(run.ema.model).items() if name not in frozen}
 
 
 def tensors(run: Run) -> dict:
     """Every tensor that resuming takes, as it lies on this rank: {"model/out_norm.weight": tensor, "optimizer/exp_avg/..": ..}."""
     names = {p: name for name, p in run.model.named_parameters()}
-    found = {f"model/{name}": x for name, x in several.named(run.model).items()}
+    found = {f"model/{name}": x for name, x in distributed.named(run.model).items()}
     found |= {f"ema/{name}": x for name, x in averages(run).items()}
     found |= {f"best/{name}": x for name, x in (run.best or {}).items()}
     return found | {f"optimizer/{key}/{names[p]}": x for p, state in run.optimizer.state.items() for key, x in state.items()}
@@ -256,7 +256,7 @@ def commit(run: Run) -> None:
         except OSError as error:
             problem = str(error)
     else:
-        whole = several.gather_state(every, keep=run.ranks.is_main)
+        whole = distributed.gather_state(every, keep=run.ranks.is_main)
     if run.ranks.is_main and problem is None:
         content = dict(
             format=generate.FORMAT, args=vars(run.args), step=run.step, epoch=run.epoch, ema_count=run.ema.count,
@@ -304,7 +304,7 @@ def restore(run: Run, saved: dict) -> None:
     if saved["shards"]:
         checkpoint.load_shards(run.out, saved["shards"], tensors(run), run.ranks)
     else:
-        several.fill(tensors(run), saved["tensors"])
+        distributed.fill(tensors(run), saved["tensors"])
     run.scaler.load_state_dict(saved["scaler"])
     run.ema.count, run.step, run.epoch, run.history = (saved[k] for k in ("ema_count", "step", "epoch", "history"))
     run.skipped, run.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
@@ -329,7 +329,7 @@ def allocate(run: Run, names: list) -> None:
             like = params[rest]
             run.optimizer.state[like][key] = torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
     if any(name.startswith("best/") for name in names):
-        run.best = {name: several.copy_of(x) for name, x in averages(run).items()}
+        run.best = {name: distributed.copy_of(x) for name, x in averages(run).items()}
 
 
 def fitting(out: Path, action, *arguments):
@@ -337,6 +337,6 @@ def fitting(out: Path, action, *arguments):
     try:
         return action(*arguments)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or several.lost(error):
+        if isinstance(error, torch.OutOfMemoryError) or distributed.lost(error):
             raise
         raise ValueError(f"{out}: its checkpoint does not fit this code ({tokenizer.reason(error)}): give another --out") from None

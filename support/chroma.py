@@ -7,7 +7,7 @@ need it, and those do not know each other.
     wav [N] ─STFT, power─► [bins, F] ─filterbank─► [12, F] ─each frame over its maximum─► chroma [F, 12]
 
 Legend: N samples, F chroma frames (7.8 a second), 12 classes from C to B.
-    python chroma.py in.wav          draws it
+    python -m support.chroma in.wav          draws it
 """
 
 import argparse

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-import chroma
+from support import chroma
 import conditioning
-import convert
+from interop import convert
 import generate
 import tokenizer
 import toy
 from conditioning import ConditionerConfig
-from linear import linear
+from support.kernels import linear
 from model import LOGITS, SIZES, ModelConfig, count_parameters, flops_per_step, require_compiler
 
 PRESETS = {                                                          # defaults that depend on what is trained on

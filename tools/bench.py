@@ -4,13 +4,13 @@ A speed means little by itself: it moves with the machine, its load and the thre
 turn with ours (ours, peer, ours, peer ..), with the same dimensions, batch, guidance, threads and optimiser, and what counts is the
 median of the ratios of neighbouring runs. `--limit` measures what the machine itself can do and prints fractions of it.
 
-    python bench.py train --vs transformers audiocraft --limit          an update: forward, backward, clipping, AdamW
-    python bench.py generate --vs transformers audiocraft --limit       sampling with guidance, 250 and 1,500 frames
-    python bench.py memory --vs audiocraft                              peak memory of an update, each in a process of its own
-    python bench.py data                                                updates from a token cache beside random codes
-    python bench.py codec --codec encodec_24khz                         encoding and decoding
-    python bench.py patterns                                            building and reverting the codebook patterns
-    python bench.py scaling                                             how the cost of an update grows
+    python -m tools.bench train --vs transformers audiocraft --limit          an update: forward, backward, clipping, AdamW
+    python -m tools.bench generate --vs transformers audiocraft --limit       sampling with guidance, 250 and 1,500 frames
+    python -m tools.bench memory --vs audiocraft                              peak memory of an update, each in a process of its own
+    python -m tools.bench data                                                updates from a token cache beside random codes
+    python -m tools.bench codec --codec encodec_24khz                         encoding and decoding
+    python -m tools.bench patterns                                            building and reverting the codebook patterns
+    python -m tools.bench scaling                                             how the cost of an update grows
 
 Weights and codes are random: speed does not depend on them. Legend: B batch, K codebooks, T frames, S sequence steps, L condition
 tokens, D width.
@@ -38,10 +38,10 @@ import data
 import patterns
 import tokenizer
 from generate import Sampling, generate_codes
-from linear import linear
+from support.kernels import linear
 from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step, require_compiler
-from peers import INSTALL, PEERS, Peer
-from ranks import keep_freed_memory
+from tools.peers import INSTALL, PEERS, Peer
+from support.distributed import keep_freed_memory
 
 FRAME_RATE = 50                                                      # Hz, of MusicGen's codec: 50 frames/s are real time
 REFERENCE = dict(dim=512, num_layers=8, num_heads=8)
@@ -290,7 +290,8 @@ def bench_memory(args: argparse.Namespace, argv: list) -> None:
         return
     baseline = None
     for name in ["ours", "ours+checkpointing", *args.vs]:
-        child = subprocess.run([sys.executable, __file__, *argv, "--child", name], capture_output=True, text=True)
+        child = subprocess.run([sys.executable, "-m", "tools.bench", *argv, "--child", name], cwd=Path(__file__).parent.parent,
+                               capture_output=True, text=True)
         if child.returncode:
             raise ValueError(child.stderr.strip().splitlines()[-1].removeprefix("bench.py: "))
         peak = int(child.stdout.split()[-1])

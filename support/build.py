@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-import chroma
+from support import chroma
 import conditioning
 import data
 import generate
-import ranks as several
+from support import distributed
 import tokenizer
 import toy
-from checkpoint import Stop
+from support.checkpoint import Stop
 from conditioning import Conditioner, ConditionerConfig
-from flags import fuses, parse_size, style_frames
+from support.flags import fuses, parse_size, style_frames
 from model import ModelConfig, MusicGen, add_lora, decay_groups
-from ranks import Ranks
-from state import Ema, Run, fitting
+from support.distributed import Ranks
+from support.run import Ema, Run, fitting
 
 
 def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
@@ -131,9 +131,9 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
         for layer in model.transformer.layers:
             layer.compile()
     if sharded:
-        several.shard(model, ranks, dtype, args.zero, args.cpu_offload)
-        several.shard(ema.model, ranks, dtype, 3, args.cpu_offload)  # no backward pass will let go of what it gathers
-    wrapped = several.wrap(model, ranks, args.parallel)
+        distributed.shard(model, ranks, dtype, args.zero, args.cpu_offload)
+        distributed.shard(ema.model, ranks, dtype, 3, args.cpu_offload)  # no backward pass will let go of what it gathers
+    wrapped = distributed.wrap(model, ranks, args.parallel)
     optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, (args.beta1, args.beta2), fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
     sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)

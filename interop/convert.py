@@ -15,9 +15,9 @@ A text model attends to its text; a melody model has both in front of the codes,
     | melody: a class a frame, cut or repeated to the length of a segment | text | codes ..      null: class 0 all along | zeros
 
 Legend: K codebooks, D width of the language model, T frames.
-    python convert.py DIR                                   says what a folder holds
-    python convert.py runs/NAME --to hf --out DIR           for transformers.Musicgen(Melody)ForConditionalGeneration
-    python convert.py DIR --t5 T5_DIR --to nano --out DIR2  audiocraft's package as a best.pt
+    python -m interop.convert DIR                                   says what a folder holds
+    python -m interop.convert runs/NAME --to hf --out DIR           for transformers.Musicgen(Melody)ForConditionalGeneration
+    python -m interop.convert DIR --t5 T5_DIR --to nano --out DIR2  audiocraft's package as a best.pt
 """
 
 import argparse
@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 
-import chroma
+from support import chroma
 import tokenizer
-import weights
+from interop import weights
 from conditioning import Bottleneck, Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
 from model import ModelConfig, MusicGen
 
@@ -285,7 +285,7 @@ def package_config(folder: Path, t5) -> tuple[ModelConfig, ConditionerConfig, di
     get = functools.partial(weights.setting, weights.package(path)[0])
     if t5 is None:
         raise ValueError(f"{folder}: a package of audiocraft does not hold its T5 ({get('conditioners.description.t5.name', 't5-base')}): "
-                         f"python convert.py {folder} --t5 T5_FOLDER --to nano --out NEW, then give NEW")
+                         f"python -m interop.convert {folder} --t5 T5_FOLDER --to nano --out NEW, then give NEW")
     lm = {name: get(f"transformer_lm.{name}") for name in ("n_q", "card", "dim", "num_heads", "num_layers", "hidden_scale")}
     if lacking := [name for name, value in lm.items() if not isinstance(value, int)]:
         raise ValueError(f"{path}: its xp.cfg lacks transformer_lm.{lacking[0]}")

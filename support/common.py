@@ -1,0 +1,168 @@
+"""What every room needs: files written whole, files that cannot be trusted, a user's mistake as one line, devices, randomness.
+
+    write_atomically     a file is there in full or not at all, whatever is killed and however full the disk is
+    read_torch           plain tensors and plain data out of a file that may hold anything; no code of it runs
+    command              a mistake of the user becomes one line and exit code 2
+    random_generator     randomness that is a function of its key alone
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT = "nanomusicgen-1"                      # of best.pt and last.pt
+MODEL_FILE = "a model of this project"         # what best.pt is called in messages
+
+
+def describe_error(error: Exception) -> str:
+    """Kind and first sentence of an error, for the line that a user sees."""
+    sentence = re.split(r"\. |\n", str(error).strip())[0][:200]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_atomically(path: Path, write: Callable, previous: Path | None = None) -> None:
+    """Writes a file beside `path` by write(open binary file), flushes it to the disk, then swaps it in.
+
+    What stood at `path` before becomes `previous`, if given. Errors: OSError if the disk is full or the folder may not
+    be written to; what stood there is then untouched, and no half file is left."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:   # torch reports a failed write as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path} could not be written ({cause})") from None
+    sync_folder(path.parent)
+
+
+def write_torch(path: Path, content, previous: Path | None = None) -> None:
+    """`write_atomically` of what torch.save makes of plain tensors and plain data."""
+    write_atomically(path, lambda file: torch.save(content, file), previous)
+
+
+def write_json(path: Path, content, indent: int | None = 1) -> None:
+    """`write_atomically` of plain data as JSON. NaN and infinities stay, as Python writes them."""
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=indent) + "\n").encode()))
+
+
+def read_torch(path: Path, what: str, mapped: bool = False):
+    """What torch.save wrote, on the CPU; no code of it runs. `mapped`: tensors stay on the disk until they are used.
+
+    what: what was expected, for the message. Errors: ValueError naming the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")    # of a foreign file: refused right after
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, {what} was expected") from None
+    except Exception as error:                 # torch.load raises many kinds on foreign bytes
+        if mapped and Path(path).is_file():    # files of before torch 1.6 cannot be mapped
+            return read_torch(path, what)
+        raise ValueError(f"{path}: not {what}, or damaged ({describe_error(error)})") from None
+
+
+def read_torch_dict(path: Path, what: str, mapped: bool = False) -> dict:
+    """`read_torch` of a file whose content must be a dict. Errors: ValueError naming the file."""
+    content = read_torch(path, what, mapped)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not {what}: holds a {type(content).__name__}")
+    return content
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Errors: ValueError naming the file."""
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:     # what is no UTF-8 and what is no JSON are ValueErrors
+        raise ValueError(f"{path}: not readable as JSON ({str(error)[:200]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+def output_folder(name: str | Path) -> Path:
+    """A folder to write to (--out), made if need be. Errors: ValueError."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be written to ({error})") from None
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands, devices, randomness
+
+
+def command(name: str) -> Callable:
+    """Decorates a `main(argv)`: the user's mistake (ValueError, OSError) becomes one line and exit code 2, Ctrl-C 130.
+
+    With DEBUG=1 in the environment the error is raised, to see where it comes from."""
+    def decorate(main: Callable) -> Callable:
+        @functools.wraps(main)
+        def run(argv: list | None = None) -> int:
+            try:
+                return main(argv) or 0
+            except (ValueError, OSError) as error:
+                if os.environ.get("DEBUG"):
+                    raise
+                print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print(f"{name}: stopped", file=sys.stderr)
+                return 130
+        return run
+    return decorate
+
+
+def check_device(name) -> torch.device:
+    """A device by its name. Errors: ValueError where there is no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: choose cpu, cuda, cuda:1 (a GPU by its number) or mps")
+    mps = int(torch.backends.mps.is_available())
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}[device.type]
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: there is none here; take --device cpu")
+    return device
+
+
+def random_generator(*key: int) -> np.random.Generator:
+    """A random generator that is a function of its key alone, such as (seed, stream, step, sample)."""
+    return np.random.default_rng(key)
