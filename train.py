@@ -36,10 +36,11 @@ from evaluate import page
 from support import distributed
 import tokenizer
 from support.build import build, model_config, read_start
-from support.checkpoint import Stop, Stopped
+from support.checkpoint import checkpoint_errors
 from support.flags import build_parser, check, derive, duration, estimate, of_the_run, segment_frames
 from support.distributed import Ranks
-from support.run import Run, commit, cut_log, fitting, keep_best, read_checkpoint, restore, show, summary, write_config
+from support.signals import Stop, Stopped
+from support.run import Run, commit, cut_log, keep_best, read_checkpoint, restore, show, summary, write_config
 from evaluate.stages import (beside_text, draw_page, evaluate_stage, figures, generate_stage, prepare, to_codes, valid_stage,
                              without_excerpts)
 
@@ -89,14 +90,14 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     counts = run.ranks.sum(sum(model.count_targets(learnt) for *_, learnt in micros)).clamp_min(1)      # [K]
     sums = torch.zeros(model.config.K, device=run.ranks.device)
     for i, micro in enumerate(micros):
-        with distributed.synchronised(run.wrapped, last=i == len(micros) - 1):
+        with distributed.gradient_sync(run.wrapped, last=i == len(micros) - 1):
             with run.autocast():
                 part = run.wrapped(*micro)                                                              # [K]
-            loss = (part / counts).mean() * run.ranks.world          # gradients are averaged over ranks: undo the division
+            loss = (part / counts).mean() * run.ranks.world_size          # gradients are averaged over ranks: undo the division
             run.scaler.scale(loss).backward()
         sums += part.detach()
     run.scaler.unscale_(run.optimizer)
-    norm = distributed.whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norm = distributed.full_tensor(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     if args.max_grad_norm and norm.isfinite():                       # what is not finite stays where it is, to be named
         nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
     norm = float(norm)
@@ -137,7 +138,7 @@ def count_skipped(run: Run, norm: float, sums: Tensor) -> None:
 
 def first_bad(named) -> str | None:
     """The first name whose tensor (this rank's part of it) is not finite."""
-    return next((name for name, x in named if not distributed.local([x.detach()])[0].isfinite().all()), None)
+    return next((name for name, x in named if not distributed.local_parts([x.detach()])[0].isfinite().all()), None)
 
 
 def found_first(ranks: Ranks, name: str | None) -> str | None:
@@ -157,14 +158,14 @@ def train_stage(run: Run) -> dict:
     start = run.step - epoch * args.updates_per_epoch
     run.wrapped.train()
     first = (0, 0) if args.overfit_one_batch else (epoch, start)
-    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size, ranks.rank, ranks.world, args.workers)
+    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size, ranks.rank, ranks.world_size, args.workers)
     fixed = micro_batches(run, next(loader)) if args.overfit_one_batch else None
     began = marked = time.perf_counter()
     timed = 0                                                        # updates since `marked`
     for position in tqdm(range(start + 1, args.updates_per_epoch + 1), f"epoch {epoch + 1}", leave=False,
                          disable=not (ranks.is_main and sys.stderr.isatty())):
         sums, counts, norm = update(run, fixed or micro_batches(run, next(loader)))
-        run.sums += torch.stack([sums, counts / ranks.world])        # counts are of all ranks already
+        run.sums += torch.stack([sums, counts / ranks.world_size])        # counts are of all ranks already
         timed += 1
         last = position == args.updates_per_epoch
         if last or position % args.log_every == 0:
@@ -239,7 +240,7 @@ def compare_with_reference(run: Run) -> None:
 
 def prepare_folder(args: argparse.Namespace) -> Path:
     """The run folder, made if need be. Errors: ValueError where it cannot be, or holds a run not to be gone on with."""
-    if args.resume == "never" and checkpoint.exists(Path(args.out)):
+    if args.resume == "never" and checkpoint.has_checkpoint(Path(args.out)):
         raise ValueError(f"--resume never, but {args.out} holds a run: give another --out")
     return generate.output_folder(args.out)
 
@@ -251,21 +252,24 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
     config, T = model_config(args, codec), segment_frames(args, codec)
     if T < 2:
         raise ValueError(f"--segment_seconds {args.segment_seconds:g}: more than the {1 / codec.frame_rate:g} s of a frame")
-    ranks.print(*notes, *estimate(args, config, T, ranks.world))
+    ranks.print(*notes, *estimate(args, config, T, ranks.world_size))
     if args.dry_run:
         return None
     out = prepare_folder(args)
-    held = checkpoint.lock(out) if ranks.is_main else None
+    held = checkpoint.lock_folder(out) if ranks.is_main else None
     try:
-        saved = fitting(out, read_checkpoint, args, ranks, out)
+        with checkpoint_errors(out):
+            saved = read_checkpoint(args, ranks, out)
         start = read_start(args, config, codec) if saved is None else None
         if start is not None:
             ranks.print(f"starting with the weights and the vocabulary of {args.init_from}")
         run = build(args, ranks, codec, found, out, saved, stop, start)
         if saved is not None:
-            fitting(out, restore, run, saved)
+            with checkpoint_errors(out):
+                restore(run, saved)
         if ranks.is_main:
-            fitting(out, cut_log, out / "log.jsonl", saved["log_bytes"] if saved else 0)
+            with checkpoint_errors(out):
+                cut_log(out / "log.jsonl", saved["log_bytes"] if saved else 0)
             write_config(run)
             run.board = page.open_board(out, run.step) if args.tensorboard else None
     except BaseException:
@@ -285,7 +289,8 @@ def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: its fingerprint is another")
     ranks.print(*notes)
     run = build(args, ranks, codec, found, out, best, stop)
-    fitting(out, distributed.fill, distributed.named(run.ema.model), best["model"])
+    with checkpoint_errors(out):
+        distributed.load_tensors(distributed.named_tensors(run.ema.model), best["model"])
     run.step = best["step"]
     values = {"valid": lambda: valid_stage(run), "evaluate": lambda: evaluate_stage(run), "generate": lambda: generate_stage(run, "best")}
     ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in page.flat(values[args.only]()).items()))
@@ -315,7 +320,7 @@ def main(argv: list | None = None) -> int:
             notes = derive(args, world)
             check(args, world)
             distributed.keep_freed_memory(sparing=args.checkpointing)
-            ranks = distributed.setup(args.device, args.timeout)
+            ranks = distributed.join_process_group(args.device, args.timeout)
             if args.only:
                 stage_alone(args, notes, ranks, stop)
             elif (run := prepare_run(args, notes, ranks, stop)) is not None:
@@ -325,7 +330,7 @@ def main(argv: list | None = None) -> int:
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         mistake = isinstance(error, ValueError)
         text = explain(error)
-        if stop.requested and text and distributed.lost(error):          # the others have obeyed a signal first
+        if stop.requested and text and distributed.is_lost_peer(error):          # the others have obeyed a signal first
             code = stopped(run, stop.requested, rank)
         elif text and not debug:
             if run is not None or not mistake or os.environ.get("LOCAL_RANK", "0") == "0":   # every rank of a machine makes the same
@@ -340,7 +345,7 @@ def main(argv: list | None = None) -> int:
         if run is not None and run.held is not None:
             os.close(run.held)
     if world > 1:
-        distributed.leave(code)
+        distributed.exit_process(code)
     return code
 
 
@@ -358,7 +363,7 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or --parallel fsdp"
-    if distributed.lost(error):
+    if distributed.is_lost_peer(error):
         return f"lost the other ranks ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"
     if "DataLoader worker" in str(error):
         return f"a process that loads data died ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"

@@ -15,7 +15,7 @@ Legend: B clips, C channels, N samples.
     python -m evaluate.metrics --generated DIR --clap_text --clap FOLDER      how near clips are to their prompts (in json files)
     python -m evaluate.metrics --codec toy --fit_analyser                     fits the analyser's heads again (assets/)
     python -m evaluate.metrics --run runs/toy --conditions                    given text, melody, style, or some of them: what follows what
-    python -m evaluate.metrics --run runs/toy --table                         real, codec, trained, untrained, shuffled captions side by side
+    python -m evaluate.metrics --run runs/toy --table    real, codec, trained, untrained, shuffled captions side by side
 """
 
 import argparse
@@ -88,7 +88,7 @@ def adherence_table(result: dict, title: str) -> str:
 def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, ranks=None, **settings) -> dict:
     """`adherence` of n clips that a generate.MusicGenerator makes for toy captions of a split.
 
-    The captions start at index 100,000, far from those that validation reads. ranks: a ranks.Ranks that shares the batches
+    The captions start at index 100,000, far from those that validation reads. ranks: a distributed.Ranks that shares the batches
     out; each has a seed of its own, so that their number changes nothing."""
     drawn = [toy.draw(seed, 0, 100_000 + i, split) for i in range(n)]
 
@@ -101,7 +101,7 @@ def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, ranks=No
 
 def share_out(make, n: int, batch: int, ranks=None) -> list:
     """The lists make(0), make(batch), .. as one of n, made by all ranks, the same on each."""
-    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     mine = [(i, make(i)) for i in range(rank * batch, n, batch * world)]
     parts = sorted((part for share in (ranks.gather(mine) if ranks else [mine]) for part in share), key=lambda part: part[0])
     return [x for _, made in parts for x in made]

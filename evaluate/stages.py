@@ -91,7 +91,7 @@ def load_valid(run: Run) -> list:
         args, ranks = run.args, run.ranks
         run.valid_batches = []
         for examples in data.batches(valid_source(run), 0, 0, math.ceil(args.valid_samples / args.batch_size), args.batch_size, ranks.rank,
-                                     ranks.world, args.workers):
+                                     ranks.world_size, args.workers):
             for i in range(0, len(examples), args.micro_batch_size):
                 part = examples[i:i + args.micro_batch_size]
                 codes, mask = (x.cpu() for x in to_codes(run, data.collate(part)))
@@ -107,7 +107,7 @@ def mean_loss(run: Run, model: MusicGen, change=lambda attributes: attributes) -
     model.eval()
     totals = torch.zeros(2, model.config.K, device=run.ranks.device, dtype=torch.float64)
     batches = load_valid(run)
-    attributes = iter(run.ranks.change_all([a for *_, part in batches for a in part], run.args.batch_size, change))
+    attributes = iter(run.ranks.apply_to_gathered([a for *_, part in batches for a in part], run.args.batch_size, change))
     for codes, mask, counted, part in batches:
         codes, mask, counted = (x.to(run.ranks.device) for x in (codes, mask, counted))
         with run.autocast():

@@ -19,12 +19,13 @@ import generate
 from support import distributed
 import tokenizer
 import toy
-from support.checkpoint import Stop
+from support.checkpoint import checkpoint_errors
+from support.signals import Stop
 from conditioning import Conditioner, ConditionerConfig
 from support.flags import fuses, parse_size, style_frames
 from model import ModelConfig, MusicGen, add_lora, decay_groups
 from support.distributed import Ranks
-from support.run import Ema, Run, fitting
+from support.run import Ema, Run
 
 
 def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
@@ -81,8 +82,9 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
     if "text" in methods:
         known = saved is not None and "text" in saved["assets"]
         if known:                                                    # captions may have changed since
-            pieces = fitting(Path(args.out), conditioning.unpack, saved["assets"]["text"])
-            fitting(Path(args.out), conditioning.vocabulary_size, pieces)
+            with checkpoint_errors(Path(args.out)):
+                pieces = conditioning.unpack(saved["assets"]["text"])
+                conditioning.vocabulary_size(pieces)
         else:
             pieces = conditioning.fit_sentencepiece(sample_captions(args, train_set), args.text_vocab)
         assets["text"], shape["text_vocab"] = pieces, conditioning.vocabulary_size(pieces)
@@ -115,7 +117,7 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
     train_set, valid_set = open_data(args, found, codec, ranks)
     torch.manual_seed(args.seed)
     config, dtype = model_config(args, codec), getattr(torch, args.dtype)
-    sharded = args.parallel == "fsdp" and ranks.world > 1
+    sharded = args.parallel == "fsdp" and ranks.world_size > 1
     with torch.device("cpu" if start is None or start["added"] else "meta"):       # no storage where it takes all tensors of another
         model = MusicGen(config, build_conditioner(args, train_set, codec, ranks, saved or start))
     if start is not None:
@@ -131,9 +133,9 @@ def build(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, saved
         for layer in model.transformer.layers:
             layer.compile()
     if sharded:
-        distributed.shard(model, ranks, dtype, args.zero, args.cpu_offload)
-        distributed.shard(ema.model, ranks, dtype, 3, args.cpu_offload)  # no backward pass will let go of what it gathers
-    wrapped = distributed.wrap(model, ranks, args.parallel)
+        distributed.shard_model(model, ranks, dtype, args.zero, args.cpu_offload)
+        distributed.shard_model(ema.model, ranks, dtype, 3, args.cpu_offload)  # no backward pass will let go of what it gathers
+    wrapped = distributed.wrap_ddp(model, ranks, args.parallel)
     optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, (args.beta1, args.beta2), fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
     sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)

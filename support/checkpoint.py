@@ -17,8 +17,6 @@ import contextlib
 import os
 import pickle
 import shutil
-import signal
-import time
 import warnings
 import zipfile
 import zlib
@@ -28,10 +26,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
-from tokenizer import reason
+from support.common import describe_error, sync_folder
+from support.distributed import is_lost_peer
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "last.prev.pt", "last.damaged.pt"
-PATIENCE = 2.0                                                       # seconds in which further signals are the same request
 UNREADABLE = (RuntimeError, ValueError, EOFError, LookupError, OSError, TypeError, AttributeError, pickle.UnpicklingError,
               zipfile.BadZipFile)
 
@@ -40,39 +38,8 @@ UNREADABLE = (RuntimeError, ValueError, EOFError, LookupError, OSError, TypeErro
 # one file
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Writes a file beside, flushes it to the disk, then swaps it in; what stood there becomes `previous`.
-
-    Errors: OSError if the disk is full or the folder may not be written to; what stood there is then untouched."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as error:                         # torch reports a failed write as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path} could not be written ({cause})") from None
-    if previous is not None and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def read(path: Path, check: bool = True) -> dict:
-    """The content of a file that `write` made, mapped into memory, after its checksums were found right (`check`).
+def read_checkpoint_file(path: Path, check: bool = True) -> dict:
+    """The content of a file that `write_torch` made, mapped into memory, after its checksums were found right (`check`).
 
     Errors: one of UNREADABLE."""
     if check:
@@ -82,16 +49,28 @@ def read(path: Path, check: bool = True) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
+@contextlib.contextmanager
+def checkpoint_errors(out: Path):
+    """Around what uses a checkpoint of `out`. Errors: ValueError where it does not hold what this code writes."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or is_lost_peer(error):
+            raise
+        raise ValueError(f"{out}: its checkpoint does not fit this code ({describe_error(error)}): "
+                         "give another --out") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the newest checkpoint of a run
 
 
-def exists(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
     """Whether a run folder holds a checkpoint."""
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
-def newest(folder: Path, format: str, keys: set) -> tuple[str | None, list]:
+def newest_checkpoint(folder: Path, format: str, keys: set) -> tuple[str | None, list]:
     """Which checkpoint of a folder to go on from: (its name or None, lines on what was damaged). keys: what it must hold.
 
     A damaged last.pt is renamed where the one before is whole, so that the next save does not push that one out.
@@ -102,14 +81,14 @@ def newest(folder: Path, format: str, keys: set) -> tuple[str | None, list]:
         if not path.exists():
             continue
         try:
-            content = read(path)
+            content = read_checkpoint_file(path)
             if content["format"] != format:
                 raise ValueError(f"its format is {content['format']!r}, not {format!r}")
             if missing := sorted(keys - content.keys()):
                 raise ValueError(f"it lacks {', '.join(missing)}")
             check_shards(folder, content)
         except UNREADABLE as error:
-            lines.append(f"{path} cannot be used: {reason(error)}")
+            lines.append(f"{path} cannot be used: {describe_error(error)}")
             continue
         if lines:
             os.replace(folder / LAST, folder / DAMAGED)
@@ -148,7 +127,7 @@ class PlainReader(FileSystemReader):
         return metadata
 
 
-def crc(path: Path) -> int:
+def file_crc32(path: Path) -> int:
     """CRC-32 of a file."""
     value = 0
     with open(path, "rb") as f:
@@ -157,14 +136,14 @@ def crc(path: Path) -> int:
     return value
 
 
-def named_shards(folder: Path) -> set:
+def shard_folders_in_use(folder: Path) -> set:
     """The shard folders that the checkpoints of a run folder name. Errors: OSError where one cannot be read: drop nothing then."""
     names = set()
     for path in (folder / LAST, folder / PREVIOUS):
         try:
-            names |= {(read(path, check=False)["shards"] or {}).get("folder")} if path.exists() else set()
+            names |= {(read_checkpoint_file(path, check=False)["shards"] or {}).get("folder")} if path.exists() else set()
         except UNREADABLE as error:
-            raise OSError(f"{path} cannot be read ({reason(error)})") from None
+            raise OSError(f"{path} cannot be read ({describe_error(error)})") from None
     return names - {None}
 
 
@@ -173,7 +152,7 @@ def save_shards(folder: Path, tensors: dict, ranks) -> dict:
 
     Errors: OSError on every rank if any could not write."""
     def free() -> str:
-        taken = named_shards(folder)
+        taken = shard_folders_in_use(folder)
         name = next(n for n in ("last.shards.0", "last.shards.1", "last.shards.2") if n not in taken)
         shutil.rmtree(folder / name, ignore_errors=True)
         return name
@@ -181,7 +160,7 @@ def save_shards(folder: Path, tensors: dict, ranks) -> dict:
     def checksums() -> dict:
         paths = sorted((folder / name).iterdir())
         sync_folder(folder / name)
-        return {p.name: crc(p) for p in paths[ranks.rank::ranks.world]}
+        return {p.name: file_crc32(p) for p in paths[ranks.rank::ranks.world_size]}
 
     def agree(action) -> list:
         """What it gives on every rank. An error on one is an error on all: nobody is left waiting."""
@@ -197,8 +176,8 @@ def save_shards(folder: Path, tensors: dict, ranks) -> dict:
 
     name = agree(lambda: free() if ranks.is_main else None)[0]
     try:
-        with quiet():
-            dcp.save(tensors, storage_writer=FileSystemWriter(folder / name), no_dist=ranks.world == 1)
+        with ignore_single_process_warning():
+            dcp.save(tensors, storage_writer=FileSystemWriter(folder / name), no_dist=ranks.world_size == 1)
     except dcp.api.CheckpointException as error:                     # dcp tells every rank
         raise OSError(f"{folder / name} could not be written ({first_failure(error)})") from None
     files = {}
@@ -210,14 +189,14 @@ def save_shards(folder: Path, tensors: dict, ranks) -> dict:
 
 def first_failure(error: dcp.api.CheckpointException) -> str:
     """The first rank's reason why shards could not be written or read."""
-    return reason(next(iter(error.failures.values()))[0])
+    return describe_error(next(iter(error.failures.values()))[0])
 
 
 def check_shards(folder: Path, content: dict) -> None:
     """Refuses a checkpoint whose shards are missing or damaged. Errors: one of UNREADABLE."""
     shards = content.get("shards")
     for name, value in (shards["files"] if shards else {}).items():
-        if crc(folder / shards["folder"] / name) != value:
+        if file_crc32(folder / shards["folder"] / name) != value:
             raise ValueError(f"checksum of {shards['folder']}/{name} is wrong")
 
 
@@ -226,34 +205,34 @@ def load_shards(folder: Path, shards: dict, tensors: dict, ranks) -> None:
 
     Errors: RuntimeError where they do not fit."""
     try:
-        with quiet():
-            dcp.load(tensors, storage_reader=PlainReader(folder / shards["folder"]), no_dist=ranks.world == 1)
+        with ignore_single_process_warning():
+            dcp.load(tensors, storage_reader=PlainReader(folder / shards["folder"]), no_dist=ranks.world_size == 1)
     except dcp.api.CheckpointException as error:
         raise RuntimeError(f"{shards['folder']}: {first_failure(error)}") from None
 
 
 @contextlib.contextmanager
-def quiet():
+def ignore_single_process_warning():
     """Without the warning that a single process is a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
-def drop_unnamed_shards(folder: Path) -> None:
+def remove_unused_shards(folder: Path) -> None:
     """Removes shard folders that no checkpoint names."""
     with contextlib.suppress(OSError):
-        taken = named_shards(folder)
+        taken = shard_folders_in_use(folder)
         for path in folder.glob("last.shards.?"):
             if path.name not in taken:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one run a folder, and its end
+# one run a folder
 
 
-def lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Keeps a run folder for this process until the handle is closed or the process dies, however it dies.
 
     Errors: ValueError if another process has it."""
@@ -270,53 +249,3 @@ def lock(folder: Path) -> int | None:
     except OSError:                                                  # a file system without locks
         pass
     return handle
-
-
-class Stopped(BaseException):
-    """The run was asked to end, and has saved what it had."""
-
-
-class Stop:
-    """SIGTERM and SIGINT: noted while an update or a save is under way, else the end at once: all is saved then.
-
-    Another signal after `PATIENCE` ends the process whatever it is doing; sooner, it is the same request come twice."""
-
-    def __init__(self):
-        self.requested: str | None = None
-        self.when = 0.0
-        self.held = False
-        self.pid = os.getpid()
-
-    def __enter__(self):
-        """Signals come here until the end. Not in a thread, where Python forbids it."""
-        self.before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):
-                self.before[number] = signal.signal(number, self)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __call__(self, number, frame) -> None:
-        again, now = self.requested is not None, time.monotonic()
-        if os.getpid() != self.pid or (again and now - self.when > PATIENCE):      # a forked process; no patience left
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if again:
-            return
-        self.requested, self.when = signal.Signals(number).name, now
-        if not self.held:
-            raise Stopped(self.requested)
-
-    @contextlib.contextmanager
-    def hold(self):
-        """While this lasts a signal waits; afterwards it is obeyed."""
-        self.held = True
-        try:
-            yield
-        finally:
-            self.held = False
-        if self.requested:
-            raise Stopped(self.requested)

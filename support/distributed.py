@@ -7,7 +7,7 @@
           rank 0        rank 1                      gathered for a layer's forward        gradients
     w   [rows 0..n/2] [rows n/2..n]    ─all-gather─►  [rows 0..n]   ─ backward ─►  reduce-scatter ─► [rows 0..n/2] [..]
 
-Sharded tensors are DTensors. `whole` makes one plain again and `share` takes a rank's part, so that everything that is
+Sharded tensors are DTensors. `full_tensor` makes one plain again and `shard_like` takes a rank's part, so that everything that is
 written is plain tensors: files do not know how many ranks made them.
 """
 
@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class Ranks:
     """This process among all: torchrun's environment, or a single one."""
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
@@ -46,7 +46,7 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
@@ -56,22 +56,22 @@ class Ranks:
 
     def gather(self, value) -> list:
         """The plain values of all ranks, in their order."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.world
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, value):
+    def broadcast(self, value):
         """Rank 0's value on every rank."""
         return self.gather(value)[0]
 
-    def change_all(self, mine: list, batch_size: int, change) -> list:
+    def apply_to_gathered(self, mine: list, batch_size: int, change) -> list:
         """`change` done to the list of all ranks, in the order in which one process would have it; this rank's part of the result."""
-        share, parts = batch_size // self.world, self.gather(mine)
+        share, parts = batch_size // self.world_size, self.gather(mine)
         blocks = range(0, len(mine), share)                          # a batch is made of one block of each rank
         every = change([x for i in blocks for part in parts for x in part[i:i + share]])
-        return [x for i in blocks for x in every[i * self.world + self.rank * share:][:share]]
+        return [x for i in blocks for x in every[i * self.world_size + self.rank * share:][:share]]
 
 
 def keep_freed_memory(sparing: bool = False) -> None:
@@ -87,7 +87,7 @@ def keep_freed_memory(sparing: bool = False) -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 23 if sparing else 1 << 25)                  # bytes; glibc itself goes up to 2^25
 
 
-def setup(device: str, timeout_minutes: float) -> Ranks:
+def join_process_group(device: str, timeout_minutes: float) -> Ranks:
     """Joins the process group that torchrun announced: NCCL between GPUs, gloo between hosts' memory.
 
     timeout_minutes: a rank that is waited for longer, at the start or in a collective, ends the job."""
@@ -103,13 +103,13 @@ def setup(device: str, timeout_minutes: float) -> Ranks:
         timeout = datetime.timedelta(minutes=timeout_minutes)
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
         store.set_timeout(timeout)
-        store = dist.PrefixStore(meet(store, rank, world, timeout.total_seconds()), store)
+        store = dist.PrefixStore(rendezvous(store, rank, world, timeout.total_seconds()), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timeout)
     return Ranks(rank, world, device)
 
 
-def meet(store: dist.Store, rank: int, world: int, seconds: float) -> str:
+def rendezvous(store: dist.Store, rank: int, world: int, seconds: float) -> str:
     """Waits for all ranks of this start -> a name that no earlier start had, the same on every rank.
 
     torchrun serves one store through all its restarts, in which the addresses of dead ranks still stand (torch 2.11,
@@ -134,7 +134,7 @@ def meet(store: dist.Store, rank: int, world: int, seconds: float) -> str:
     raise dist.DistStoreError(f"{who} did not come within {seconds:g} s")
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """Ends this process at once. Taking a gloo group down in the interpreter hangs now and then (torch 2.11: the last
     reference to it waits, holding the interpreter's lock, for a thread that wants that lock)."""
     sys.stdout.flush()
@@ -146,12 +146,12 @@ def leave(code: int) -> None:
 # models of several ranks
 
 
-def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype, zero: int, cpu_offload: bool) -> None:
+def shard_model(model: nn.Module, ranks: Ranks, dtype: torch.dtype, zero: int, cpu_offload: bool) -> None:
     """Shards a MusicGen over the ranks in place, a group of tensors a layer: what is gathered and let go of together.
 
     Layers are gathered in `dtype`; the rest (embeddings, heads, text encoder) in float32. Gradients always meet in
     float32. The activations between layers keep their own type: autocast rules them, as without sharding."""
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if cpu_offload else OffloadPolicy()
     common = dict(mesh=mesh, reshard_after_forward=zero == 3, offload_policy=offload)
     low = None if dtype == torch.float32 else dtype
@@ -160,16 +160,16 @@ def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype, zero: int, cpu_off
     fully_shard(model, mp_policy=MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False), **common)
 
 
-def wrap(model: nn.Module, ranks: Ranks, parallel: str) -> nn.Module:
+def wrap_ddp(model: nn.Module, ranks: Ranks, parallel: str) -> nn.Module:
     """What training calls: DDP around a model that every rank holds; the model itself where it is sharded or alone."""
-    if ranks.world == 1 or parallel == "fsdp":
+    if ranks.world_size == 1 or parallel == "fsdp":
         return model
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)     # they are the same by themselves
 
 
 @contextlib.contextmanager
-def synchronised(wrapped: nn.Module, last: bool):
+def gradient_sync(wrapped: nn.Module, last: bool):
     """A micro-batch: gradients meet in the last of an update only."""
     if hasattr(wrapped, "set_requires_gradient_sync"):               # FSDP2
         wrapped.set_requires_gradient_sync(last)
@@ -186,31 +186,31 @@ def synchronised(wrapped: nn.Module, last: bool):
 # tensors of several ranks
 
 
-def named(model: nn.Module) -> dict:
+def named_tensors(model: nn.Module) -> dict:
     """{name: tensor}: the weights, and the statistics that no gradient moves. All that a model has to remember."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def local(tensors) -> list:
+def local_parts(tensors) -> list:
     """The rank's own parts of tensors, as plain tensors that share their memory."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """A tensor in full, detached. All ranks must call it together; where nothing is sharded it is the tensor itself."""
     x = x.detach()
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def share(full: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `whole`: a plain tensor laid out as `like` is, of its type and on its device."""
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `full_tensor`: a plain tensor laid out as `like` is, of its type and on its device."""
     full = full.to(device=like.device, dtype=like.dtype)
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)    # every rank read the same file
 
 
-def copy_of(x: Tensor) -> Tensor:
+def detached_copy(x: Tensor) -> Tensor:
     """A detached copy that stays: on the host, or a shard where it lies."""
     return x.detach().clone() if isinstance(x, DTensor) or x.device.type == "cpu" else x.detach().cpu()
 
@@ -219,14 +219,14 @@ def gather_state(state: dict, keep: bool = True) -> dict:
     """{name: tensor} in full on the host. Every rank calls it; those that do not `keep` get an empty dict."""
     full = {}
     for name, x in state.items():
-        x = whole(x)
+        x = full_tensor(x)
         if keep:
             full[name] = x.cpu()
     return full
 
 
 @torch.no_grad()
-def fill(targets: dict, full: dict) -> None:
+def load_tensors(targets: dict, full: dict) -> None:
     """Copies plain tensors into {name: tensor}, sharded or not. Errors: RuntimeError names what is missing or odd."""
     if odd := sorted(targets.keys() ^ full.keys()):
         raise RuntimeError(f"the weights do not fit the model: {odd[0]} is {'missing' if odd[0] in targets else 'not known'} "
@@ -234,10 +234,10 @@ def fill(targets: dict, full: dict) -> None:
     for name, x in targets.items():
         if x.shape != full[name].shape:
             raise RuntimeError(f"the weights do not fit the model: {name} is {list(full[name].shape)}, not {list(x.shape)}")
-        x.copy_(share(full[name], x))
+        x.copy_(shard_like(full[name], x))
 
 
-def lost(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an error says that another rank has gone or does not answer. gloo reports it as a plain RuntimeError."""
     text = str(error)
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout"))

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from support import checkpoint
+from support import common
 import conditioning
 import generate
 from evaluate import page
 from support import distributed
 import tokenizer
-from support.checkpoint import Stop
+from support.signals import Stop
 from support.flags import NEUTRAL, segment_frames
 from model import MusicGen, merge_lora
 from support.distributed import Ranks
@@ -52,7 +53,7 @@ class Ema:
         """Takes in the weights as they are now; where they are sharded, each rank its own part."""
         self.count = self.count * self.decay + 1
         learnt = [(old, now) for old, now in zip(self.model.parameters(), model.parameters()) if now.requires_grad]
-        mine, new = (distributed.local(parameters) for parameters in zip(*learnt))
+        mine, new = (distributed.local_parts(parameters) for parameters in zip(*learnt))
         torch._foreach_lerp_(mine, new, 1 / self.count)
         for old, now in zip(self.model.buffers(), model.buffers()):  # statistics are averages already
             old.copy_(now)
@@ -193,14 +194,14 @@ def keep_best(run: Run, values: dict) -> None:
     """Keeps the averaged weights, and writes best.pt, if the validation loss is the lowest so far."""
     if values["ce"] < run.best_ce:
         run.best_ce, run.best_values = values["ce"], values
-        run.best = {name: distributed.copy_of(x) for name, x in averages(run).items()}
+        run.best = {name: distributed.detached_copy(x) for name, x in averages(run).items()}
         write_best(run)
 
 
 def write_best(run: Run) -> None:
     """Writes best.pt; where the disk is full it says so, and the next checkpoint tries again."""
     content = deployment(run, keep=run.ranks.is_main)
-    note_written(run, "best.pt", attempt(checkpoint.write, run.out / "best.pt", content) if run.ranks.is_main else None)
+    note_written(run, "best.pt", attempt(common.write_torch, run.out / "best.pt", content) if run.ranks.is_main else None)
 
 
 def deployment(run: Run, keep: bool = True) -> dict:
@@ -208,7 +209,7 @@ def deployment(run: Run, keep: bool = True) -> dict:
     those that do not `keep` the weights get none."""
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
-    weights = distributed.named(run.ema.model) | (run.best or {})        # none yet where every validation was not finite
+    weights = distributed.named_tensors(run.ema.model) | (run.best or {})        # none yet where every validation was not finite
     return dict(format=generate.FORMAT, model=merge_lora(distributed.gather_state(weights, keep)), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
@@ -231,13 +232,13 @@ def stored_assets(model: MusicGen) -> dict:
 def averages(run: Run) -> dict:
     """{name: tensor} of the average, without what is frozen: the model has that."""
     frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
-    return {name: x for name, x in distributed.named(run.ema.model).items() if name not in frozen}
+    return {name: x for name, x in distributed.named_tensors(run.ema.model).items() if name not in frozen}
 
 
 def tensors(run: Run) -> dict:
     """Every tensor that resuming takes, as it lies on this rank: {"model/out_norm.weight": tensor, "optimizer/exp_avg/..": ..}."""
     names = {p: name for name, p in run.model.named_parameters()}
-    found = {f"model/{name}": x for name, x in distributed.named(run.model).items()}
+    found = {f"model/{name}": x for name, x in distributed.named_tensors(run.model).items()}
     found |= {f"ema/{name}": x for name, x in averages(run).items()}
     found |= {f"best/{name}": x for name, x in (run.best or {}).items()}
     return found | {f"optimizer/{key}/{names[p]}": x for p, state in run.optimizer.state.items() for key, x in state.items()}
@@ -265,8 +266,8 @@ def commit(run: Run) -> None:
             log_bytes=flush_log(run), assets=stored_assets(run.model),
             conditioner_config=asdict(run.model.conditioner.config) if run.model.conditioner else None,
             names=list(every), tensors=whole, shards=shards)
-        problem = attempt(checkpoint.write, run.out / checkpoint.LAST, content, run.out / checkpoint.PREVIOUS)
-        checkpoint.drop_unnamed_shards(run.out)
+        problem = attempt(common.write_torch, run.out / checkpoint.LAST, content, run.out / checkpoint.PREVIOUS)
+        checkpoint.remove_unused_shards(run.out)
     note_written(run, checkpoint.LAST, problem)
 
 
@@ -277,16 +278,16 @@ def read_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict |
     name, lines, problem = None, [], None
     if ranks.is_main:
         try:
-            name, lines = checkpoint.newest(out, generate.FORMAT, CHECKPOINT)
+            name, lines = checkpoint.newest_checkpoint(out, generate.FORMAT, CHECKPOINT)
         except ValueError as error:
             problem = str(error)
-    name, lines, problem = ranks.first((name, lines, problem))
+    name, lines, problem = ranks.broadcast((name, lines, problem))
     ranks.print(*lines)
     if problem:
         raise ValueError(problem)
     if name is None:
         return None
-    saved = checkpoint.read(out / name, check=False)                 # rank 0 has just done that
+    saved = checkpoint.read_checkpoint_file(out / name, check=False)                 # rank 0 has just done that
     if refused := [f"--{k} {saved['args'][k]} there, {v} now" for k, v in changed_flags(args, saved).items()
                    if k not in NEUTRAL]:
         raise ValueError(f"{out} holds another run: {'; '.join(refused)}. Give the same flags, or another --out")
@@ -304,7 +305,7 @@ def restore(run: Run, saved: dict) -> None:
     if saved["shards"]:
         checkpoint.load_shards(run.out, saved["shards"], tensors(run), run.ranks)
     else:
-        distributed.fill(tensors(run), saved["tensors"])
+        distributed.load_tensors(tensors(run), saved["tensors"])
     run.scaler.load_state_dict(saved["scaler"])
     run.ema.count, run.step, run.epoch, run.history = (saved[k] for k in ("ema_count", "step", "epoch", "history"))
     run.skipped, run.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
@@ -329,14 +330,4 @@ def allocate(run: Run, names: list) -> None:
             like = params[rest]
             run.optimizer.state[like][key] = torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
     if any(name.startswith("best/") for name in names):
-        run.best = {name: distributed.copy_of(x) for name, x in averages(run).items()}
-
-
-def fitting(out: Path, action, *arguments):
-    """Does something with a checkpoint. Errors: ValueError where what it holds is not what this code writes."""
-    try:
-        return action(*arguments)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or distributed.lost(error):
-            raise
-        raise ValueError(f"{out}: its checkpoint does not fit this code ({tokenizer.reason(error)}): give another --out") from None
+        run.best = {name: distributed.detached_copy(x) for name, x in averages(run).items()}

@@ -140,7 +140,7 @@ def complete(flags: list, world: int, log: Path) -> None:
 
 def state(out: Path) -> dict:
     """All tensors of a run's last checkpoint (unless they lie in shards), and of best.pt."""
-    found = dict(checkpoint.read(out / "last.pt")["tensors"] or {})
+    found = dict(checkpoint.read_checkpoint_file(out / "last.pt")["tensors"] or {})
     return found | {f"best.pt/{k}": v for k, v in torch.load(out / "best.pt", weights_only=True)["model"].items()}
 
 
@@ -168,7 +168,7 @@ def saved_step(out: Path) -> int:
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         if (out / name).exists():
             try:
-                content = checkpoint.read(out / name)
+                content = checkpoint.read_checkpoint_file(out / name)
                 checkpoint.check_shards(out, content)
                 steps.append(content["step"])
                 break
@@ -327,7 +327,7 @@ def starts(args: argparse.Namespace) -> None:
                     os._exit(9)
                 code = 1
                 try:                                                 # 0.6 s is the time-out that a dead rank is waited for
-                    code = 10 * int(distributed.setup("cpu", 0.01 if dies else 0.1).sum(torch.ones(1)).item())
+                    code = 10 * int(distributed.join_process_group("cpu", 0.01 if dies else 0.1).sum(torch.ones(1)).item())
                 except RuntimeError as error:
                     code = 2 if "did not come" in str(error) else 1
                 finally:
@@ -407,7 +407,7 @@ def poison_weight(rank: int) -> None:
     def poisoned(*rest):
         run = begin(*rest)
         if rank == 1:
-            distributed.local([run.model.linears[1].weight.data])[0][0, 0] = float("inf")
+            distributed.local_parts([run.model.linears[1].weight.data])[0][0, 0] = float("inf")
         return run
 
     train.build = poisoned

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import checkpoint
 import faults
-from support import distributed as ranks
 import train
+from support import checkpoint, common, signals
+from support.distributed import Ranks
 
 HERE = Path(__file__).parent.parent
 KEYS = {"format", "step"}
@@ -26,7 +26,7 @@ def content(step: int) -> dict:
 def two(folder: Path) -> None:
     """last.pt of step 2, last.prev.pt of step 1."""
     for step in (1, 2):
-        checkpoint.write(folder / "last.pt", content(step), folder / "last.prev.pt")
+        common.write_torch(folder / "last.pt", content(step), folder / "last.prev.pt")
 
 
 def in_a_child(action) -> str:
@@ -50,7 +50,7 @@ def in_a_child(action) -> str:
 
 def test_write_keeps_the_one_before(tmp_path):
     two(tmp_path)
-    assert [checkpoint.read(tmp_path / name)["step"] for name in ("last.pt", "last.prev.pt")] == [2, 1]
+    assert [checkpoint.read_checkpoint_file(tmp_path / name)["step"] for name in ("last.pt", "last.prev.pt")] == [2, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.prev.pt", "last.pt"]
 
 
@@ -70,11 +70,11 @@ def test_no_moment_of_a_write_loses_both(when, tmp_path, monkeypatch):
             return original(*rest)
         monkeypatch.setattr(os, name, die)
     with pytest.raises(Died):
-        checkpoint.write(tmp_path / "last.pt", content(3), tmp_path / "last.prev.pt")
+        common.write_torch(tmp_path / "last.pt", content(3), tmp_path / "last.prev.pt")
         raise Died
     monkeypatch.undo()
-    name, lines = checkpoint.newest(tmp_path, "f", KEYS)
-    assert checkpoint.read(tmp_path / name)["step"] == (3 if when == 3 else 2) and not lines
+    name, lines = checkpoint.newest_checkpoint(tmp_path, "f", KEYS)
+    assert checkpoint.read_checkpoint_file(tmp_path / name)["step"] == (3 if when == 3 else 2) and not lines
 
 
 @pytest.mark.parametrize("damage", ("cut", "flip", "empty", "text", "pickle"))
@@ -85,11 +85,11 @@ def test_a_damaged_checkpoint_is_put_aside(damage, tmp_path):
     middle = len(raw) // 2
     last.write_bytes({"cut": raw[:middle], "flip": raw[:middle] + bytes([raw[middle] ^ 16]) + raw[middle + 1:], "empty": b"",
                       "text": b"not a checkpoint", "pickle": pickle.dumps(content(9))}[damage])
-    name, lines = checkpoint.newest(tmp_path, "f", KEYS)
+    name, lines = checkpoint.newest_checkpoint(tmp_path, "f", KEYS)
     assert name == "last.prev.pt" and "last.pt cannot be used" in lines[0] and "last.damaged.pt" in lines[1]
     assert (tmp_path / "last.damaged.pt").exists() and not last.exists()
-    checkpoint.write(last, content(3), tmp_path / "last.prev.pt")    # nothing whole was pushed out
-    assert checkpoint.newest(tmp_path, "f", KEYS)[0] == "last.pt" and checkpoint.read(tmp_path / "last.prev.pt")["step"] == 1
+    common.write_torch(last, content(3), tmp_path / "last.prev.pt")    # nothing whole was pushed out
+    assert checkpoint.newest_checkpoint(tmp_path, "f", KEYS)[0] == "last.pt" and checkpoint.read_checkpoint_file(tmp_path / "last.prev.pt")["step"] == 1
 
 
 def test_none_that_can_be_read_is_not_a_new_start(tmp_path):
@@ -97,15 +97,15 @@ def test_none_that_can_be_read_is_not_a_new_start(tmp_path):
     for name in ("last.pt", "last.prev.pt"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match="last.pt cannot be used.*last.prev.pt cannot be used"):
-        checkpoint.newest(tmp_path, "f", KEYS)
-    assert checkpoint.newest(tmp_path / "nowhere", "f", KEYS) == (None, [])
+        checkpoint.newest_checkpoint(tmp_path, "f", KEYS)
+    assert checkpoint.newest_checkpoint(tmp_path / "nowhere", "f", KEYS) == (None, [])
 
 
 @pytest.mark.parametrize("other, says", [({"format": "g", "step": 1}, "its format is 'g'"), ({"format": "f"}, "it lacks step")])
 def test_another_kind_of_file_is_refused(other, says, tmp_path):
-    checkpoint.write(tmp_path / "last.pt", other)
+    common.write_torch(tmp_path / "last.pt", other)
     with pytest.raises(ValueError, match=says):
-        checkpoint.newest(tmp_path, "f", KEYS)
+        checkpoint.newest_checkpoint(tmp_path, "f", KEYS)
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path):
@@ -113,16 +113,16 @@ def test_a_full_disk_keeps_what_is_there(tmp_path):
     def fill() -> None:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-        checkpoint.write(tmp_path / "last.pt", dict(x=torch.zeros(100_000)), tmp_path / "last.prev.pt")
+        common.write_torch(tmp_path / "last.pt", dict(x=torch.zeros(100_000)), tmp_path / "last.prev.pt")
 
-    checkpoint.write(tmp_path / "last.pt", dict(x=torch.zeros(100)))
+    common.write_torch(tmp_path / "last.pt", dict(x=torch.zeros(100)))
     assert "last.pt could not be written ([Errno 27] File too large" in in_a_child(fill)
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and checkpoint.read(tmp_path / "last.pt")["x"].numel() == 100
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and checkpoint.read_checkpoint_file(tmp_path / "last.pt")["x"].numel() == 100
 
 
 def test_a_run_goes_on_when_its_disk_is_full(tmp_path, monkeypatch, capsys):
     """The second checkpoint and the best weights fail; the run goes on, tries again, and ends as if nothing had been."""
-    write, fails = checkpoint.write, [2]
+    write, fails = common.write_torch, [2]
 
     def full(path, *rest):
         if Path(path).name == "last.pt" and run_now["step"] >= 2 and fails[0] > 0:
@@ -140,7 +140,7 @@ def test_a_run_goes_on_when_its_disk_is_full(tmp_path, monkeypatch, capsys):
     flags = [*faults.TINY, "--updates_per_epoch", "2", "--save_minutes", "0"]
     assert train.main([*flags, "--out", str(tmp_path / "free")]) == 0
     monkeypatch.setattr(train, "update", counted)
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(common, "write_torch", full)
     assert train.main([*flags, "--out", str(tmp_path / "full")]) == 0
     assert capsys.readouterr().out.count("last.pt was not written: OSError: [Errno 28] No space left") == 2
     faults.assert_same_run(tmp_path / "full", tmp_path / "free")
@@ -158,13 +158,13 @@ class Foreign:
 def test_shards_of_one_process(tmp_path, monkeypatch):
     """Saved, read back, checked; the table of contents executes nothing."""
     monkeypatch.chdir(tmp_path)                                      # where the foreign pickles would leave their file
-    alone = ranks.Ranks(0, 1, torch.device("cpu"))
+    alone = Ranks(0, 1, torch.device("cpu"))
     tensors = {"a": torch.arange(10.0), "b/c": torch.ones(3, 4)}
     shards = checkpoint.save_shards(tmp_path, tensors, alone)
-    checkpoint.write(tmp_path / "last.pt", content(1) | dict(shards=shards))
+    common.write_torch(tmp_path / "last.pt", content(1) | dict(shards=shards))
     again = checkpoint.save_shards(tmp_path, tensors, alone)
     assert again["folder"] != shards["folder"]                       # the one that last.pt names is left alone
-    checkpoint.drop_unnamed_shards(tmp_path)
+    checkpoint.remove_unused_shards(tmp_path)
     assert [p.name for p in tmp_path.glob("last.shards.*")] == [shards["folder"]]
     empty = {name: torch.zeros_like(x) for name, x in tensors.items()}
     checkpoint.load_shards(tmp_path, shards, empty, alone)
@@ -172,7 +172,7 @@ def test_shards_of_one_process(tmp_path, monkeypatch):
     table = tmp_path / shards["folder"] / ".metadata"
     table.write_bytes(table.read_bytes()[:-3] + b"abc")
     with pytest.raises(ValueError, match="checksum of last.shards.0/.metadata is wrong"):
-        checkpoint.newest(tmp_path, "f", KEYS)
+        checkpoint.newest_checkpoint(tmp_path, "f", KEYS)
     table.write_bytes(pickle.dumps(Foreign()))
     with pytest.raises(pickle.UnpicklingError, match="posix.system has no place"):
         checkpoint.PlainReader(tmp_path / shards["folder"]).read_metadata()
@@ -186,33 +186,33 @@ def test_shards_of_one_process(tmp_path, monkeypatch):
 
 def test_one_run_a_folder(tmp_path):
     """Another process is refused, for as long as this one lives."""
-    handle = checkpoint.lock(tmp_path)
-    assert "is in use by another process" in in_a_child(lambda: checkpoint.lock(tmp_path))
+    handle = checkpoint.lock_folder(tmp_path)
+    assert "is in use by another process" in in_a_child(lambda: checkpoint.lock_folder(tmp_path))
     os.close(handle)
-    assert in_a_child(lambda: checkpoint.lock(tmp_path)) == ""
+    assert in_a_child(lambda: checkpoint.lock_folder(tmp_path)) == ""
 
 
 def test_a_killed_run_lets_go_of_its_folder(tmp_path):
     """At once, although a process it had forked, such as a loader, lives on for a while."""
-    code = ("import os, signal, sys, time, checkpoint; from pathlib import Path; checkpoint.lock(Path(sys.argv[1]))\n"
+    code = ("import os, signal, sys, time; from pathlib import Path; from support import checkpoint; checkpoint.lock_folder(Path(sys.argv[1]))\n"
             "if os.fork() == 0: os.close(1); os.close(2); time.sleep(20); os._exit(0)\n"
             "os.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, timeout=15).returncode == -signal.SIGKILL
-    os.close(checkpoint.lock(tmp_path))
+    os.close(checkpoint.lock_folder(tmp_path))
 
 
 def test_signals_wait_for_what_must_be_whole():
     """Held back within `hold`, obeyed at its end; outside of it at once; repeated at once they are one request."""
     before = signal.getsignal(signal.SIGINT)
-    with checkpoint.Stop() as stop:
+    with signals.Stop() as stop:
         done = []
-        with pytest.raises(checkpoint.Stopped, match="SIGTERM"):
+        with pytest.raises(signals.Stopped, match="SIGTERM"):
             with stop.hold():
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)                 # torchrun passes on what came to all
                 done.append(1)
         assert done and stop.requested == "SIGTERM"
-    with checkpoint.Stop():
-        with pytest.raises(checkpoint.Stopped, match="SIGINT"):
+    with signals.Stop():
+        with pytest.raises(signals.Stopped, match="SIGINT"):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -152,7 +152,7 @@ def test_ranks_change_nothing():
     """Two ranks, one after the other in this process, with the same figures as one."""
     class Half:
         def __init__(self, rank, others):
-            self.rank, self.world, self.others = rank, 2, others
+            self.rank, self.world_size, self.others = rank, 2, others
 
         def gather(self, value):
             self.others[self.rank] = value
