@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support import chroma as melodies
+from support import common
 import tokenizer
 from support.kernels import Linear
 from model import Conditions, ModelConfig, Transformer, init_transformer, sinusoid
@@ -536,7 +537,7 @@ def read_run(run: str) -> dict:
     path = Path(run, "best.pt")
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the folder of a run that has finished an epoch")
-    return tokenizer.load_file(path, "a model of this project")
+    return common.read_torch_dict(path, "a model of this project")
 
 
 def read_pieces(run: str) -> bytes:
@@ -576,7 +577,7 @@ def show_style(path: str, run: str) -> None:
         part = StyleConditioner(config, D).eval()
         part.load_state_dict(state or part.state_dict())
     except Exception as error:                                       # a foreign file can fail in any way
-        raise ValueError(f"{run}: not a model of this project, or damaged ({tokenizer.reason(error)})") from None
+        raise ValueError(f"{run}: not a model of this project, or damaged ({common.describe_error(error)})") from None
     if "style" not in config.fuse:
         raise ValueError(f"{run}: this model was trained without style")
     codec = tokenizer.load_codec(codec["name"], codec.get("levels", codec["K"]), channels=codec.get("channels", 1))

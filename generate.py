@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,10 +38,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import chroma
+from support import chroma, common
 import tokenizer
 from conditioning import clean_text, excerpt, melody_window
-from interop.convert import FORMAT, WHAT, build_model, read_deployment       # FORMAT and WHAT for those who import this file
+from interop.convert import build_model, read_deployment
 from model import Cache, Conditions, MusicGen
 
 
@@ -208,7 +207,7 @@ class MusicGenerator:
             name, levels, channels, fingerprint = (stored[key] for key in ("name", "levels", "channels", "fingerprint"))
             assert window > 0, f"a window of {window} frames"
         except Exception as error:                                   # a foreign file can fail in any way
-            raise ValueError(f"{run}: not {WHAT}, or damaged ({tokenizer.reason(error)})") from None
+            raise ValueError(f"{run}: not {common.MODEL_FILE}, or damaged ({common.describe_error(error)})") from None
         loaded = tokenizer.load_codec(codec or name, levels, device, channels)
         if loaded.fingerprint != fingerprint:
             raise ValueError(f"codec {codec or name} has fingerprint {loaded.fingerprint[:12]}, the model was trained on codes "
@@ -331,18 +330,6 @@ def main(argv: list | None = None) -> int:
     return 0
 
 
-def output_folder(name: str) -> Path:
-    """A folder to write to, made if need be. Errors: ValueError."""
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("not writable")
-    except OSError as error:
-        raise ValueError(f"--out {folder}: cannot be written to ({error})") from None
-    return folder
-
-
 def read_prompts(args: argparse.Namespace) -> list:
     """The texts of the command line; None for unconditional. Errors: ValueError."""
     prompts = [clean_text(text) for text in args.prompt]
@@ -437,7 +424,7 @@ def run(args: argparse.Namespace) -> None:
     attributes = read_conditions(music, requests)
     if args.compile:
         music.model.compile_step()
-    out = output_folder(args.out)                                    # before the work, not after it
+    out = common.output_folder(args.out)  # before the work, not after it
     bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
     codes = music.codes(attributes, seconds, args.seed, sampling, args.stride,
                         prompt if args.continued else None, lambda done, total: bar.update(100 * done // total - bar.n))

@@ -22,7 +22,6 @@ import copy
 import hashlib
 import math
 import os
-import re
 import socket
 import sys
 import time
@@ -43,6 +42,7 @@ from torch import nn
 
 from interop import weights
 from interop.weights import TRAINING_BUFFERS
+from support import common
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MP3_LEAD = 16 * 1152                                                 # samples: MP3 frames lean on those before them, so
@@ -258,34 +258,13 @@ def build_networks(config: dict) -> tuple:
     return SEANetEncoder(**seanet), ResidualVectorQuantizer(**config["rvq"], kmeans_init=False), SEANetDecoder(**seanet)
 
 
-def reason(error: Exception) -> str:
-    """Kind and first sentence of an error, for the line that a user sees."""
-    sentence = re.split(r"\. |\n", str(error).strip())[0][:200]
-    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
-
-
-def load_file(path, what: str) -> dict:
-    """A dict of plain data and tensors from a file; no code of it runs. Errors: ValueError naming the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")    # of a foreign file: refused right after
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, {what} was expected") from None
-    except Exception as error:                                       # torch.load raises many kinds on foreign bytes
-        raise ValueError(f"{path}: not {what}, or damaged ({reason(error)})") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path}: not {what}: holds a {type(stored).__name__}")
-    return stored
-
-
 def _codec_of_folder(path, num_codebooks: int | None) -> Codec:
     """EnCodec out of a Hugging Face folder or an audiocraft package, its own or that of a whole MusicGen."""
     config, tensors, prefix, rename = weights.open_codec(path)
     try:
         codec = Codec(str(path), config["sample_rate"], *build_networks(config), num_codebooks)
     except Exception as error:                                       # a foreign config can fail in any way
-        raise ValueError(f"{path}: its configuration makes no codec ({reason(error)})") from None
+        raise ValueError(f"{path}: its configuration makes no codec ({common.describe_error(error)})") from None
     if not 1 <= codec.K <= codec.quantizer.n_q:
         raise ValueError(f"num_codebooks {codec.K}: the codec {path} has 1 to {codec.quantizer.n_q}")
     shapes = {name: x.shape for name, x in codec.state_dict().items() if not name.endswith(TRAINING_BUFFERS)}
@@ -296,14 +275,14 @@ def _codec_of_folder(path, num_codebooks: int | None) -> Codec:
 
 def _codec_of_file(path, name: str, num_codebooks: int | None) -> Codec:
     what = "a codec file made by `python tokenizer.py fit`"
-    stored = load_file(path, what)
+    stored = common.read_torch_dict(path, what)
     if stored.get("format") != FORMAT:
         raise ValueError(f"{path}: not {what}: its format is {stored.get('format')!r}")
     try:
         codec = Codec(name, stored["config"]["sample_rate"], *build_networks(stored["config"]), num_codebooks)
         found = {k: v.shape for k, v in stored["state"].items()}
     except Exception as error:                                       # a foreign config can fail in any way
-        raise ValueError(f"{path}: not {what}, or damaged ({reason(error)})") from None
+        raise ValueError(f"{path}: not {what}, or damaged ({common.describe_error(error)})") from None
     if not 1 <= codec.K <= codec.quantizer.n_q:
         raise ValueError(f"num_codebooks {codec.K}: the codec {name} has 1 to {codec.quantizer.n_q}")
     wanted = {k: v.shape for k, v in codec.state_dict().items() if not k.endswith(TRAINING_BUFFERS)}
@@ -336,7 +315,7 @@ def _encodec_24khz(num_codebooks: int | None) -> Codec:
         warnings.filterwarnings("ignore", message=".*weight_norm.*")  # the package uses the old one, as does the file
         model = EncodecModel.encodec_model_24khz(pretrained=False)
     try:
-        model.load_state_dict(load_file(path, "the weights of encodec_24khz"))
+        model.load_state_dict(common.read_torch_dict(path, "the weights of encodec_24khz"))
     except RuntimeError:
         raise ValueError(f"{path}: not the weights of encodec_24khz: put {ENCODEC_24KHZ_URL} there") from None
     for module in model.modules():                                   # fold the weight norm: same output, faster
@@ -347,27 +326,13 @@ def _encodec_24khz(num_codebooks: int | None) -> Codec:
     return codec
 
 
-def check_device(name) -> torch.device:
-    """A device by its name. Errors: ValueError where there is no such device here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: choose cpu, cuda, cuda:1 (a GPU by its number) or mps")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
-    if (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: there is none here; take --device cpu")
-    return device
-
-
 def load_codec(name: str, num_codebooks: int | None = None, device="cpu", channels: int = 1) -> Codec:
     """The codec `toy` (embedded), `encodec_24khz` (public weights) or a PATH, frozen: a file of the fit command, or a folder of
     Hugging Face or audiocraft with an EnCodec in it.
 
     `num_codebooks` takes the first so many levels, of each channel where a mono codec serves two: see `Codec.over`.
     Errors: ValueError, one line with a way out."""
-    device = check_device(device)
+    device = common.check_device(device)
     if name == "toy":
         codec = _codec_of_file(TOY_FILE, "toy", num_codebooks)
     elif name == "encodec_24khz":
@@ -659,16 +624,6 @@ def _set_taps(conv: nn.Module, W: torch.Tensor) -> None:
     conv.weight[:, :, first:first + W.shape[-1]] = W
 
 
-def write_atomically(path: Path, stored: dict) -> None:
-    """Saves beside the path, flushes, then swaps the file in: a kill never leaves half a file."""
-    beside = Path(f"{path}.tmp")
-    with open(beside, "wb") as file:
-        torch.save(stored, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 class Adversary:
     """The package's MS-STFT discriminator, with hinge losses and feature matching (EnCodec sec. 3.4)."""
 
@@ -799,7 +754,7 @@ class Fit:
             if not changed:
                 self._take(state)
         except Exception as error:                                   # a foreign file can fail in any way
-            raise ValueError(f"{path}: damaged ({reason(error)}): delete it to begin again") from None
+            raise ValueError(f"{path}: damaged ({common.describe_error(error)}): delete it to begin again") from None
         if changed:
             raise ValueError(f"{path} was made with another --{', --'.join(changed)}: delete it or name another --out")
 
@@ -840,7 +795,7 @@ def fit(args) -> None:
     print(f"{args}\n{millions:.2f}M weights, {args.sample_rate / hop:.0f} Hz, {args.codebooks} x {args.card} codes, "
           f"{autoencoder_steps(args)} of {args.steps} steps without the quantiser", flush=True)
     if checkpoint.exists():
-        run.load_state_dict(load_file(checkpoint, "a checkpoint of this command"), checkpoint)
+        run.load_state_dict(common.read_torch_dict(checkpoint, "a checkpoint of this command"), checkpoint)
         print(f"goes on at step {run.step} of {checkpoint}", flush=True)
     began = shown = time.monotonic()
     first, stop = run.step, min(args.steps, run.step + args.stop_after) if args.stop_after else args.steps
@@ -850,13 +805,13 @@ def fit(args) -> None:
             shown = time.monotonic()
             print(progress(run, figures, (shown - began) / (run.step - first)), flush=True)
         if run.step % args.save_every == 0 or run.step == stop:
-            write_atomically(checkpoint, run.state_dict())
+            common.write_torch(checkpoint, run.state_dict())
     if run.step < args.steps:
         print(f"stopped at step {run.step}: the same command goes on from {checkpoint}", flush=True)
         return
     metrics = {**run.validate(16), "dataset": args.dataset, "steps": args.steps, "seed": args.seed}
     state = {k: v.detach().cpu().half() for k, v in run.codec.state_dict().items() if not k.endswith(TRAINING_BUFFERS)}
-    write_atomically(out, {"format": FORMAT, "config": config, "state": state, "metrics": metrics})
+    common.write_torch(out, {"format": FORMAT, "config": config, "state": state, "metrics": metrics})
     checkpoint.unlink(missing_ok=True)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB): {describe(metrics)}", flush=True)
 
@@ -943,7 +898,7 @@ def check_fit(args) -> None:
         raise ValueError(f"--autoencoder_share {args.autoencoder_share}: between 0 and 1")
     if args.residual_layers and args.compress > args.filters:
         raise ValueError(f"--compress {args.compress}: at most the {args.filters} of --filters")
-    if check_device(args.device).type == "mps":
+    if common.check_device(args.device).type == "mps":
         raise ValueError(f"--device {args.device}: cpu or cuda (MPS finds wrong nearest vectors)")
 
 

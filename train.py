@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support import checkpoint
+from support import checkpoint, common
 import conditioning
 import data
 import generate
@@ -231,9 +231,9 @@ def compare_with_reference(run: Run) -> None:
     """Prints how far the validation loss of this run is from the reference run's, at the same number of updates."""
     curve = {r["step"]: r for r in page.reference_curve(vars(run.args), REFERENCE_RUN) if r["stage"] == "valid"}
     mine = {r["step"]: r for r in run.history if r["stage"] == "valid"}
-    if not (common := sorted(set(curve) & set(mine))):
+    if not (both := sorted(set(curve) & set(mine))):
         return
-    step = common[-1]
+    step = both[-1]
     run.ranks.print(f"beside the reference run at step {step}: ce {mine[step]['ce']:.4f} here, {curve[step]['ce']:.4f} there; "
                     + ", ".join(f"{k[3:]} {mine[step][k] - curve[step][k]:+.4f}" for k in mine[step] if k.startswith("ce_q")))
 
@@ -242,7 +242,7 @@ def prepare_folder(args: argparse.Namespace) -> Path:
     """The run folder, made if need be. Errors: ValueError where it cannot be, or holds a run not to be gone on with."""
     if args.resume == "never" and checkpoint.has_checkpoint(Path(args.out)):
         raise ValueError(f"--resume never, but {args.out} holds a run: give another --out")
-    return generate.output_folder(args.out)
+    return common.output_folder(args.out)
 
 
 def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> Run | None:
@@ -364,9 +364,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or --parallel fsdp"
     if distributed.is_lost_peer(error):
-        return f"lost the other ranks ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"
+        return f"lost the other ranks ({common.describe_error(error)}); the same command goes on from the last checkpoint"
     if "DataLoader worker" in str(error):
-        return f"a process that loads data died ({tokenizer.reason(error)}); the same command goes on from the last checkpoint"
+        return f"a process that loads data died ({common.describe_error(error)}); the same command goes on from the last checkpoint"
     return None
 
 

@@ -30,7 +30,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from support import chroma
+from support import chroma, common
 import tokenizer
 
 EMBEDDINGS = ("codec", "mel", "clap")
@@ -208,7 +208,7 @@ class Clap:
         try:
             self.model, self.extract = ClapModel.from_pretrained(path).eval(), ClapFeatureExtractor.from_pretrained(path)
         except Exception as error:                                   # the package raises whatever it meets
-            raise ValueError(f"--clap {path}: no CLAP model there ({tokenizer.reason(error)})") from None
+            raise ValueError(f"--clap {path}: no CLAP model there ({common.describe_error(error)})") from None
         self.path, self.read_tokenizer, self.tokenizer = path, AutoTokenizer.from_pretrained, None
 
     @torch.no_grad()
@@ -226,7 +226,7 @@ class Clap:
             try:
                 self.tokenizer = self.read_tokenizer(self.path)
             except Exception as error:                               # as above
-                raise ValueError(f"--clap {self.path}: no tokenizer there ({tokenizer.reason(error)})") from None
+                raise ValueError(f"--clap {self.path}: no tokenizer there ({common.describe_error(error)})") from None
         longest = self.model.config.text_config.max_position_embeddings - 2              # RoBERTa's positions begin at 2
         ids = self.tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
         found = self.model.get_text_features(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])          # [1, D]

@@ -34,11 +34,11 @@ import torch
 from support import chroma
 import tokenizer
 from interop import weights
+from support import common
+from support.common import FORMAT, MODEL_FILE
 from conditioning import Bottleneck, Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
 from model import ModelConfig, MusicGen
 
-FORMAT = "nanomusicgen-1"                                            # of best.pt
-WHAT = "a model of this project"                                     # and so it is called
 SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
 SEGMENT_SECONDS, STYLE_SECONDS = 30.0, 3.0                           # what the published models were trained on, and read a style from
 TEXT = {"text": "cross"}                                             # how the conditions of the published models enter,
@@ -114,9 +114,9 @@ def read_deployment(run: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{run}: no best.pt there; give the folder of a run that has finished an epoch, or one with published "
                          "weights")
-    data = tokenizer.load_file(path, WHAT)
+    data = common.read_torch_dict(path, MODEL_FILE)
     if data.get("format") != FORMAT:
-        raise ValueError(f"{path}: not {WHAT}: its format is {data.get('format')!r}, not {FORMAT!r}")
+        raise ValueError(f"{path}: not {MODEL_FILE}: its format is {data.get('format')!r}, not {FORMAT!r}")
     return data
 
 
@@ -133,7 +133,7 @@ def locate(name: str | Path) -> Path:
     except ImportError:
         problem = "huggingface_hub is not installed"
     except Exception as error:                                       # it has errors of a dozen libraries
-        problem = tokenizer.reason(error)
+        problem = common.describe_error(error)
     raise ValueError(f"{name}: no such path, and no download ({problem}). Where there is a network: pip install huggingface_hub && "
                      f"hf download {name} --local-dir {path.name}; then give {path.name}")
 
@@ -172,7 +172,7 @@ def read(path, t5=None, codec=None) -> dict:
     try:
         shapes = {name: list(x.shape) for name, x in skeleton(config, conditioner, {"text": pieces}).state_dict().items()}
     except Exception as error:                                       # a foreign config can fail in any way
-        raise ValueError(f"{path}: its configuration makes no model ({tokenizer.reason(error)})") from None
+        raise ValueError(f"{path}: its configuration makes no model ({common.describe_error(error)})") from None
     if kind == "hf":
         model = read_hf(folder, shapes, projected=conditioner.text_dim != config.dim)
     else:
@@ -219,7 +219,7 @@ def hf_config(folder: Path) -> tuple[ModelConfig, ConditionerConfig, dict]:
                 raise ValueError(f"{folder}: its melody has num_chroma {classes}, chroma_length {frames}; 12 and at least 1 were expected")
             conditioner = replace(conditioner, fuse=dict(MELODY), melody_null_bin0=True, melody_frames=frames)
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: config.json is not that of a MusicGen ({tokenizer.reason(error)})") from None
+        raise ValueError(f"{folder}: config.json is not that of a MusicGen ({common.describe_error(error)})") from None
     path = folder / "generation_config.json"
     guidance = weights.read_json(path).get("guidance_scale") if path.is_file() else None
     return model, conditioner, dict(channels=channels, seconds=SEGMENT_SECONDS, style_seconds=STYLE_SECONDS,
@@ -248,7 +248,7 @@ def read_pieces(folder: Path) -> bytes:
     try:
         vocabulary_size(pieces)
     except Exception as error:                                       # a foreign file can fail in any way
-        raise ValueError(f"{path}: not a sentencepiece model ({tokenizer.reason(error)})") from None
+        raise ValueError(f"{path}: not a sentencepiece model ({common.describe_error(error)})") from None
     return pieces
 
 
@@ -637,7 +637,7 @@ def main(argv: list | None = None) -> int:
         try:
             print(*(write_out(data, args.to, Path(args.out)) if args.to else describe(data)), sep="\n")
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:          # a foreign file can fail in any way
-            raise ValueError(f"{path}: not {WHAT}, or damaged ({tokenizer.reason(error)})") from None
+            raise ValueError(f"{path}: not {MODEL_FILE}, or damaged ({common.describe_error(error)})") from None
     except (ValueError, OSError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2

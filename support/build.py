@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from support import chroma
+from support import chroma, common
 import conditioning
 import data
 import generate
 from support import distributed
-import tokenizer
 import toy
 from support.checkpoint import checkpoint_errors
 from support.signals import Stop
@@ -162,7 +161,7 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | N
         if "text" in (theirs["conditions"] or ()):
             conditioning.vocabulary_size(conditioning.unpack(assets["text"]))
     except Exception as error:                                       # a foreign file can fail in any way
-        raise ValueError(f"{args.init_from}: not {generate.WHAT}, or damaged ({tokenizer.reason(error)})") from None
+        raise ValueError(f"{args.init_from}: not {common.MODEL_FILE}, or damaged ({common.describe_error(error)})") from None
     mine, given = fixed_shape(config, fuses(args) or None), theirs["conditions"] or {}
     added = [name for name in fuses(args) if name not in given]
     if added and not args.lora:                                      # which trains nothing but its additions
@@ -186,7 +185,7 @@ def load_start(model: MusicGen, start: dict, where: str) -> None:
         weights = both_channels(start["model"], start["copies"])
         found = {name: list(x.shape) for name, x in weights.items()}
     except Exception as error:                                       # a foreign file can fail in any way
-        raise ValueError(f"--init_from {where}: its weights are damaged ({tokenizer.reason(error)})") from None
+        raise ValueError(f"--init_from {where}: its weights are damaged ({common.describe_error(error)})") from None
     new = tuple(f"conditioner.parts.{name}." for name in start["added"])
     wanted = {name: list(x.shape) for name, x in model.state_dict().items() if not name.startswith(new)}
     if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):

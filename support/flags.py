@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-from support import chroma
+from support import chroma, common
 import conditioning
 from interop import convert
 import generate
-import tokenizer
 import toy
 from conditioning import ConditionerConfig
 from support.kernels import linear
@@ -170,7 +169,7 @@ def derive(args: argparse.Namespace, world: int) -> list:
              "a quarter to a half of a short segment" if short else "as published")
     args.style_seconds = args.style_seconds or [1.5, 4.5]
     fill("device", "cuda" if torch.cuda.is_available() else "cpu", "what there is")
-    on_cuda = tokenizer.check_device(args.device).type == "cuda"
+    on_cuda = common.check_device(args.device).type == "cuda"
     fill("dtype", "bfloat16" if on_cuda and torch.cuda.is_bf16_supported() else "float32", f"best on {args.device}")
     fill("workers", 0 if kind == "toy" else 4, "synthesis is nearly free" if kind == "toy" else "audio is read from disk")
     fill("micro_batch_size", max(1, args.batch_size // world), "the rank's whole share")

@@ -28,7 +28,6 @@ import conditioning
 import generate
 from evaluate import page
 from support import distributed
-import tokenizer
 from support.signals import Stop
 from support.flags import NEUTRAL, segment_frames
 from model import MusicGen, merge_lora
@@ -135,7 +134,7 @@ def attempt(action, *arguments) -> str | None:
     try:
         action(*arguments)
     except (OSError, RuntimeError, ValueError) as error:             # torch and write_audio report a full disk as the latter two
-        return tokenizer.reason(error)
+        return common.describe_error(error)
     return None
 
 
@@ -154,9 +153,7 @@ def write_config(run: Run) -> None:
                    conditioner=None if conditioner is None else asdict(conditioner.config),
                    codec=run.codec.reference,
                    parameters=sum(p.numel() for p in run.model.parameters()), torch=torch.__version__)
-    path = run.out / "config.json"
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    common.write_json(run.out / "config.json", content)
 
 
 def log_size(run: Run) -> int:
@@ -210,7 +207,7 @@ def deployment(run: Run, keep: bool = True) -> dict:
     model, args, codec = run.model, run.args, run.codec
     conditioner = model.conditioner
     weights = distributed.named_tensors(run.ema.model) | (run.best or {})        # none yet where every validation was not finite
-    return dict(format=generate.FORMAT, model=merge_lora(distributed.gather_state(weights, keep)), model_config=asdict(model.config),
+    return dict(format=common.FORMAT, model=merge_lora(distributed.gather_state(weights, keep)), model_config=asdict(model.config),
                 conditioner_config=None if conditioner is None else asdict(conditioner.config),
                 assets=stored_assets(model),
                 codec=codec.reference,
@@ -260,7 +257,7 @@ def commit(run: Run) -> None:
         whole = distributed.gather_state(every, keep=run.ranks.is_main)
     if run.ranks.is_main and problem is None:
         content = dict(
-            format=generate.FORMAT, args=vars(run.args), step=run.step, epoch=run.epoch, ema_count=run.ema.count,
+            format=common.FORMAT, args=vars(run.args), step=run.step, epoch=run.epoch, ema_count=run.ema.count,
             scaler=run.scaler.state_dict(), skipped=run.skipped, skipped_in_a_row=run.skipped_in_a_row, best_ce=run.best_ce,
             best_values=run.best_values, history=run.history, sums=sums.cpu(), data=run.train_set.describe(),
             log_bytes=flush_log(run), assets=stored_assets(run.model),
@@ -278,7 +275,7 @@ def read_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict |
     name, lines, problem = None, [], None
     if ranks.is_main:
         try:
-            name, lines = checkpoint.newest_checkpoint(out, generate.FORMAT, CHECKPOINT)
+            name, lines = checkpoint.newest_checkpoint(out, common.FORMAT, CHECKPOINT)
         except ValueError as error:
             problem = str(error)
     name, lines, problem = ranks.broadcast((name, lines, problem))

@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import conditioning
 import data
-from support import flags
+from support import common, flags
 import generate
 from evaluate import metrics
 import tokenizer
@@ -86,7 +86,7 @@ class Evil:
 def evil_zip() -> bytes:
     """The same inside a file that torch.save made, with the keys that are asked for first."""
     file = io.BytesIO()
-    torch.save(dict(format=generate.FORMAT, args={}, model=Evil(), step=0), file)
+    torch.save(dict(format=common.FORMAT, args={}, model=Evil(), step=0), file)
     return file.getvalue()
 
 

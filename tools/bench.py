@@ -38,6 +38,7 @@ import data
 import patterns
 import tokenizer
 from generate import Sampling, generate_codes
+from support import common
 from support.kernels import linear
 from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step, require_compiler
 from tools.peers import INSTALL, PEERS, Peer
@@ -404,7 +405,7 @@ def derive(args: argparse.Namespace) -> None:
     args.frames, args.batch_size = args.frames or frames, batch_size if args.batch_size is None else args.batch_size
     for name, value in (SIZES[args.size] if args.size else REFERENCE).items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.dtype = args.dtype or ("float32" if tokenizer.check_device(args.device).type == "cpu" else "bfloat16")
+    args.dtype = args.dtype or ("float32" if common.check_device(args.device).type == "cpu" else "bfloat16")
     for name in ("dim", "num_layers", "num_heads", "hidden_scale", "K", "card", "tokens", "batch_size", "rounds", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: at least 1")
