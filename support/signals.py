@@ -1,58 +1,62 @@
-"""How a run is stopped: SIGTERM and Ctrl-C end it at a moment at which everything is saved."""
+"""How a run is stopped: SIGTERM and Ctrl-C (SIGINT) end it at a moment at which everything is saved."""
 
 import contextlib
 import os
 import signal
 import time
 
-PATIENCE = 2.0  # seconds in which further signals are the same request
+PATIENCE = 2.0    # seconds in which further signals count as the same request
 
 
 class Stopped(BaseException):
-    """The run was asked to end, and has saved what it had."""
+    """The run was asked to end, and has saved what it had. No Exception, so no handler takes it."""
 
 
 class Stop:
-    """SIGTERM and SIGINT: noted while an update or a save is under way, else the end at once: all is saved then.
+    """Handles SIGTERM and SIGINT inside `with Stop() as stop:`. `requested` is the signal's name, or None.
 
-    Another signal after `PATIENCE` ends the process whatever it is doing; sooner, it is the same request come twice."""
+    Inside `with stop.hold():`, around updates and saves, a signal is only noted. Elsewhere it raises Stopped
+    at once, because everything is saved there. A signal that comes more than PATIENCE after the first ends
+    the process whatever it is doing; an earlier one is the same request, which torchrun passes on a second
+    time."""
 
     def __init__(self):
         self.requested: str | None = None
-        self.when = 0.0
-        self.held = False
+        self.requested_at = 0.0    # time.monotonic
+        self.holding = False
         self.pid = os.getpid()
 
     def __enter__(self):
-        """Signals come here until the end. Not in a thread, where Python forbids it."""
-        self.before = {}
+        self.previous_handlers = {}
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):
-                self.before[number] = signal.signal(number, self)
+            with contextlib.suppress(ValueError):    # Python has no handlers in a thread
+                self.previous_handlers[number] = signal.signal(number, self)
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def __call__(self, number, frame) -> None:
-        again, now = self.requested is not None, time.monotonic()
-        if os.getpid() != self.pid or (again and now - self.when > PATIENCE):      # a forked process; no patience left
+        """The handler. Errors: Stopped, unless `hold` lasts or the request is known."""
+        now = time.monotonic()
+        impatient = self.requested is not None and now - self.requested_at > PATIENCE
+        if impatient or os.getpid() != self.pid:    # a forked process, such as a loader, has nothing to save
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if again:
+        if self.requested is not None:
             return
-        self.requested, self.when = signal.Signals(number).name, now
-        if not self.held:
+        self.requested, self.requested_at = signal.Signals(number).name, now
+        if not self.holding:
             raise Stopped(self.requested)
 
     @contextlib.contextmanager
     def hold(self):
-        """While this lasts a signal waits; afterwards it is obeyed."""
-        self.held = True
+        """Keeps signals waiting until its end. Errors: Stopped at its end, if one came."""
+        self.holding = True
         try:
             yield
         finally:
-            self.held = False
+            self.holding = False
         if self.requested:
             raise Stopped(self.requested)

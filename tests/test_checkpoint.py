@@ -1,4 +1,4 @@
-"""What outlives a crash: files whole or not there, damage found, one run a folder, signals obeyed in order."""
+"""What outlives a crash: files whole or absent, damage found, one run a folder, signals obeyed in order."""
 
 import os
 import pickle
@@ -50,7 +50,8 @@ def in_a_child(action) -> str:
 
 def test_write_keeps_the_one_before(tmp_path):
     two(tmp_path)
-    assert [checkpoint.read_checkpoint_file(tmp_path / name)["step"] for name in ("last.pt", "last.prev.pt")] == [2, 1]
+    steps = [checkpoint.read_checkpoint_file(tmp_path / name)["step"] for name in ("last.pt", "last.prev.pt")]
+    assert steps == [2, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.prev.pt", "last.pt"]
 
 
@@ -83,13 +84,15 @@ def test_a_damaged_checkpoint_is_put_aside(damage, tmp_path):
     last = tmp_path / "last.pt"
     raw = last.read_bytes()
     middle = len(raw) // 2
-    last.write_bytes({"cut": raw[:middle], "flip": raw[:middle] + bytes([raw[middle] ^ 16]) + raw[middle + 1:], "empty": b"",
-                      "text": b"not a checkpoint", "pickle": pickle.dumps(content(9))}[damage])
+    flipped = raw[:middle] + bytes([raw[middle] ^ 16]) + raw[middle + 1:]
+    last.write_bytes({"cut": raw[:middle], "flip": flipped, "empty": b"", "text": b"not a checkpoint",
+                      "pickle": pickle.dumps(content(9))}[damage])
     name, lines = checkpoint.newest_checkpoint(tmp_path, "f", KEYS)
     assert name == "last.prev.pt" and "last.pt cannot be used" in lines[0] and "last.damaged.pt" in lines[1]
     assert (tmp_path / "last.damaged.pt").exists() and not last.exists()
-    common.write_torch(last, content(3), tmp_path / "last.prev.pt")    # nothing whole was pushed out
-    assert checkpoint.newest_checkpoint(tmp_path, "f", KEYS)[0] == "last.pt" and checkpoint.read_checkpoint_file(tmp_path / "last.prev.pt")["step"] == 1
+    common.write_torch(last, content(3), tmp_path / "last.prev.pt")  # nothing whole was pushed out
+    assert checkpoint.newest_checkpoint(tmp_path, "f", KEYS)[0] == "last.pt"
+    assert checkpoint.read_checkpoint_file(tmp_path / "last.prev.pt")["step"] == 1
 
 
 def test_none_that_can_be_read_is_not_a_new_start(tmp_path):
@@ -101,7 +104,10 @@ def test_none_that_can_be_read_is_not_a_new_start(tmp_path):
     assert checkpoint.newest_checkpoint(tmp_path / "nowhere", "f", KEYS) == (None, [])
 
 
-@pytest.mark.parametrize("other, says", [({"format": "g", "step": 1}, "its format is 'g'"), ({"format": "f"}, "it lacks step")])
+@pytest.mark.parametrize("other, says", [
+    ({"format": "g", "step": 1}, "its format is 'g'"),
+    ({"format": "f"}, "it lacks step"),
+])
 def test_another_kind_of_file_is_refused(other, says, tmp_path):
     common.write_torch(tmp_path / "last.pt", other)
     with pytest.raises(ValueError, match=says):
@@ -117,11 +123,14 @@ def test_a_full_disk_keeps_what_is_there(tmp_path):
 
     common.write_torch(tmp_path / "last.pt", dict(x=torch.zeros(100)))
     assert "last.pt could not be written ([Errno 27] File too large" in in_a_child(fill)
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and checkpoint.read_checkpoint_file(tmp_path / "last.pt")["x"].numel() == 100
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert checkpoint.read_checkpoint_file(tmp_path / "last.pt")["x"].numel() == 100
 
 
 def test_a_run_goes_on_when_its_disk_is_full(tmp_path, monkeypatch, capsys):
-    """The second checkpoint and the best weights fail; the run goes on, tries again, and ends as if nothing had been."""
+    """The second checkpoint fails twice; the run goes on, tries again, and ends as if nothing had been.
+
+    Where every write fails, the run ends with exit code 1 and says what it could not write."""
     write, fails = common.write_torch, [2]
 
     def full(path, *rest):
@@ -145,7 +154,7 @@ def test_a_run_goes_on_when_its_disk_is_full(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("last.pt was not written: OSError: [Errno 28] No space left") == 2
     faults.assert_same_run(tmp_path / "full", tmp_path / "free")
     run_now["step"], fails[0] = 0, 99
-    assert train.main([*flags, "--out", str(tmp_path / "never")]) == 1               # told, not hidden
+    assert train.main([*flags, "--out", str(tmp_path / "never")]) == 1  # told, not hidden
     assert "could not be written: last.pt" in capsys.readouterr().err
     assert faults.saved_step(tmp_path / "never") == 1
 
@@ -157,13 +166,13 @@ class Foreign:
 
 def test_shards_of_one_process(tmp_path, monkeypatch):
     """Saved, read back, checked; the table of contents executes nothing."""
-    monkeypatch.chdir(tmp_path)                                      # where the foreign pickles would leave their file
+    monkeypatch.chdir(tmp_path)  # where the foreign pickles would leave their file
     alone = Ranks(0, 1, torch.device("cpu"))
     tensors = {"a": torch.arange(10.0), "b/c": torch.ones(3, 4)}
     shards = checkpoint.save_shards(tmp_path, tensors, alone)
     common.write_torch(tmp_path / "last.pt", content(1) | dict(shards=shards))
     again = checkpoint.save_shards(tmp_path, tensors, alone)
-    assert again["folder"] != shards["folder"]                       # the one that last.pt names is left alone
+    assert again["folder"] != shards["folder"]  # the one that last.pt names is left alone
     checkpoint.remove_unused_shards(tmp_path)
     assert [p.name for p in tmp_path.glob("last.shards.*")] == [shards["folder"]]
     empty = {name: torch.zeros_like(x) for name, x in tensors.items()}
@@ -176,7 +185,8 @@ def test_shards_of_one_process(tmp_path, monkeypatch):
     table.write_bytes(pickle.dumps(Foreign()))
     with pytest.raises(pickle.UnpicklingError, match="posix.system has no place"):
         checkpoint.PlainReader(tmp_path / shards["folder"]).read_metadata()
-    checkpoint.dcp.save({"a": Foreign()}, storage_writer=checkpoint.FileSystemWriter(tmp_path / "foreign"), no_dist=True)
+    writer = checkpoint.FileSystemWriter(tmp_path / "foreign")
+    checkpoint.dcp.save({"a": Foreign()}, storage_writer=writer, no_dist=True)
     with pytest.raises(pickle.UnpicklingError, match="BytesStorageMetadata has no place"):
         checkpoint.PlainReader(tmp_path / "foreign").read_metadata()
     with pytest.raises(RuntimeError, match="foreign: "):
@@ -194,22 +204,24 @@ def test_one_run_a_folder(tmp_path):
 
 def test_a_killed_run_lets_go_of_its_folder(tmp_path):
     """At once, although a process it had forked, such as a loader, lives on for a while."""
-    code = ("import os, signal, sys, time; from pathlib import Path; from support import checkpoint; checkpoint.lock_folder(Path(sys.argv[1]))\n"
+    code = ("import os, signal, sys, time; from pathlib import Path; from support import checkpoint\n"
+            "checkpoint.lock_folder(Path(sys.argv[1]))\n"
             "if os.fork() == 0: os.close(1); os.close(2); time.sleep(20); os._exit(0)\n"
             "os.kill(os.getpid(), signal.SIGKILL)")
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, timeout=15).returncode == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, timeout=15)
+    assert done.returncode == -signal.SIGKILL
     os.close(checkpoint.lock_folder(tmp_path))
 
 
 def test_signals_wait_for_what_must_be_whole():
-    """Held back within `hold`, obeyed at its end; outside of it at once; repeated at once they are one request."""
+    """Held back within `hold`, obeyed at its end; outside of it at once; two in a moment are one request."""
     before = signal.getsignal(signal.SIGINT)
     with signals.Stop() as stop:
         done = []
         with pytest.raises(signals.Stopped, match="SIGTERM"):
             with stop.hold():
                 os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)                 # torchrun passes on what came to all
+                os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what came to all
                 done.append(1)
         assert done and stop.requested == "SIGTERM"
     with signals.Stop():
