@@ -559,7 +559,7 @@ def show_text(text: str, run: str | None) -> None:
         pieces = read_pieces(run)
     else:
         import toy
-        pieces = fit_sentencepiece(toy.draw(0, 0, i)[1] for i in range(2000))
+        pieces = fit_sentencepiece(toy.draw_clip(0, 0, i)[1] for i in range(2000))
     processor = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     print(f"{processor.vocab_size()} pieces in the vocabulary")
     print(" ".join(processor.encode(clean_text(text), out_type=str) + ["</s>"]))

@@ -431,16 +431,6 @@ class CacheDataset(Segments):
         return shard[entry.chroma_offset + first:][:count].astype(np.float32)
 
 
-def pan(wav: np.ndarray, clip: toy.Clip, channels: int) -> np.ndarray:
-    """A toy clip's mono audio [N] as [C, N]. In stereo the tune stands to the left and the drums to the right, each twice
-    as loud (6 dB) on its side as on the other; the mean of both is the mono audio."""
-    if channels == 1:
-        return wav[None]                                                                  # [1, N]
-    tune = toy.render(replace(clip, drums="no"))                                          # [N]
-    drums = wav - tune                                                                    # [N]
-    return np.stack([4 * tune + 2 * drums, 2 * tune + 4 * drums]) / 3                     # [2, N]
-
-
 class ToyDataset(Segments):
     """Synthesised clips with captions: fresh in every epoch in train, the same every time in valid and heldout."""
     def __init__(self, seed, split, codec, segment_seconds=toy.CLIP_SECONDS, melody=False, stems=False):
@@ -449,8 +439,8 @@ class ToyDataset(Segments):
 
     def example(self, epoch: int, index: int) -> Example:
         """The clip of (seed, epoch, index)."""
-        made = toy.sample(self.seed, epoch if self.split == "train" else 0, index, self.split)
-        wav = torch.from_numpy(pan(made.wav, made.clip, self.channels))                   # [C, n]
+        made = toy.make_clip(self.seed, epoch if self.split == "train" else 0, index, self.split)
+        wav = torch.from_numpy(toy.pan(made.wav, made.clip, self.channels))                   # [C, n]
         wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, self.sample_rate)
         fitted, frames = self.fit(wav)                                                    # [C, N]
         meta = {"description": made.text, "toy": asdict(made.clip)}
@@ -718,7 +708,7 @@ def cache(dataset: str, out: str, codec, valid=0.05, clips: int = 2000, device="
 def check(dataset: str, valid) -> None:
     """Print what a dataset holds and what is wrong with it."""
     if dataset == "toy":
-        print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {toy.draw(0, 0, 0)[1]!r}")
+        print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {toy.draw_clip(0, 0, 0)[1]!r}")
         return
     found = scan(dataset, headers=True)
     entries, seconds = found.entries, np.array([e.seconds for e in found.entries])

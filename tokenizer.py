@@ -450,7 +450,7 @@ class Segments:
     def _one(self, rng: np.random.Generator, split: str, grid: int | None = None) -> torch.Tensor:
         """One segment [C, N]; toy clips are cut on multiples of the hop, where their notes begin."""
         if self.files is None:
-            clip = self.toy.sample(int(rng.integers(2 ** 31)), 0, 0, split=split).wav
+            clip = self.toy.make_clip(int(rng.integers(2 ** 31)), 0, 0, split=split).wav
             grid = grid or self.grid
             start = grid * int(rng.integers((len(clip) - self.samples) // grid + 1))
             return torch.from_numpy(clip[None, start:start + self.samples])                             # [C, N]

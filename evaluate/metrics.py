@@ -30,8 +30,7 @@ import torchaudio
 from torch import Tensor
 
 from support import chroma
-import data
-from evaluate import distances
+from evaluate import analyser, distances
 import generate
 import tokenizer
 import toy
@@ -42,12 +41,12 @@ from model import MusicGen
 def hear(wav: Tensor, sample_rate: int) -> list:
     """What the analyser hears in clips [B,C,N]: a list of {attribute: value}."""
     mono = torchaudio.functional.resample(wav.float().cpu().mean(1), sample_rate, toy.SAMPLE_RATE)       # [B, N]
-    return toy.Analyser()(mono)
+    return analyser.Analyser()(mono)
 
 
 def rendered(clips: list, codec) -> Tensor:
     """Toy clips as a codec takes them: [B,C,N] at its rate."""
-    wav = torch.from_numpy(np.stack([data.pan(toy.render(c), c, codec.channels) for c in clips]))
+    wav = torch.from_numpy(np.stack([toy.pan(toy.render(c), c, codec.channels) for c in clips]))
     return torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate)
 
 
@@ -63,11 +62,11 @@ def adherence(heard: list, clips: list, codec, seed: int = 0) -> dict:
     assert len(heard) == len(clips), f"{len(heard)} clips generated, {len(clips)} asked"
     asked = [c.attributes() for c in clips]
     order = np.random.default_rng(seed).permutation(len(asked))
-    generated, shuffled = toy.accuracy(heard, asked), toy.accuracy(heard, [asked[i] for i in order])
-    ceiling = toy.accuracy(hear(round_trip(clips, codec), codec.sample_rate), asked)
-    return {name: dict(generated=generated[name], ceiling=ceiling[name], chance=toy.CHANCE[name], shuffled=shuffled[name],
-                       none=float(np.mean([h[name] == toy.NONE for h in heard])),
-                       reach=reach(generated[name], ceiling[name], toy.CHANCE[name]))
+    generated, shuffled = analyser.accuracy(heard, asked), analyser.accuracy(heard, [asked[i] for i in order])
+    ceiling = analyser.accuracy(hear(round_trip(clips, codec), codec.sample_rate), asked)
+    return {name: dict(generated=generated[name], ceiling=ceiling[name], chance=analyser.CHANCE[name], shuffled=shuffled[name],
+                       none=float(np.mean([h[name] == analyser.NONE for h in heard])),
+                       reach=reach(generated[name], ceiling[name], analyser.CHANCE[name]))
             for name in toy.VALUES} | {"heard": heard}
 
 
@@ -90,7 +89,7 @@ def toy_captions(music, split: str, n: int, seed: int, batch: int = 64, ranks=No
 
     The captions start at index 100,000, far from those that validation reads. ranks: a distributed.Ranks that shares the batches
     out; each has a seed of its own, so that their number changes nothing."""
-    drawn = [toy.draw(seed, 0, 100_000 + i, split) for i in range(n)]
+    drawn = [toy.draw_clip(seed, 0, 100_000 + i, split) for i in range(n)]
 
     def make(i: int) -> list:
         texts = [text for _, text in drawn[i:i + batch]]
@@ -115,7 +114,7 @@ def toy_conditions(music, n: int, seed: int, batch: int = 64, ranks=None) -> dic
 
     -> {"text+melody": {attribute: accuracy, "tune", "chroma", "shuffled"}, .., "codec": the clips themselves through the codec}.
     tune: share of beats with the right pitch class; chroma: cosine similarity with the clip's own, shuffled: with another's."""
-    drawn, codec = [toy.draw(seed, 0, 100_000 + i, "valid") for i in range(n)], music.codec
+    drawn, codec = [toy.draw_clip(seed, 0, 100_000 + i, "valid") for i in range(n)], music.codec
     clips, rate = [clip for clip, _ in drawn], codec.sample_rate
     real = torch.cat([rendered(clips[i:i + batch], codec) for i in range(0, n, batch)])                  # [n, C, N]
     tunes = [chroma.chroma(wav, rate) for wav in real]
@@ -123,7 +122,7 @@ def toy_conditions(music, n: int, seed: int, batch: int = 64, ranks=None) -> dic
 
     def judge(wav: Tensor, i: int) -> list:
         mono = torchaudio.functional.resample(wav.float().mean(1), rate, toy.SAMPLE_RATE)                # [b, N]
-        return [dict(heard=heard, tune=toy.tune_accuracy(mono[j], clips[i + j]), chroma=chroma.similarity(own, tunes[i + j]),
+        return [dict(heard=heard, tune=analyser.tune_accuracy(mono[j], clips[i + j]), chroma=chroma.similarity(own, tunes[i + j]),
                      shuffled=chroma.similarity(own, tunes[(i + j + 1) % n]))
                 for j, (heard, own) in enumerate(zip(hear(wav, rate), (chroma.chroma(x, rate) for x in wav)))]
 
@@ -136,7 +135,7 @@ def toy_conditions(music, n: int, seed: int, batch: int = 64, ranks=None) -> dic
     rows = {"+".join(names) or "none": share_out(lambda i, names=names: make(names, i), n, batch, ranks) for names in given}
     rows["codec"] = share_out(lambda i: judge(round_trip(clips[i:i + batch], codec), i), n, batch, ranks)
     asked = [clip.attributes() for clip in clips]
-    return {title: toy.accuracy([r["heard"] for r in row], asked) |
+    return {title: analyser.accuracy([r["heard"] for r in row], asked) |
             {name: float(np.mean([r[name] for r in row])) for name in ("tune", "chroma", "shuffled")} for title, row in rows.items()}
 
 
@@ -167,7 +166,7 @@ def toy_sets(music, n: int, seed: int, split: str = "valid", batch: int = 64) ->
         raise ValueError("this model was trained without text, so there are no captions to follow")
     codec, fresh = music.codec, untrained(music, seed)
     embeddings = [distances.load_embedding(name, codec) for name in ("codec", "mel")]
-    drawn, others = ([toy.draw(seed, 0, first + i, split) for i in range(n)] for first in (100_000, 200_000))
+    drawn, others = ([toy.draw_clip(seed, 0, first + i, split) for i in range(n)] for first in (100_000, 200_000))
 
     def gathered(make, drawn: list = drawn) -> distances.Clips:
         clips = distances.Clips(embeddings, hear)
@@ -182,7 +181,7 @@ def toy_sets(music, n: int, seed: int, split: str = "valid", batch: int = 64) ->
     reference, asked = gathered(makers["real"], others), [clip.attributes() for clip, _ in drawn]
     sets = {title: (gathered(make), asked) for title, make in makers.items()}
     sets["shuffled"] = sets["trained"][0], [asked[i] for i in np.random.default_rng(seed).permutation(n)]
-    return {title: toy.accuracy(clips.heard, asked) | apart(reference, clips) for title, (clips, asked) in sets.items()}
+    return {title: analyser.accuracy(clips.heard, asked) | apart(reference, clips) for title, (clips, asked) in sets.items()}
 
 
 def apart(a: distances.Clips, b: distances.Clips) -> dict:
@@ -201,7 +200,7 @@ def disorder(rows: dict) -> list:
             if (rows[better][name] < rows[worse][name] if name in toy.VALUES else rows[better][name] > rows[worse][name])]
 
 
-LABELS = {name: values + (toy.NONE,) for name, values in toy.VALUES.items()}
+LABELS = {name: values + (analyser.NONE,) for name, values in toy.VALUES.items()}
 SETS = ("reference", "generated", "codec", "noise")
 
 
@@ -309,30 +308,30 @@ def text_consistency(folder: str, clap: distances.Clap) -> str:
 
 def hear_any(wav: Tensor, sample_rate: int) -> list:
     """As `hear`; a clip [B,C,N] too short for the analyser is none of the sounds it knows."""
-    if wav.shape[-1] / sample_rate < 1.01 * toy.LEAST / toy.SAMPLE_RATE:
-        return [dict.fromkeys(toy.VALUES, toy.NONE) for _ in wav]
+    if wav.shape[-1] / sample_rate < 1.01 * analyser.MIN_SAMPLES / toy.SAMPLE_RATE:
+        return [dict.fromkeys(toy.VALUES, analyser.NONE) for _ in wav]
     return hear(wav, sample_rate)
 
 
-def fit_analyser(codec, clips: int = 20_000) -> toy.Analyser:
+def fit_analyser(codec, clips: int = 20_000) -> analyser.Analyser:
     """The toy analyser with heads fitted on clean, degraded and round-tripped clips."""
     def through(wav: Tensor) -> Tensor:
         return codec.decode(codec.encode(wav[:, None]))[:, 0, :wav.shape[1]]
-    return toy.Analyser.fit(through, clips)
+    return analyser.Analyser.fit(through, clips)
 
 
 def ceiling_report(codec, n: int, seed: int = 1) -> str:
     """Lines on what the analyser hears in clean clips and after a codec, with the confusion of instruments."""
-    clips = [toy.draw(seed, 0, i, "valid")[0] for i in range(n)]
+    clips = [toy.draw_clip(seed, 0, i, "valid")[0] for i in range(n)]
     asked = [c.attributes() for c in clips]
     clean = hear(torch.from_numpy(np.stack([toy.render(c) for c in clips]))[:, None], toy.SAMPLE_RATE)
     coded = hear(round_trip(clips, codec), codec.sample_rate)
     lines = [f"{n} clips" + "".join(f"{name:>12}" for name in toy.VALUES)]
     for title, heard in (("clean", clean), ("codec", coded)):
         lines.append(f"{title:<{len(lines[0]) - 12 * len(toy.VALUES)}}" +
-                     "".join(f"{v:>12.3f}" for v in toy.accuracy(heard, asked).values()))
-    return "\n".join(lines + ["after the codec:", toy.confusion(coded, asked, "instrument"),
-                              toy.confusion(coded, asked, "tempo")])
+                     "".join(f"{v:>12.3f}" for v in analyser.accuracy(heard, asked).values()))
+    return "\n".join(lines + ["after the codec:", analyser.confusion_table(coded, asked, "instrument"),
+                              analyser.confusion_table(coded, asked, "tempo")])
 
 
 def sweep(run: str, settings: list, n: int, seed: int, split: str) -> None:
@@ -412,7 +411,7 @@ def run(args: argparse.Namespace) -> None:
         codec = tokenizer.load_codec(args.codec)
         if args.fit_analyser:
             fit_analyser(codec).save()
-            print(f"wrote {toy.ANALYSER_FILE}")
+            print(f"wrote {analyser.HEADS_FILE}")
         print(ceiling_report(codec, args.n, args.seed))
 
 

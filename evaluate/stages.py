@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import conditioning
 import data
-from evaluate import distances
+from evaluate import analyser, distances
 import generate
 from evaluate import metrics
 from evaluate import page
@@ -190,7 +190,7 @@ def held_out_distances(run: Run, music: generate.MusicGenerator) -> dict:
         wavs = run.codec.decode(music.codes(conditions, args.segment_seconds, seed=args.seed + first)).cpu()
         return real, [wav[:, :x.shape[1]] for wav, x in zip(wavs, real)]
 
-    heard = args.dataset == "toy" and args.cache is None and args.segment_seconds * toy.SAMPLE_RATE >= toy.LEAST
+    heard = args.dataset == "toy" and args.cache is None and args.segment_seconds * toy.SAMPLE_RATE >= analyser.MIN_SAMPLES
     names = music.model.conditioner.names if music.model.conditioner is not None else []
     found = metrics.against_reference(make, n, run.codec, ranks=run.ranks, labels=heard, tunes="melody" in names)
     run.ranks.print(distances.table(found, f"{n} clips beside validation clips"))

@@ -42,7 +42,7 @@ def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
 def sample_captions(args: argparse.Namespace, train_set, limit: int = 20_000) -> list:
     """Captions of the training set to fit the vocabulary on, metadata merged in both ways."""
     if args.dataset == "toy" and args.cache is None:
-        return [toy.draw(args.seed, 0, i)[1] for i in range(4000)]
+        return [toy.draw_clip(args.seed, 0, i)[1] for i in range(4000)]
     texts = []
     for entry in train_set.files[:limit]:
         texts += [conditioning.describe(entry.meta) or "", conditioning.describe({**entry.meta, "description": None}) or ""]

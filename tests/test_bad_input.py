@@ -34,12 +34,12 @@ import conditioning
 import data
 from support import common, flags
 import generate
-from evaluate import metrics
+from evaluate import analyser, metrics
 import tokenizer
-import toy
 import train
 
-PROGRAMS = dict(train=train, data=data, tokenizer=tokenizer, generate=generate, metrics=metrics, conditioning=conditioning, toy=toy)
+PROGRAMS = dict(train=train, data=data, tokenizer=tokenizer, generate=generate, metrics=metrics,
+                conditioning=conditioning, analyser=analyser)
 FIRST = {                                                            # flags put before those of a case
     "train": "--codec toy --segment_seconds 1 --size debug --batch_size 2 --epochs 1 --updates_per_epoch 1 --valid_samples 2 "
              "--eval_samples 2 --generate_samples 0 --workers 0 --device cpu --out out",
@@ -589,7 +589,7 @@ REFUSED = {
         ("shapes", "of other shapes", "not a model"), ("bad_pieces", "with a broken vocabulary", "not a model"),
         ("bad_config", "with a broken config", "not a model"), ("bad_sampling", "with bad sampling", "not a model"),
         ("bad_window", "with a window of nothing", "not a model"), ("other_card", "of more codes than the codec", "256"))},
-    # metrics.py, conditioning.py, toy.py
+    # metrics.py, conditioning.py, analyser.py
     "metrics: run missing": ("metrics --run no/such", "no/such", "no best.pt"),
     "metrics: run is a pickle": ("metrics --run @best_pickle", "best_pickle", "not a model"),
     "metrics: run without text": ("metrics --run @mute --n 1", "without text"),
@@ -623,12 +623,13 @@ REFUSED = {
     "conditioning: run cut": ("conditioning organ --run @best_cut", "best_cut", "not a model"),
     "conditioning: run without text": ("conditioning organ --run @mute", "mute", "without text"),
     "conditioning: broken vocabulary": ("conditioning organ --run @best_bad_pieces", "best_bad_pieces", "not a model"),
-    "toy: file missing": ("toy gone.wav", "gone.wav", "no such file"),
-    "toy: text named .wav": ("toy @text.wav", "text.wav", "not readable as audio"),
-    "toy: one sample": ("toy @one.wav", "one.wav", "at least 0.64 s"),
-    "toy: a rate that cannot be resampled": ("toy @prime.wav", "prime.wav", "999983 Hz"),
-    "toy: a sample rate of 3 Hz": ("toy @rate3.wav", "rate3.wav", "3 Hz"),
-    "toy: no clips": ("toy --clips 0", "--clips 0", "at least 1"),
+    "analyser: file missing": ("analyser gone.wav", "gone.wav", "no such file"),
+    "analyser: text named .wav": ("analyser @text.wav", "text.wav", "not readable as audio"),
+    "analyser: samples not finite": ("analyser @nan.wav", "nan.wav", "not finite"),
+    "analyser: one sample": ("analyser @one.wav", "one.wav", "at least 0.64 s"),
+    "analyser: a rate that cannot be resampled": ("analyser @prime.wav", "prime.wav", "999983 Hz"),
+    "analyser: a sample rate of 3 Hz": ("analyser @rate3.wav", "rate3.wav", "3 Hz"),
+    "analyser: no clips": ("analyser --clips 0", "--clips 0", "at least 1"),
 }
 
 SKIPPED = {                                                          # in what is printed, the last @NAME stands once
@@ -710,8 +711,8 @@ FINE = {                                                             # the words
     "conditioning: text with NUL": ("conditioning $nul --run @model", "pieces"),
     "conditioning: text that is no UTF-8": ("conditioning $surrogate --run @model", "pieces"),
     "conditioning: text of nothing": ("conditioning $empty --run @model", "pieces"),
-    "toy: silence": ("toy @silent.wav", toy.NONE), "toy: samples not finite": ("toy @nan.wav", toy.NONE),
-    "toy: 7 channels": ("toy @seven.wav", "instrument"),
+    "analyser: silence": ("analyser @silent.wav", analyser.NONE),
+    "analyser: 7 channels": ("analyser @seven.wav", "instrument"),
 }
 
 
@@ -797,7 +798,9 @@ def check_refused(ending: tuple, command: str, *says: str) -> str:
     """Exit code 2, one line of a size to read, every file as before; none new, but for a run that began. Returns the line."""
     code, _, err, before, after = ending
     line = the_line(err)
-    assert code == 2 and line.startswith(f"{command.split()[0]}.py") and len(line) < 1000, (code, line)
+    module = PROGRAMS[command.split()[0]].__name__                   # evaluate.metrics says "evaluate.metrics: ..."
+    names = (f"{command.split()[0]}.py", f"{module}:", f"python -m {module}: error")
+    assert code == 2 and line.startswith(names) and len(line) < 1000, (code, line)
     assert all(word in line for word in says), f"{says} not all in: {line}"
     assert before.items() <= after.items(), f"changed: {set(before.items()) - set(after.items())}"
     assert after.keys() - before.keys() <= {"out/config.json", "out/.lock"}, f"written: {after.keys() - before.keys()}"

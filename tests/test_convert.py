@@ -330,8 +330,8 @@ def unigram(captions) -> tuple[bytes, dict]:
 @needs_transformers
 def test_vocabulary_from_tokenizer_json(tmp_path, capsys):
     """The same ids as from spiece.model, and as their fast tokenizer gives, on 200 captions and odd characters."""
-    texts = [toy.draw(1, 0, i)[1] for i in range(200)] + ["ﬁne Ｔｅｘｔ ½ é — “x”", "  two   spaces", "日本 drums", "Émile ☃"]
-    model, content = unigram([toy.draw(0, 0, i)[1] for i in range(2000)] + ["ﬁne Ｔｅｘｔ é"] * 3)
+    texts = [toy.draw_clip(1, 0, i)[1] for i in range(200)] + ["ﬁne Ｔｅｘｔ ½ é — “x”", "  two   spaces", "日本 drums", "Émile ☃"]
+    model, content = unigram([toy.draw_clip(0, 0, i)[1] for i in range(2000)] + ["ﬁne Ｔｅｘｔ é"] * 3)
     folder = save(published(), tmp_path / "hf")
     (folder / "spiece.model").unlink()
     (folder / "tokenizer.json").write_text(json.dumps(content))

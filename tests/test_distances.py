@@ -114,7 +114,7 @@ def test_divergence_of_labels():
 
 def clips(n: int = 8, seed: int = 0) -> list:
     """n rendered toy clips [1,N]."""
-    return list(torch.from_numpy(np.stack([toy.sample(seed, 0, i, "valid").wav for i in range(n)]))[:, None])
+    return list(torch.from_numpy(np.stack([toy.make_clip(seed, 0, i, "valid").wav for i in range(n)]))[:, None])
 
 
 @pytest.mark.parametrize("name", ("codec", "mel"))

@@ -40,8 +40,8 @@ def runs(tmp_path_factory):
 
 def clips(n: int) -> torch.Tensor:
     """Panned toy clips [B, 2, N]."""
-    drawn = [toy.draw(0, 0, i, "valid")[0] for i in range(n)]
-    return torch.from_numpy(np.stack([data.pan(toy.render(c), c, 2) for c in drawn]))
+    drawn = [toy.draw_clip(0, 0, i, "valid")[0] for i in range(n)]
+    return torch.from_numpy(np.stack([toy.pan(toy.render(c), c, 2) for c in drawn]))
 
 
 def codec_file(path, change) -> str:

@@ -21,7 +21,7 @@ def codec():
 
 
 def valid_clips(n: int) -> torch.Tensor:
-    return torch.from_numpy(np.stack([toy.sample(0, 0, i, "valid").wav for i in range(n)]))[:, None]     # [B, 1, N]
+    return torch.from_numpy(np.stack([toy.make_clip(0, 0, i, "valid").wav for i in range(n)]))[:, None]     # [B, 1, N]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
