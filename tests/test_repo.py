@@ -56,8 +56,12 @@ def test_lines_fit_and_paths_stay_home(name):
         assert "/work/" not in line and "/tmp/" not in line, f"{name}.py:{i}"
 
 
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+
+
 def readme_commands() -> list:
-    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    """The commands of the README and of docs/."""
+    blocks = re.findall(r"```bash\n(.*?)```", "".join(p.read_text() for p in PAGES), re.S)
     joined = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in joined if line.strip() and not line.startswith("#")]
 
@@ -72,8 +76,8 @@ def test_training_commands_of_the_readme_parse(command):
     train.check(args, world)
 
 
-def test_readme_names_every_flag_that_exists_and_no_other():
-    text = (HERE / "README.md").read_text()
+def test_docs_name_every_flag_that_exists_and_no_other():
+    text = (HERE / "docs" / "flags.md").read_text()
     table = set(re.findall(r"^\| `--(\w+)`", text, re.M))
     flags = {a.dest for a in train.build_parser()._actions if a.dest != "help"}
     assert table == flags, f"missing {sorted(flags - table)}, gone {sorted(table - flags)}"
@@ -91,3 +95,7 @@ def test_generating_commands_of_the_readme_parse(capsys):
         assert generate.main(argv) == 2
         error = capsys.readouterr().err
         assert "no best.pt" in error or "--serve" in argv and "needs the gradio package" in error
+
+
+def test_the_readme_is_short():
+    assert len((HERE / "README.md").read_text().splitlines()) <= 250
