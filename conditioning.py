@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support import chroma as melodies
-from support import common
+from support import audio, common
 import tokenizer
 from support.kernels import Linear
 from model import Conditions, ModelConfig, Transformer, init_transformer, sinusoid
@@ -370,7 +370,7 @@ class Bottleneck(nn.Module):
         residual, real = z.detach().flatten(0, 1), mask.flatten()[:, None].float()                      # [B*L, E], [B*L, 1]
         counts, sums = [], []
         for vectors in self.vectors:
-            index = tokenizer.nearest(residual, vectors)                                                # [B*L]
+            index = common.nearest_vectors(residual, vectors)                                         # [B*L]
             if self.training:
                 chosen = F.one_hot(index, len(vectors)) * real                                          # [B*L, V]
                 counts.append(chosen.sum(0))
@@ -390,7 +390,7 @@ class Bottleneck(nn.Module):
         """Which vector of each level: x [L,E] -> [Q,L]."""
         residual, found = self.normalise(x), []
         for vectors in self.vectors:
-            found.append(tokenizer.nearest(residual, vectors))
+            found.append(common.nearest_vectors(residual, vectors))
             residual = residual - vectors[found[-1]]
         return torch.stack(found)
 
@@ -581,7 +581,7 @@ def show_style(path: str, run: str) -> None:
     if "style" not in config.fuse:
         raise ValueError(f"{run}: this model was trained without style")
     codec = tokenizer.load_codec(codec["name"], codec.get("levels", codec["K"]), channels=codec.get("channels", 1))
-    codes = codec.encode(tokenizer.read_audio(path, 0.0, None, codec.sample_rate, codec.channels)[None])[0]             # [K, T']
+    codes = codec.encode(audio.read_audio(path, 0.0, None, codec.sample_rate, codec.channels)[None])[0]                 # [K, T']
     start, stop = excerpt(codes.shape[1], config.style_frames, config.style_frames)
     kept = part.bottleneck.codes(part.encode(*part.prepare([codes[:, start:stop]]))[0])[:, ::config.style_every]
     print(f"{stop - start} frames from frame {start} on ({(stop - start) / codec.frame_rate:g} s) -> {kept.shape[1]} tokens of "

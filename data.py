@@ -37,7 +37,7 @@ import torchaudio
 from torch import Tensor
 from tqdm import tqdm
 
-from support import chroma
+from support import audio, chroma
 import tokenizer
 import toy
 
@@ -214,7 +214,7 @@ def list_manifest(manifest: str) -> tuple[list, dict]:
 def probe(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, list]:
     """Header and sidecar of one file -> (entry, problems). A manifest's numbers are believed unless `headers`."""
     suffix = os.path.splitext(path)[1].lower()
-    if suffix not in tokenizer.AUDIO_SUFFIXES:
+    if suffix not in audio.AUDIO_SUFFIXES:
         raise ValueError(f"not audio by its name: {suffix or 'no suffix'}")
     if not os.path.isfile(path):
         raise ValueError("not a file" if os.path.exists(path) else "missing")
@@ -223,11 +223,11 @@ def probe(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, list]:
     meta, caption, problems = read_sidecar(path)
     seconds, sample_rate, channels = row.get("duration"), row.get("sample_rate"), None
     if headers or not isinstance(seconds, (int, float)) or not isinstance(sample_rate, (int, float)):
-        info = tokenizer.audio_info(path)
+        info = audio.audio_info(path)
         if isinstance(seconds, (int, float)) and not info.seconds - 0.5 <= seconds <= info.seconds + 0.5:
             problems.append(f"duration differs: {str(seconds)[:20]} s in the manifest, {info.seconds:.2f} s in the file")
         seconds, sample_rate, channels = info.seconds, info.sample_rate, info.channels
-    if not (0 < seconds < MAX_SECONDS and tokenizer.RATES[0] <= sample_rate <= tokenizer.RATES[1]):
+    if not (0 < seconds < MAX_SECONDS and audio.SAMPLE_RATES[0] <= sample_rate <= audio.SAMPLE_RATES[1]):
         raise ValueError(f"absurd header: {seconds} s at {sample_rate} Hz")
     return Entry(path, key, float(seconds), int(sample_rate), channels, meta, caption), problems
 
@@ -259,7 +259,7 @@ def scan(dataset: str, headers: bool = False) -> Scan:
                 entries.append(result[0])
                 problems |= {path: "; ".join(result[1])} if result[1] else {}
     if not entries:
-        raise ValueError(f"no usable audio in {dataset!r}: looked for {' '.join(tokenizer.AUDIO_SUFFIXES)}, found "
+        raise ValueError(f"no usable audio in {dataset!r}: looked for {' '.join(audio.AUDIO_SUFFIXES)}, found "
                          f"{'; '.join(skip_lines(skipped)) or 'nothing'}; give a folder or manifest of readable audio")
     return Scan(entries, skipped, problems)
 
@@ -454,7 +454,7 @@ class ToyDataset(Segments):
 
 def read_checked(entry: Entry, start_seconds: float, seconds: float, codec) -> Tensor:
     """Audio [C, n] as the codec takes it, refused (ValueError) where there is none."""
-    wav = tokenizer.read_audio(entry.path, start_seconds, seconds, codec.sample_rate, codec.channels)     # [C, n]
+    wav = audio.read_audio(entry.path, start_seconds, seconds, codec.sample_rate, codec.channels)     # [C, n]
     if wav.shape[-1] == 0:
         raise ValueError(f"no audio at {start_seconds:.2f} s")
     return wav

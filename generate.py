@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import chroma, common
+from support import audio, chroma, common
 import tokenizer
 from conditioning import clean_text, excerpt, melody_window
 from interop.convert import build_model, read_deployment
@@ -375,7 +375,7 @@ def read_conditions(music: MusicGenerator, requests: list) -> list:
             if not Path(path).is_file():
                 raise ValueError(f"--{name} {path}: no such file")
             try:
-                read[name, path] = use(tokenizer.read_audio(path, sample_rate=codec.sample_rate, channels=codec.channels))
+                read[name, path] = use(audio.read_audio(path, sample_rate=codec.sample_rate, channels=codec.channels))
             except ValueError as error:
                 raise ValueError(f"--{name} {path}: {str(error).removeprefix(f'{path}: ')}") from None
     return [{"text": r["text"], **{name: read.get((name, r[name])) for name in ("melody", "style")}} for r in requests]
@@ -415,7 +415,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
     if args.continued and not Path(args.continued).is_file():
         raise ValueError(f"--continue {args.continued}: no such file")
-    prompt = args.continued and tokenizer.read_audio(args.continued, sample_rate=codec.sample_rate, channels=codec.channels)
+    prompt = args.continued and audio.read_audio(args.continued, sample_rate=codec.sample_rate, channels=codec.channels)
     if args.continued and not prompt.shape[1]:
         raise ValueError(f"--continue {args.continued}: holds no audio")
     if args.melody and args.melody_stems:
@@ -432,7 +432,7 @@ def run(args: argparse.Namespace) -> None:
     first = free_name(out)
     for i, asked in enumerate(requests):                             # decoded one by one: audio is larger than codes
         path = out / f"{first + i:03d}.wav"
-        tokenizer.write_audio(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate)
+        audio.write_audio(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate)
         record = dict(prompt=asked["text"], melody=asked["melody"], style=asked["style"], seconds=seconds, seed=args.seed,
                       index_in_batch=i, batch=len(requests), run=str(args.run), melody_stems=args.melody_stems,
                       continued=args.continued, stride=args.stride, compile=args.compile, codec=codec.fingerprint, **asdict(sampling))

@@ -27,11 +27,9 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -42,89 +40,12 @@ from torch import nn
 
 from interop import weights
 from interop.weights import TRAINING_BUFFERS
-from support import common
+from support import audio, common
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-MP3_LEAD = 16 * 1152                                                 # samples: MP3 frames lean on those before them, so
-                                                                     # what is decoded right after a seek is wrong
-RATES = (1_000, 1_000_000)                                           # sample rates believed, Hz
-MAX_PEAK = 100.0                                                     # float files may exceed 1; 40 dB over it is no audio
-MAX_RESAMPLER = 30_000_000                                           # filter coefficients: prime rates would need gigabytes
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
 FORMAT = "nanomusicgen codec 1"
 ENCODEC_24KHZ_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
 ENCODEC_24KHZ_CODEBOOKS = (2, 4, 8, 16, 32)                          # 1.5, 3, 6, 12, 24 kbps
-
-# ---------------------------------------------------------------------------------------------------------------------
-# audio files
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    """Length and format of an audio file."""
-    seconds: float
-    sample_rate: int                                                 # Hz
-    channels: int
-
-
-def audio_info(path) -> AudioInfo:
-    """Length and format of an audio file, from its header. Errors: ValueError naming the file."""
-    try:
-        info = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{path}: not readable as audio ({error})") from None
-    return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels)
-
-
-def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels=None) -> torch.Tensor:
-    """Audio of a file as float32 [C, N]: from `start_seconds` on, `seconds` of it (None: to the end; less at its end).
-
-    `sample_rate` (Hz) resamples. `channels`: 1 is the mean of all; mono is copied to fill more; surplus ones go.
-    Errors: ValueError naming the file, also where what it holds is no audio."""
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            check_rate(path, file.samplerate, sample_rate or file.samplerate)
-            rate, start = file.samplerate, min(round(start_seconds * file.samplerate), file.frames)
-            lead = min(start, MP3_LEAD) if file.format == "MP3" else 0
-            file.seek(start - lead)
-            frames = -1 if seconds is None else lead + round(seconds * rate)
-            wav = torch.from_numpy(file.read(frames, dtype="float32", always_2d=True)[lead:].T)         # [C, N]
-    except (soundfile.SoundFileError, OSError, MemoryError) as error:             # memory: a header may claim any length
-        raise ValueError(f"{path}: not readable as audio ({error})") from None
-    if wav.numel() and not wav.abs().max() <= MAX_PEAK:
-        raise ValueError(f"{path}: samples not finite or beyond {MAX_PEAK:g}")
-    if channels == 1:
-        wav = wav.mean(0, keepdim=True)                                                                 # [1, N]
-    elif channels is not None:
-        if 1 < len(wav) < channels:
-            raise ValueError(f"{path}: has {len(wav)} channels, {channels} are wanted")
-        wav = wav.expand(channels, -1) if len(wav) == 1 else wav[:channels]                             # [C, N]
-    if sample_rate is not None and sample_rate != rate and wav.shape[1]:
-        wav = torchaudio.functional.resample(wav, rate, sample_rate)
-    return wav.contiguous()
-
-
-def check_rate(path, rate: int, wanted: int) -> None:
-    """Refuses a sample rate (Hz) that is no audio's, or that takes gigabytes to resample. Errors: ValueError naming the file."""
-    if not RATES[0] <= rate <= RATES[1] or math.lcm(rate, wanted) // math.gcd(rate, wanted) > MAX_RESAMPLER:
-        raise ValueError(f"{path}: absurd sample rate: {rate} Hz cannot be resampled to {wanted} Hz")
-
-
-def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
-    """Writes wav [C, N], clipped to [-1, 1]; 16 bits where the format (the suffix) has a choice. Errors: ValueError."""
-    assert wav.dim() == 2, f"write_audio takes [C, N], not {tuple(wav.shape)}"
-    suffix = Path(path).suffix.lower()
-    if suffix not in AUDIO_SUFFIXES:
-        raise ValueError(f"{path}: cannot write {suffix or 'a file without suffix'}: use {', '.join(AUDIO_SUFFIXES)}")
-    samples = wav.detach().float().cpu().clamp(-1, 1).T.numpy()                                         # [N, C]
-    try:
-        subtype = "PCM_16" if suffix in (".wav", ".flac") else None
-        with soundfile.SoundFile(str(path), "w", sample_rate, samples.shape[1], subtype) as file:
-            for start in range(0, len(samples), sample_rate):        # libsndfile crashes on a long OGG in one piece
-                file.write(samples[start:start + sample_rate])
-    except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from None
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the codec
@@ -426,9 +347,9 @@ class Segments:
             return
         if not Path(dataset).is_dir():
             raise ValueError(f"--dataset {dataset}: no such folder (or give the word toy)")
-        files = sorted(p for p in Path(dataset).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+        files = sorted(p for p in Path(dataset).rglob("*") if p.suffix.lower() in audio.AUDIO_SUFFIXES and p.is_file())
         if not files:
-            raise ValueError(f"--dataset {dataset}: no {' '.join(AUDIO_SUFFIXES)} in it")
+            raise ValueError(f"--dataset {dataset}: no {' '.join(audio.AUDIO_SUFFIXES)} in it")
         held = files[::20] if len(files) >= 20 else files            # one file in twenty only validates
         self.files = {"valid": held, "train": [f for f in files if f not in set(held)] or files}
         print(f"{len(files)} audio files, {len(held)} of them to validate on", flush=True)
@@ -461,8 +382,8 @@ class Segments:
                 continue
             try:
                 seconds = self.samples / self.sample_rate
-                start = place * max(0.0, audio_info(path).seconds - seconds)
-                wav = read_audio(path, start, seconds + 0.01, self.sample_rate, self.channels)[:, :self.samples]
+                start = place * max(0.0, audio.audio_info(path).seconds - seconds)
+                wav = audio.read_audio(path, start, seconds + 0.01, self.sample_rate, self.channels)[:, :self.samples]
                 return F.pad(wav, (0, self.samples - wav.shape[1]))                                     # [C, N]
             except ValueError as error:
                 self.bad.add(path)
@@ -473,11 +394,6 @@ class Segments:
 # ---------------------------------------------------------------------------------------------------------------------
 # fitting: the quantiser. The package's own training code is not used: its k-means start sets sums that do not fit the
 # counts, its replacement of dead codes is undone within the same step, and levels 2..K give the encoder no gradient.
-
-
-def nearest(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Index [n] of the nearest of vectors [V,D] to each x [n,D]."""
-    return (vectors.square().sum(1) - 2 * x @ vectors.T).argmin(1)
 
 
 def kmeans(x: torch.Tensor, V: int, iterations: int, generator: torch.Generator) -> tuple:
@@ -500,7 +416,7 @@ def start_codebooks(quantizer: nn.Module, x: torch.Tensor, per_step: int, genera
         means, counts = kmeans(x, book.codebook_size, 20, generator)
         counts = (counts * per_step / len(x)).clamp_min(DEAD_BELOW)
         set_codes(book, torch.ones_like(counts, dtype=torch.bool), means, counts)
-        x = x - means[nearest(x, means)]
+        x = x - means[common.nearest_vectors(x, means)]
 
 
 def set_codes(book: nn.Module, which: torch.Tensor, vectors: torch.Tensor, counts: torch.Tensor) -> None:
@@ -524,7 +440,7 @@ def quantise(quantizer: nn.Module, z: torch.Tensor, learn: bool, revive: torch.G
     commitment, codes = 0.0, []
     for layer in quantizer.vq.layers:
         book = layer._codebook
-        index = nearest(residual.detach(), book.embed)                                                  # [B*T]
+        index = common.nearest_vectors(residual.detach(), book.embed)                                                  # [B*T]
         q = book.embed[index]                                                                           # [B*T, D]
         commitment = commitment + F.mse_loss(residual, q)
         if learn:
@@ -917,12 +833,12 @@ def roundtrip(argv: list) -> None:
     if not Path(args.input).is_file():
         raise ValueError(f"{args.input}: no such file")
     codec = load_codec(args.codec, args.num_codebooks, args.device, args.channels)
-    wav = read_audio(args.input, sample_rate=codec.sample_rate, channels=codec.channels)[None].to(args.device)
+    wav = audio.read_audio(args.input, sample_rate=codec.sample_rate, channels=codec.channels)[None].to(args.device)
     if wav.shape[-1] == 0:
         raise ValueError(f"{args.input}: holds no audio")
     codes = codec.encode(wav)                                                                           # [1, K, T]
     back = codec.decode(codes)[..., :wav.shape[-1]]                                                     # [1, C, N]
-    write_audio(args.output, back[0], codec.sample_rate)
+    audio.write_audio(args.output, back[0], codec.sample_rate)
     seconds = wav.shape[-1] / codec.sample_rate
     print(f"{args.input}: {seconds:.2f} s -> codes {list(codes.shape)} at {codec.frame_rate:g} Hz -> {args.output}")
     print(f"codec {codec.name}: {codec.K} x {codec.card} codes, fingerprint {codec.fingerprint[:12]}")

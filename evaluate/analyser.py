@@ -26,9 +26,8 @@ import torchaudio
 from torch import Tensor
 from torch.nn import functional as F
 
-import tokenizer
 import toy
-from support import common
+from support import audio, common
 from toy import BEAT_FRAMES, GRID, INSTRUMENTS, NOTES, ROOT_MIDI, SAMPLE_RATE, VALUES, Clip
 
 NONE = "none of these"
@@ -320,7 +319,7 @@ def _read_clip(path: str) -> Tensor:
     """An audio file as [1, N] at 16 kHz. Errors: ValueError naming the file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    wav = tokenizer.read_audio(path, sample_rate=SAMPLE_RATE, channels=1)                        # [1, N]
+    wav = audio.read_audio(path, sample_rate=SAMPLE_RATE, channels=1)                        # [1, N]
     if wav.shape[1] < MIN_SAMPLES:
         seconds, least = wav.shape[1] / SAMPLE_RATE, MIN_SAMPLES / SAMPLE_RATE
         raise ValueError(f"{path}: {seconds:g} s; at least {least:g} s can be heard")

@@ -29,7 +29,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from support import chroma
+from support import audio, chroma
 from evaluate import analyser, distances
 import generate
 import tokenizer
@@ -228,7 +228,7 @@ def against_reference(make, n: int, codec, batch: int = 16, ranks=None, labels: 
 
 def list_audio(folder: str, flag: str) -> list:
     """Audio files below a folder, sorted by name. Errors: ValueError if there are none."""
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in tokenizer.AUDIO_SUFFIXES and p.is_file())
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in audio.AUDIO_SUFFIXES and p.is_file())
     if not found:
         raise ValueError(f"{flag} {folder}: " + ("no audio files there" if Path(folder).is_dir() else "no such folder"))
     return found
@@ -239,10 +239,10 @@ def pieces(files: list):
 
     Errors: ValueError naming a file that cannot be read: what a set consists of must not depend on luck."""
     for path in files:
-        info, start = tokenizer.audio_info(path), 0.0
-        tokenizer.check_rate(path, info.sample_rate, distances.MEL_RATE)
+        info, start = audio.audio_info(path), 0.0
+        audio.check_rate(path, info.sample_rate, distances.MEL_RATE)
         while start == 0 or info.seconds - start >= 0.1:
-            wav = tokenizer.read_audio(path, start, distances.CHUNK_SECONDS)
+            wav = audio.read_audio(path, start, distances.CHUNK_SECONDS)
             if wav.shape[1] < 0.1 * info.sample_rate:
                 raise ValueError(f"{path}: {info.seconds:.2f} s of audio; at least 0.1 s can be compared")
             yield wav, info.sample_rate
@@ -300,7 +300,7 @@ def text_consistency(folder: str, clap: distances.Clap) -> str:
         other = next((p for p in prompts[i:] + prompts[:i] if p != prompts[i]), None)
         if other is None:
             raise ValueError(f"--generated {folder}: all clips have one prompt; the floor needs another")
-        a, b = clap.similarity(tokenizer.read_audio(path), tokenizer.audio_info(path).sample_rate, [prompts[i], other])
+        a, b = clap.similarity(audio.read_audio(path), audio.audio_info(path).sample_rate, [prompts[i], other])
         own, others = own + [a], others + [b]
     return (f"clap_text of {len(files)} clips: {np.mean(own):.4f} with their prompts, {np.mean(others):.4f} with those of others "
             f"({clap.path})")

@@ -32,6 +32,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
+from support import audio
 import tokenizer
 
 REFERENCE_RUN = Path(__file__).parent.parent / "assets" / "reference_run.jsonl"
@@ -67,7 +68,7 @@ def write_sample(folder: Path, name: str, wav: Tensor, sample_rate: int, record:
     """A sample [C,N] as NAME.wav, loudness-normalised, and what is known of it as NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     wav, gain = normalise(wav, sample_rate)
-    tokenizer.write_audio(folder / f"{name}.wav", wav, sample_rate)
+    audio.write_audio(folder / f"{name}.wav", wav, sample_rate)
     record = dict(record, loudness=f"{LUFS:g} LUFS (ITU-R BS.1770-4), peak at most {PEAK_DB:g} dB", gain_db=round(gain, 2))
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -131,7 +132,7 @@ def picture_uri(level: Tensor) -> str:
 @functools.lru_cache(maxsize=512)
 def player(path: Path, changed: int) -> str:
     """A sample's picture and player; `changed` (its file's time) makes a new one of a file that was written again."""
-    wav, rate = tokenizer.read_audio(path), tokenizer.audio_info(path).sample_rate
+    wav, rate = audio.read_audio(path), audio.audio_info(path).sample_rate
     record = read_json(path.with_suffix(".json"))
     picture = ""
     if pictures():
@@ -416,7 +417,7 @@ def show_record(board, record: dict) -> None:
 
 def show_sample(board, name: str, path: Path, step: int) -> None:
     """A sample's sound and spectrogram."""
-    wav, rate = tokenizer.read_audio(path, channels=1), tokenizer.audio_info(path).sample_rate
+    wav, rate = audio.read_audio(path, channels=1), audio.audio_info(path).sample_rate
     board.add_audio(name, wav, step, rate)
     board.add_image(name, spectrogram(wav, rate)[None], step)
 

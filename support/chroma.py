@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support import audio
+
 CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 HOP_SECONDS = 0.128                                                  # 4,096 samples at 32 kHz; a window is four of them
 SILENCE = 1e-6                                                       # power of a frame: a tone 94 dB below full scale
@@ -144,8 +146,7 @@ def draw(x: Tensor, columns: int = 96) -> str:
 
 def show(path: str) -> None:
     """Prints the chroma of an audio file. Errors: ValueError naming the file."""
-    import tokenizer
-    print(draw(chroma(tokenizer.read_audio(path), tokenizer.audio_info(path).sample_rate)))
+    print(draw(chroma(audio.read_audio(path), audio.audio_info(path).sample_rate)))
 
 
 def main(argv: list | None = None) -> int:

@@ -124,7 +124,7 @@ def output_folder(name: str | Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# commands, devices, randomness
+# commands, devices, randomness, vectors
 
 
 def command(name: str) -> Callable:
@@ -166,3 +166,8 @@ def check_device(name) -> torch.device:
 def random_generator(*key: int) -> np.random.Generator:
     """A random generator that is a function of its key alone, such as (seed, stream, step, sample)."""
     return np.random.default_rng(key)
+
+
+def nearest_vectors(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Index [n] of the nearest of vectors [V,D] to each x [n,D]: what a codebook calls a code."""
+    return (vectors.square().sum(1) - 2 * x @ vectors.T).argmin(1)

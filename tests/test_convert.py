@@ -14,7 +14,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-from support import chroma
+from support import audio, chroma
 import conditioning
 from interop import convert
 import generate
@@ -470,7 +470,7 @@ def test_full_sizes(size, fuse, channels, millions):
 def test_generate_and_round_trip_from_a_folder(pair, tmp_path, capsys):
     _, ours, folder = pair
     assert generate.main(["--model", str(folder), "--prompt", "slow organ", "--seconds", "0.4", "--out", str(tmp_path / "g")]) == 0
-    wav = tokenizer.read_audio(tmp_path / "g" / "000.wav")
+    wav = audio.read_audio(tmp_path / "g" / "000.wav")
     assert wav.shape == (ours.codec.channels, 6400)
     assert tokenizer.main([str(tmp_path / "g" / "000.wav"), str(tmp_path / "back.wav"), "--codec", str(folder)]) == 0
     assert "4 x 32 codes" in capsys.readouterr().out
@@ -480,12 +480,12 @@ def test_generate_and_round_trip_from_a_folder(pair, tmp_path, capsys):
 def test_generate_from_a_melody_folder(tuned, tmp_path, capsys):
     """A file to follow, from the command line; refused where it is too short."""
     _, ours, folder = tuned
-    tokenizer.write_audio(tmp_path / "in.wav", tune(1.5, rate=22_050), 22_050)
-    tokenizer.write_audio(tmp_path / "short.wav", tune(0.4), 16_000)
+    audio.write_audio(tmp_path / "in.wav", tune(1.5, rate=22_050), 22_050)
+    audio.write_audio(tmp_path / "short.wav", tune(0.4), 16_000)
     command = ["--model", str(folder), "--seconds", "0.4", "--out", str(tmp_path / "g"), "--melody"]
     assert generate.main([*command, str(tmp_path / "in.wav"), "--prompt", "slow organ"]) == 0, capsys.readouterr().err
     assert generate.main([*command, str(tmp_path / "in.wav")]) == 0
-    assert tokenizer.read_audio(tmp_path / "g" / "001.wav").shape == (ours.codec.channels, 6400)
+    assert audio.read_audio(tmp_path / "g" / "001.wav").shape == (ours.codec.channels, 6400)
     assert generate.main([*command, str(tmp_path / "short.wav")]) == 2 and "at least 0.512 s" in capsys.readouterr().err
 
 
@@ -882,7 +882,7 @@ def test_style_package_in(tmp_path, capsys):
     for name in ("transformer.layers.3.linear2.weight", "output_proj.bias"):
         assert torch.equal(model[start + name], state[name])
     assert torch.equal(model[start + "emb.2.weight"], state["embed.2.weight"])
-    tokenizer.write_audio(tmp_path / "in.wav", tune(4), 16_000)
+    audio.write_audio(tmp_path / "in.wav", tune(4), 16_000)
     command = ["--model", str(tmp_path / "nano"), "--prompt", "slow organ", "--style", str(tmp_path / "in.wav"), "--seconds", "0.2"]
     assert generate.main([*command, "--out", str(tmp_path / "g")]) == 0
     capsys.readouterr()

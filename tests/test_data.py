@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data
+from support import audio
 import tokenizer
 
 RATE, HOP = 16_000, 320
@@ -379,7 +380,7 @@ def test_cache_gives_the_segments_and_codes_of_live_training(tmp_path, codec):
 def test_windows_give_the_codes_of_the_whole_file(tmp_path, codec):
     for seconds, rate in ((27.3, RATE), (24.0, 44_100), (20.0, RATE), (22.0, RATE), (12.01, 48_000), (0.01, RATE)):
         path = write(tmp_path / "a.wav", seconds, rate)
-        whole = codec.encode(tokenizer.read_audio(path, sample_rate=RATE, channels=1)[None])[0].T.numpy()
+        whole = codec.encode(audio.read_audio(path, sample_rate=RATE, channels=1)[None])[0].T.numpy()
         parts = data.encode_entry(data.Entry(str(path), "a", seconds, rate), codec, "cpu")[0]
         assert parts.shape == whole.shape and (parts == whole).mean() > 0.999, (seconds, rate, (parts == whole).mean())
 

@@ -8,6 +8,7 @@ import torch
 import conditioning
 from tools import demo
 import generate
+from support import audio
 import tokenizer
 from conditioning import Conditioner, ConditionerConfig
 from generate import Sampling
@@ -32,7 +33,7 @@ def tiny(*names: str) -> generate.MusicGenerator:
 @pytest.fixture()
 def tune(tmp_path) -> str:
     """A file with a second of a tone."""
-    tokenizer.write_audio(tmp_path / "tune.wav", 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16_000) / 16_000)[None], 16_000)
+    audio.write_audio(tmp_path / "tune.wav", 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16_000) / 16_000)[None], 16_000)
     return str(tmp_path / "tune.wav")
 
 
@@ -45,7 +46,7 @@ def test_fields_are_what_the_model_knows():
 
 
 def test_the_button_makes_what_generate_makes(tune):
-    music, wav, steps = tiny("text", "melody", "style"), tokenizer.read_audio(tune), []
+    music, wav, steps = tiny("text", "melody", "style"), audio.read_audio(tune), []
     asked = demo.settings(music) | dict(text=" slow\norgan", seed=3, top_k=7, cfg_style=3)
     sampling = Sampling(cfg=2.0, top_k=7, cfg_style=3)
     for more, given in (({}, {}), (dict(melody=tune), dict(melody=wav)), (dict(melody=tune, style=tune), dict(melody=wav, style=wav))):
@@ -63,7 +64,7 @@ def test_the_button_makes_what_generate_makes(tune):
     (dict(style="nowhere/a.wav"), "style: a.wav: not readable"), (dict(melody="{silence}"), "melody: it is silent"),
 ])
 def test_bad_fields_are_one_line(wrong, says, tmp_path):
-    tokenizer.write_audio(tmp_path / "silence.wav", torch.zeros(1, 16_000), 16_000)
+    audio.write_audio(tmp_path / "silence.wav", torch.zeros(1, 16_000), 16_000)
     wrong = {k: v.format(silence=tmp_path / "silence.wav") if isinstance(v, str) else v for k, v in wrong.items()}
     music = tiny("text", "melody", "style")
     with pytest.raises(ValueError) as error:
@@ -111,8 +112,8 @@ def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
         client = Client(address, verbose=False, download_files=tmp_path / "client")
         asked = demo.settings(music) | dict(text="slow organ", seed=3, melody=handle_file(tune))
         found = client.predict(*asked.values(), api_name="/generate")
-        expected = music.generate(["slow organ"], 0.8, 3, melody=tokenizer.read_audio(tune))[0]
-        tokenizer.write_audio(tmp_path / "expected.wav", expected, CODEC.sample_rate)
+        expected = music.generate(["slow organ"], 0.8, 3, melody=audio.read_audio(tune))[0]
+        audio.write_audio(tmp_path / "expected.wav", expected, CODEC.sample_rate)
         assert open(found, "rb").read() == (tmp_path / "expected.wav").read_bytes()
         with pytest.raises(Exception, match="top_k 2.5: give a whole number"):
             client.predict(*(asked | dict(top_k=2.5)).values(), api_name="/generate")

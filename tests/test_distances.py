@@ -12,6 +12,7 @@ import conditioning
 from evaluate import distances
 import generate
 from evaluate import metrics
+from support import audio
 import tokenizer
 import toy
 from conditioning import Conditioner, ConditionerConfig
@@ -213,7 +214,7 @@ def test_table_of_sets():
 def folder(path, wavs: list, rate: int = 16_000):
     path.mkdir()
     for i, wav in enumerate(wavs):
-        tokenizer.write_audio(path / f"{i:03d}.wav", wav, rate)
+        audio.write_audio(path / f"{i:03d}.wav", wav, rate)
     return str(path)
 
 
@@ -305,7 +306,7 @@ def test_text_consistency_of_a_folder(clap, tmp_path, capsys):
         (tmp_path / "made" / f"{i:03d}.json").write_text(json.dumps(dict(prompt=prompt)))
     assert metrics.main(flags) == 0
     model = distances.Clap(clap)
-    files = [tokenizer.read_audio(f"{place}/{i:03d}.wav") for i in range(3)]
+    files = [audio.read_audio(f"{place}/{i:03d}.wav") for i in range(3)]
     own = np.mean([model.similarity(wav, 16_000, [prompt])[0] for wav, prompt in zip(files, prompts)])
     others = np.mean([model.similarity(wav, 16_000, [prompt])[0] for wav, prompt in zip(files, ("fast bells", "slow organ", "slow organ"))])
     assert f"3 clips: {own:.4f} with their prompts, {others:.4f} with those of others" in capsys.readouterr().out
@@ -321,12 +322,12 @@ def test_divergence_of_claps_labels(clap, tmp_path, capsys):
     model, judge = transformers.ClapModel.from_pretrained(clap).eval(), distances.Clap(clap)
 
     def odds(path):
-        mono = torchaudio.functional.resample(tokenizer.read_audio(path)[0], 16_000, 48_000)
+        mono = torchaudio.functional.resample(audio.read_audio(path)[0], 16_000, 48_000)
         heard = transformers.ClapFeatureExtractor.from_pretrained(clap)(mono.numpy(), sampling_rate=48_000, return_tensors="pt")
         read = transformers.AutoTokenizer.from_pretrained(clap)(labels, return_tensors="pt", padding=True)
         with torch.no_grad():
             p = model(**heard, input_ids=read["input_ids"], attention_mask=read["attention_mask"]).logits_per_audio.softmax(-1)[0]
-        torch.testing.assert_close(judge.label_probabilities(tokenizer.read_audio(path), 16_000, labels), p.double(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(judge.label_probabilities(audio.read_audio(path), 16_000, labels), p.double(), atol=1e-5, rtol=0)
         return p.double().numpy()
 
     p, q = ([odds(f"{place}/{i:03d}.wav") for i in range(3)] for place in places[:2])

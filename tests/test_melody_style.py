@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from support import chroma
+from support import audio, chroma
 import conditioning
 import data
 import generate
@@ -102,7 +102,7 @@ def songs(folder: Path, seconds=(7.0, 12.3)) -> Path:
     for i, length in enumerate(seconds):
         notes = np.random.default_rng(i).integers(48, 84, math.ceil(2 * length))
         wav = torch.cat([tone(int(n), 16_000, 0.5) for n in notes])[None, :round(length * 16_000)]
-        tokenizer.write_audio(folder / f"song{i}.wav", wav, 16_000)
+        audio.write_audio(folder / f"song{i}.wav", wav, 16_000)
         (folder / f"song{i}.txt").write_text(f"a slow song, number {i}, with bells")
     return folder
 
@@ -370,7 +370,7 @@ def test_generate_with_melody_and_style(finished, tmp_path, capsys):
     """The command line and the Python API; the json says what was given; two melodies give two clips."""
     import json
     for name, midi in (("a", 60), ("b", 67)):
-        tokenizer.write_audio(tmp_path / f"{name}.wav", tone(midi, 16_000)[None], 16_000)
+        audio.write_audio(tmp_path / f"{name}.wav", tone(midi, 16_000)[None], 16_000)
     a, b = (str(tmp_path / f"{name}.wav") for name in "ab")
     flags = ["--run", str(finished), "--seconds", "1.5", "--out", str(tmp_path / "out"), "--temperature", "1"]
     assert generate.main([*flags, "--melody", a, b, "--style", b, "--prompt", "fast bells", "--cfg_style", "2"]) == 0

@@ -13,9 +13,8 @@ import soundfile
 import torch
 import torchaudio
 
-from support import flags
+from support import audio, flags
 from evaluate import page
-import tokenizer
 import train
 from test_train import SMALL, lines
 
@@ -72,7 +71,7 @@ def test_samples_have_the_same_names_every_epoch(finished):
 
 def test_a_prompted_sample_begins_as_its_reference(finished):
     """Its first quarter is the reference's through the codec, up to loudness; the rest is not."""
-    read = lambda name: tokenizer.read_audio(finished / "samples" / name)[0]
+    read = lambda name: audio.read_audio(finished / "samples" / name)[0]
     for i in (0, 1):
         made, real, other = read(f"epoch_0002/00{i}_prompted.wav"), read(f"reference/00{i}_codec.wav"), read(f"reference/00{1 - i}_codec.wav")
         alike = [float(torch.corrcoef(torch.stack([made[:5000], x[:5000]]))[0, 1]) for x in (real, other)]

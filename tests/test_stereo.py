@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 import data
-from support import flags
+from support import audio, flags
 import generate
 import patterns
 import tokenizer
@@ -213,7 +213,7 @@ def test_continuing(channels, runs, tmp_path, stereo):
     soundfile.write(tmp_path / "in.wav", prompt.T.numpy(), 16_000, subtype="FLOAT")
     assert generate.main(["--run", str(runs / "stereo"), "--unconditional", "--continue", str(tmp_path / "in.wav"), "--seconds", "2",
                           "--out", str(tmp_path / "out")]) == 0
-    wav = tokenizer.read_audio(tmp_path / "out" / "000.wav")                                             # [2, N]
+    wav = audio.read_audio(tmp_path / "out" / "000.wav")                                             # [2, N]
     wanted = stereo.decode(stereo.encode(prompt.expand(2, -1)[None]))[0]
     assert (wav[:, :14_000] - wanted[:, :14_000]).abs().max() < 1e-3
     assert torch.equal(wav[0, :14_000], wav[1, :14_000]) == (channels == 1)

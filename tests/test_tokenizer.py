@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from support import audio, common
 import tokenizer
 import toy
 
@@ -201,47 +202,47 @@ def test_audio_round_trip_and_seeking(tmp_path, suffix, tolerance):
     path, rate = tmp_path / f"a{suffix}", 32_000
     t = torch.arange(3 * rate) / rate
     wav = torch.stack([0.5 * torch.sin(500 * t * (1 + t)), 0.3 * torch.sin(900 * t)])                    # [2, N]
-    tokenizer.write_audio(path, wav, rate)
-    info = tokenizer.audio_info(path)
+    audio.write_audio(path, wav, rate)
+    info = audio.audio_info(path)
     assert (info.sample_rate, info.channels) == (rate, 2) and abs(info.seconds - 3) < 0.1
-    back = tokenizer.read_audio(path)
+    back = audio.read_audio(path)
     assert back.dtype == torch.float32 and back.shape[0] == 2 and abs(back.shape[1] - 3 * rate) < 0.1 * rate
     part = slice(rate // 10, 2 * rate)
     assert (back[:, part] - wav[:, part]).abs().max() < tolerance
     for start in (0.0, 0.71, 1.3337):
-        piece = tokenizer.read_audio(path, start, 0.5)
+        piece = audio.read_audio(path, start, 0.5)
         first = round(start * rate)
         assert piece.shape == (2, rate // 2)
         torch.testing.assert_close(piece, back[:, first:first + rate // 2], atol=1e-5, rtol=0)
-    assert tokenizer.read_audio(path, 2.9, 5.0).shape[1] < 0.25 * rate                # only what is left
-    assert tokenizer.read_audio(path, 99.0).shape == (2, 0)
+    assert audio.read_audio(path, 2.9, 5.0).shape[1] < 0.25 * rate                # only what is left
+    assert audio.read_audio(path, 99.0).shape == (2, 0)
 
 
 def test_channels_and_resampling(tmp_path):
     many = 0.1 * torch.arange(7).float()[:, None].expand(7, 4800)
-    tokenizer.write_audio(tmp_path / "seven.wav", many, 48_000)
+    audio.write_audio(tmp_path / "seven.wav", many, 48_000)
     for channels, wanted in ((1, many.mean(0)[None]), (2, many[:2]), (None, many)):
-        found = tokenizer.read_audio(tmp_path / "seven.wav", channels=channels)
+        found = audio.read_audio(tmp_path / "seven.wav", channels=channels)
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
-    tokenizer.write_audio(tmp_path / "one.wav", many[3:4], 48_000)
-    stereo = tokenizer.read_audio(tmp_path / "one.wav", sample_rate=16_000, channels=2)
+    audio.write_audio(tmp_path / "one.wav", many[3:4], 48_000)
+    stereo = audio.read_audio(tmp_path / "one.wav", sample_rate=16_000, channels=2)
     assert stereo.shape == (2, 1600) and torch.equal(stereo[0], stereo[1])
     assert abs(float(stereo[0, 800]) - 0.3) < 1e-3
-    tokenizer.write_audio(tmp_path / "loud.wav", torch.tensor([[4.0, -4.0]]), 16_000)
-    assert tokenizer.read_audio(tmp_path / "loud.wav").abs().max() <= 1
+    audio.write_audio(tmp_path / "loud.wav", torch.tensor([[4.0, -4.0]]), 16_000)
+    assert audio.read_audio(tmp_path / "loud.wav").abs().max() <= 1
 
 
 def test_bad_audio_is_named(tmp_path):
     (tmp_path / "text.mp3").write_text("no music")
     for path in (tmp_path / "text.mp3", tmp_path / "missing.wav"):
-        for call in (tokenizer.audio_info, tokenizer.read_audio):
+        for call in (audio.audio_info, audio.read_audio):
             with pytest.raises(ValueError, match=path.name):
                 call(path)
-    tokenizer.write_audio(tmp_path / "two.wav", torch.zeros(2, 8), 16_000)
+    audio.write_audio(tmp_path / "two.wav", torch.zeros(2, 8), 16_000)
     with pytest.raises(ValueError, match="2 channels, 6 are wanted"):
-        tokenizer.read_audio(tmp_path / "two.wav", channels=6)
+        audio.read_audio(tmp_path / "two.wav", channels=6)
     with pytest.raises(ValueError, match="suffix"):
-        tokenizer.write_audio(tmp_path / "noname", torch.zeros(1, 8), 16_000)
+        audio.write_audio(tmp_path / "noname", torch.zeros(1, 8), 16_000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_dead_codes_live_again_and_codebooks_follow_their_latents():
     book.cluster_size[3], book.embed[3] = 0, 1e3
     x = torch.randn(40, 8)
     generator = torch.Generator().manual_seed(0)
-    tokenizer.update_codebook(book, x, tokenizer.nearest(x, book.embed), generator)
+    tokenizer.update_codebook(book, x, common.nearest_vectors(x, book.embed), generator)
     assert (book.embed[3] == x).all(1).any() and book.cluster_size[3] == 1
     for _ in range(1500):
         tokenizer.update_codebook(book, x, torch.zeros(40).long(), None)
@@ -318,7 +319,7 @@ def test_fit_on_a_folder_skips_and_names_bad_files(tmp_path, capsys):
     folder = tmp_path / "music"
     folder.mkdir()
     for i in range(3):
-        tokenizer.write_audio(folder / f"{i}.wav", 0.1 * torch.randn(1, 4000), 16_000)
+        audio.write_audio(folder / f"{i}.wav", 0.1 * torch.randn(1, 4000), 16_000)
     (folder / "bad.mp3").write_text("no music")
     flags = [f if f != "toy" else str(folder) for f in FIT]
     assert tokenizer.main(["fit", *flags, "--out", str(tmp_path / "x.pt"), "--steps", "4"]) == 0
@@ -339,12 +340,12 @@ def test_bad_flags_are_one_line(tmp_path, flags, capsys):
 
 
 def test_command_line_round_trip(tmp_path, capsys):
-    tokenizer.write_audio(tmp_path / "in.wav", valid_clips(1)[0], 16_000)
+    audio.write_audio(tmp_path / "in.wav", valid_clips(1)[0], 16_000)
     for words in ([], ["roundtrip"]):
         assert tokenizer.main([*words, str(tmp_path / "in.wav"), str(tmp_path / "out.wav")]) == 0
         said = capsys.readouterr().out
         assert "[1, 4, 80]" in said and "SI-SNR" in said and "ppl_q4" in said
-        assert tokenizer.audio_info(tmp_path / "out.wav").seconds == 1.6
+        assert audio.audio_info(tmp_path / "out.wav").seconds == 1.6
     assert tokenizer.main([str(tmp_path / "none.wav"), str(tmp_path / "out.wav")]) == 2
     assert tokenizer.main([str(tmp_path / "in.wav"), str(tmp_path / "out.wav"), "--codec", "tory"]) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-import tokenizer
+from support import audio
 from conditioning import clean_text
 
 MOST_SECONDS = 300                                                   # of a clip: others wait for it; the command line goes to an hour
@@ -58,7 +58,7 @@ def perform(music, asked: dict, progress=None) -> Tensor:
     for name in ("melody", "style"):
         if path := asked.get(name):
             try:
-                given[name] = tokenizer.read_audio(path, sample_rate=codec.sample_rate, channels=codec.channels)
+                given[name] = audio.read_audio(path, sample_rate=codec.sample_rate, channels=codec.channels)
                 music.attributes([None], **{name: given[name]})      # refuses what holds none
             except ValueError as error:
                 raise ValueError(f"{name}: {str(error).replace(path, Path(path).name)}") from None
@@ -86,7 +86,7 @@ def build(gradio, music, folder: str, title: str, **first):
             wav = perform(music, dict(zip(fields, values)), lambda done, total: progress((done, total)))
         except ValueError as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        tokenizer.write_audio(path := f"{folder}/music.wav", wav, music.codec.sample_rate)
+        audio.write_audio(path := f"{folder}/music.wav", wav, music.codec.sample_rate)
         return path
 
     def component(name: str, value):
