@@ -38,8 +38,8 @@ from encodec.modules.seanet import SEANetResnetBlock
 from encodec.quantization import ResidualVectorQuantizer
 from torch import nn
 
-from interop import weights
-from interop.weights import TRAINING_BUFFERS
+from interop.encodec import TRAINING_BUFFERS, is_codec_folder, read_codec_folder
+from interop.tensors import check_shapes
 from support import audio, common
 
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
@@ -181,15 +181,16 @@ def build_networks(config: dict) -> tuple:
 
 def _codec_of_folder(path, num_codebooks: int | None) -> Codec:
     """EnCodec out of a Hugging Face folder or an audiocraft package, its own or that of a whole MusicGen."""
-    config, tensors, prefix, rename = weights.open_codec(path)
+    config, state = read_codec_folder(path)
     try:
         codec = Codec(str(path), config["sample_rate"], *build_networks(config), num_codebooks)
     except Exception as error:                                       # a foreign config can fail in any way
         raise ValueError(f"{path}: its configuration makes no codec ({common.describe_error(error)})") from None
     if not 1 <= codec.K <= codec.quantizer.n_q:
         raise ValueError(f"num_codebooks {codec.K}: the codec {path} has 1 to {codec.quantizer.n_q}")
-    shapes = {name: x.shape for name, x in codec.state_dict().items() if not name.endswith(TRAINING_BUFFERS)}
-    codec.load_state_dict(weights.read_codec(tensors, shapes, rename, prefix, path), strict=False)
+    wanted = {name: x.shape for name, x in codec.state_dict().items() if not name.endswith(TRAINING_BUFFERS)}
+    check_shapes(path, {name: x.shape for name, x in state.items()}, wanted)
+    codec.load_state_dict(state, strict=False)
     codec.config = config
     return codec
 
@@ -261,11 +262,8 @@ def load_codec(name: str, num_codebooks: int | None = None, device="cpu", channe
     elif name == "encodec_48khz":
         raise ValueError("encodec_48khz scales every second by a factor of its own, which a language model over codes "
                          "loses: use encodec_24khz")
-    elif weights.kind_of(name):
+    elif is_codec_folder(name) or Path(name).is_dir():
         codec = _codec_of_folder(name, num_codebooks)
-    elif Path(name).is_dir():
-        raise ValueError(f"{name}: no codec in this folder: config.json with {weights.HF_FILES[0]}, or {weights.PACKAGE_FILES[1]}, "
-                         "was expected")
     elif Path(name).exists() or Path(name).suffix:
         codec = _codec_of_file(Path(name), str(name), num_codebooks)
     else:

@@ -1,0 +1,283 @@
+"""EnCodec in the formats of Hugging Face and audiocraft, in and out: a codec's plain config and its tensors by our names.
+
+A folder may hold a codec alone or a whole MusicGen. Our names are those of the `encodec` package and of audiocraft:
+
+    ours                                                transformers'
+    encoder.model.3.conv.conv.weight                    encoder.layers.3.conv.weight       (its weight norm put back)
+    decoder.model.3.convtr.convtr.weight                decoder.layers.3.conv.weight       (same)
+    quantizer.vq.layers.0._codebook.embed               quantizer.layers.0.codebook.embed
+
+A weight norm (Salimans & Kingma 2016) keeps a weight as its direction and its length, under one of two pairs of names. It
+is folded on the way in, which computes the same, and written anew on the way out.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from interop.package import read_package
+from interop.tensors import HF_FILES, PACKAGE_FILES, TensorFiles, folder_kind, open_hf_folder
+from support import common
+
+# Buffers of a codebook that serve its training: not part of what a codec computes.
+TRAINING_BUFFERS = ("inited", "cluster_size", "embed_avg")
+# Ends of names, (length, direction): torch's old way to write a weight norm, and its new one.
+WEIGHT_NORMS = ((".weight_g", ".weight_v"),
+                (".parametrizations.weight.original0", ".parametrizations.weight.original1"))
+CONVOLUTIONS = (".conv.conv.weight", ".convtr.convtr.weight")
+SEANET_DEFAULTS = dict(                        # of the encodec package: a config may leave them out
+    channels=1, dimension=128, n_filters=32, n_residual_layers=1, ratios=[8, 5, 4, 2], activation="ELU",
+    activation_params={"alpha": 1.0}, kernel_size=7, last_kernel_size=7, residual_kernel_size=3, dilation_base=2,
+    causal=False, pad_mode="reflect", true_skip=False, compress=2, lstm=2)
+HF_DEFAULTS = dict(                            # of transformers' EncodecConfig: config.json may leave them out
+    target_bandwidths=[1.5, 3.0, 6.0, 12.0, 24.0], sampling_rate=24_000, audio_channels=1, normalize=False,
+    chunk_length_s=None, hidden_size=128, num_filters=32, num_residual_layers=1, upsampling_ratios=[8, 5, 4, 2],
+    norm_type="weight_norm", kernel_size=7, last_kernel_size=7, residual_kernel_size=3, dilation_growth_rate=2,
+    use_causal_conv=True, pad_mode="reflect", compress=2, num_lstm_layers=2, trim_right_ratio=1.0, codebook_size=1024,
+    use_conv_shortcut=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in
+
+
+class CodecFolder(NamedTuple):
+    """A codec that lies in a folder of others."""
+    config: dict                               # plain, of tokenizer.build_networks
+    tensors: TensorFiles                       # by their names
+    prefix: str                                # of the codec's names among them
+
+
+def is_codec_folder(path: str | Path) -> bool:
+    """Whether a folder is one that Hugging Face's or audiocraft's tools have written."""
+    return folder_kind(path) is not None
+
+
+def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
+    """(plain config of tokenizer.build_networks, {our name: tensor}) of the codec in a folder.
+
+    The tensors are those of the networks without TRAINING_BUFFERS, weight norms folded. Whether they are all there and of
+    the config's shapes is for the caller to check. Errors: ValueError, one line with what was expected."""
+    config, tensors, prefix = open_codec_folder(path)
+    names = [name for name in tensors.shapes if name.startswith(prefix) and not name.endswith(TRAINING_BUFFERS)]
+    layers = [re.match(r"decoder\.(?:layers|model)\.(\d+)\.", name.removeprefix(prefix)) for name in names]
+    last = max((int(match[1]) for match in layers if match), default=0)
+    pairs = {direction: length for length, direction in WEIGHT_NORMS}
+    state = {}
+    for name in names:
+        stem, end = next(((name.removesuffix(end), end) for end in pairs if name.endswith(end)), (name, None))
+        if end is not None:
+            length = stem + pairs[end]
+            if tensors.shapes.get(length) != [tensors.shapes[name][0], 1, 1]:
+                raise ValueError(f"{path}: {name} needs its length {length}, which is {tensors.shapes.get(length)}")
+            ours = our_name(stem.removeprefix(prefix) + ".weight", last)
+            state[ours] = torch._weight_norm(tensors[name], tensors[length], 0)
+        elif not name.endswith(tuple(pairs.values())):
+            state[our_name(name.removeprefix(prefix), last)] = tensors[name]
+    return config, state
+
+
+def open_codec_folder(path: str | Path) -> CodecFolder:
+    """The codec in a folder, its tensors not yet read. Errors: ValueError."""
+    folder, kind = Path(path), folder_kind(path)
+    if kind is None:
+        raise ValueError(f"{path}: no codec in this folder: config.json with {HF_FILES[0]}, or {PACKAGE_FILES[1]}, "
+                         "was expected")
+    if kind == "hf":
+        config = common.read_json(folder / "config.json")
+        prefix = "audio_encoder." if "audio_encoder" in config else ""
+        try:
+            plain = _from_hf_config(config.get("audio_encoder", config), folder)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            problem = common.describe_error(error)
+            raise ValueError(f"{folder}: config.json is not that of an EnCodec ({problem})") from None
+        return CodecFolder(plain, open_hf_folder(folder), prefix)
+    where = folder / PACKAGE_FILES[1]
+    settings, tensors = read_package(where)
+    if tensors is None:
+        raise ValueError(f"{where}: only points to {settings.get('pretrained')}: give that folder by --codec")
+    return CodecFolder(_from_package_settings(settings, where), tensors, "")
+
+
+def _from_hf_config(config: dict, where) -> dict:
+    """The plain config for a transformers EncodecConfig. Errors: ValueError for what it cannot be."""
+    if config.get("model_type") != "encodec":
+        raise ValueError(f"{where}: its codec is {config.get('model_type')!r}, EnCodec was expected")
+    full = {**HF_DEFAULTS, **config}
+    fixed = dict(norm_type="weight_norm", normalize=False, chunk_length_s=None, trim_right_ratio=1.0)
+    for name, allowed in fixed.items():
+        if full[name] != allowed:
+            raise ValueError(f"{where}: its codec has {name} {full[name]}, {allowed} was expected")
+    dim, card = full["hidden_size"], full["codebook_size"]
+    if full.get("codebook_dim") not in (None, dim):
+        raise ValueError(f"{where}: its codec has codebook_dim {full['codebook_dim']}, {dim} was expected, "
+                         "its hidden_size")
+    hop = math.prod(full["upsampling_ratios"])
+    levels = _hf_levels(full["target_bandwidths"][-1], full["sampling_rate"], hop, card)
+    seanet = dict(
+        channels=full["audio_channels"], dimension=dim, n_filters=full["num_filters"],
+        ratios=list(full["upsampling_ratios"]), n_residual_layers=full["num_residual_layers"], activation="ELU",
+        activation_params={"alpha": 1.0}, kernel_size=full["kernel_size"], last_kernel_size=full["last_kernel_size"],
+        residual_kernel_size=full["residual_kernel_size"], dilation_base=full["dilation_growth_rate"],
+        causal=full["use_causal_conv"], pad_mode=full["pad_mode"], true_skip=not full["use_conv_shortcut"],
+        compress=full["compress"], lstm=full["num_lstm_layers"])
+    return dict(sample_rate=full["sampling_rate"], seanet=seanet, rvq=dict(dimension=dim, n_q=levels, bins=card))
+
+
+def _hf_levels(kbps: float, sample_rate: int, hop: int, card: int) -> int:
+    """Levels of the quantizer: transformers has them by the bandwidth, in kbit/s."""
+    frame_rate, bits = -(-sample_rate // hop), (card - 1).bit_length()
+    return int(1000 * kbps // (frame_rate * bits))
+
+
+def _from_package_settings(settings, where) -> dict:
+    """The plain config for the settings of an audiocraft codec. Errors: ValueError."""
+    if (model := settings.get("compression_model")) != "encodec":
+        raise ValueError(f"{where}: its codec is {model!r}, encodec was expected")
+    if settings.get("encodec.renormalize", False):
+        raise ValueError(f"{where}: its codec scales every clip by a factor of its own (renormalize), which is lost here")
+    seanet = {name: settings.get(f"seanet.{name}") for name in SEANET_DEFAULTS}
+    if lacking := [name for name, value in seanet.items() if value is None]:
+        raise ValueError(f"{where}: its xp.cfg lacks seanet.{lacking[0]}")
+    rvq = dict(dimension=seanet["dimension"], n_q=settings.get("rvq.n_q"), bins=settings.get("rvq.bins"))
+    return dict(sample_rate=settings.get("sample_rate"), seanet=seanet, rvq=rvq)
+
+
+def our_name(name: str, last: int) -> str:
+    """Our name of a codec's tensor from transformers' (or from audiocraft's, which is the same).
+
+    last: number of the decoder's last layer; the convolutions between its first and its last are transposed ones."""
+    name = re.sub(r"^(encoder|decoder)\.layers\.", r"\1.model.", name)
+    name = re.sub(r"^quantizer\.layers\.(\d+)\.codebook\.", r"quantizer.vq.layers.\1._codebook.", name)
+    if re.search(r"\.conv\.(weight|bias)$", name) and not re.search(r"\.(conv\.conv|convtr\.convtr)\.", name):
+        layer = re.match(r"decoder\.model\.(\d+)\.conv\.", name)
+        transposed = layer is not None and 0 < int(layer[1]) < last
+        name = name.replace(".conv.", ".convtr.convtr." if transposed else ".conv.conv.")
+    return name
+
+
+def hf_name(name: str) -> str:
+    """transformers' name of a codec's tensor from ours."""
+    for ours, theirs in ((".model.", ".layers."), (".conv.conv.", ".conv."), (".convtr.convtr.", ".conv."),
+                         ("quantizer.vq.", "quantizer."), ("._codebook.", ".codebook.")):
+        name = name.replace(ours, theirs, 1)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# out
+
+
+def full_seanet(config: dict) -> dict:
+    """A codec's seanet config with every default of the encodec package filled in."""
+    return {**SEANET_DEFAULTS, **config["seanet"]}
+
+
+def codec_to_hf(config: dict, state: dict, levels: int, source: str | Path) -> tuple[dict, dict]:
+    """(transformers' EncodecConfig as a dict, {transformers' name: tensor}) of a codec's first `levels`.
+
+    config, state: as `read_codec_folder` gives them; source: the folder it came from, if it did: the tensors of a Hugging
+    Face folder go out as they stand there. Errors: ValueError for what transformers' EnCodec lacks."""
+    hf_config = _to_hf_config(config, levels)
+    if folder_kind(source) == "hf":
+        found = open_codec_folder(source)
+        if found.config["rvq"]["n_q"] == levels:
+            names = [name for name in found.tensors.shapes if name.startswith(found.prefix)]
+            return hf_config, {name.removeprefix(found.prefix): found.tensors[name] for name in names}
+
+    # transformers' EnCodec always has an LSTM beside a skip connection. Where ours has none it gets one of zeros, which
+    # adds exactly nothing, and the layers behind it move up by one.
+    seanet, tensors = full_seanet(config), {}
+    shift = 0 if seanet["lstm"] else 1
+    last = max(int(name.split(".")[2]) for name in state if name.startswith("encoder."))      # its last convolution
+    if shift:
+        width = seanet["n_filters"] * 2 ** len(seanet["ratios"])
+        for name, x in torch.nn.LSTM(width, width).state_dict().items():
+            tensors[f"encoder.layers.{last - 1}.lstm.{name}"] = torch.zeros_like(x)
+            tensors[f"decoder.layers.1.lstm.{name}"] = torch.zeros_like(x)
+
+    for name, x in _first_levels(state, levels).items():
+        side, _, rest = name.partition(".model.")
+        if rest:
+            number, _, leaf = rest.partition(".")
+            behind = int(number) == last if side == "encoder" else int(number) > 0
+            name = f"{side}.model.{int(number) + shift * behind}.{leaf}"
+        theirs = hf_name(name)
+        if name.endswith(CONVOLUTIONS):
+            length, direction = (theirs.removesuffix(".weight") + end for end in WEIGHT_NORMS[1])
+            tensors |= {length: _lengths(x), direction: x.contiguous()}
+        else:
+            tensors[theirs] = x.contiguous()
+        if name.endswith(".embed"):
+            tensors |= _training_buffers(theirs, x)
+    return hf_config, tensors
+
+
+def _to_hf_config(config: dict, levels: int) -> dict:
+    seanet, rate, card = full_seanet(config), config["sample_rate"], config["rvq"]["bins"]
+    if (seanet["activation"], seanet["activation_params"]) != ("ELU", {"alpha": 1.0}):
+        raise ValueError("transformers' EnCodec has ELU alone, this codec "
+                         f"{seanet['activation']} {seanet['activation_params']}")
+    if card & (card - 1):
+        raise ValueError(f"transformers' EnCodec takes powers of two as cardinality, this codec has {card}")
+    hop = math.prod(seanet["ratios"])
+    kbps = levels * -(-rate // hop) * (card - 1).bit_length() / 1000
+    while _hf_levels(kbps, rate, hop, card) < levels:    # it divides and rounds down
+        kbps = math.nextafter(kbps, math.inf)
+    return dict(
+        model_type="encodec", target_bandwidths=[kbps], sampling_rate=rate, audio_channels=seanet["channels"],
+        normalize=False, chunk_length_s=None, overlap=None, hidden_size=seanet["dimension"],
+        codebook_dim=seanet["dimension"], num_filters=seanet["n_filters"],
+        num_residual_layers=seanet["n_residual_layers"], upsampling_ratios=seanet["ratios"], norm_type="weight_norm",
+        kernel_size=seanet["kernel_size"], last_kernel_size=seanet["last_kernel_size"],
+        residual_kernel_size=seanet["residual_kernel_size"], dilation_growth_rate=seanet["dilation_base"],
+        use_causal_conv=seanet["causal"], pad_mode=seanet["pad_mode"], compress=seanet["compress"],
+        num_lstm_layers=seanet["lstm"] or 1, trim_right_ratio=1.0, codebook_size=card,
+        use_conv_shortcut=not seanet["true_skip"])
+
+
+def codec_to_package(config: dict, state: dict, levels: int) -> tuple[dict, dict]:
+    """(audiocraft's settings, {audiocraft's name: tensor}) of a codec's first `levels`: see `codec_to_hf`."""
+    tensors = {}
+    for name, x in _first_levels(state, levels).items():
+        if name.endswith(CONVOLUTIONS):
+            tensors |= {name + "_g": _lengths(x), name + "_v": x.clone()}
+        else:
+            tensors[name] = x.clone()
+        if name.endswith(".embed"):
+            tensors |= _training_buffers(name, x)
+    seanet, rate = full_seanet(config), config["sample_rate"]
+    channels = seanet["channels"]
+    settings = dict(
+        sample_rate=rate, channels=channels, compression_model="encodec",
+        encodec=dict(autoencoder="seanet", quantizer="rvq", sample_rate=rate, channels=channels, causal=seanet["causal"],
+                     renormalize=False),
+        seanet={**seanet, "norm": "weight_norm", "norm_params": {}, "disable_norm_outer_blocks": 0, "encoder": {},
+                "decoder": dict(trim_right_ratio=1.0, final_activation=None, final_activation_params=None)},
+        rvq=dict(n_q=levels, bins=config["rvq"]["bins"], q_dropout=False, kmeans_init=False, decay=0.99))
+    return settings, tensors
+
+
+def _first_levels(state: dict, levels: int) -> dict:
+    """The tensors without TRAINING_BUFFERS and without the quantizer's levels that are not used."""
+    kept = {}
+    for name, x in state.items():
+        level = re.match(r"quantizer\.vq\.layers\.(\d+)\.", name)
+        if not name.endswith(TRAINING_BUFFERS) and (level is None or int(level[1]) < levels):
+            kept[name] = x
+    return kept
+
+
+def _lengths(weight: torch.Tensor) -> torch.Tensor:
+    """The length of each row of a convolution's weight [N, ..]: [N,1,1]."""
+    return weight.flatten(1).norm(dim=1)[:, None, None]
+
+
+def _training_buffers(name: str, vectors: torch.Tensor) -> dict:
+    """Buffers that both formats ask for beside a codebook's vectors [V,D], made up. name: of the vectors."""
+    stem = name.removesuffix("embed")
+    return {stem + "embed_avg": vectors.clone(), stem + "cluster_size": vectors.new_ones(len(vectors)),
+            stem + "inited": vectors.new_ones(1)}

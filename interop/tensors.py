@@ -1,0 +1,139 @@
+"""Files of other projects as tensors by name: Hugging Face folders, one file or in shards, and torch's own pickles.
+
+    folder/config.json + model.safetensors            Hugging Face (pytorch_model.bin: older)
+    folder/model.safetensors.index.json               the same in shards: which tensor lies in which file
+    folder/state_dict.bin, compression_state_dict.bin    audiocraft's package, see package.py
+
+Names and shapes are known before anything is built. One file is open at a time and a tensor is read when it is asked for,
+so a large model does not need twice its size. No pickle is executed.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support import common
+
+HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PACKAGE_FILES = ("state_dict.bin", "compression_state_dict.bin")     # audiocraft's: language model and codec
+
+
+def folder_kind(path: str | Path) -> str | None:
+    """"hf" or "audiocraft" for a folder that one of them has written, by its files; None for anything else."""
+    folder = Path(path)
+    ours = (folder / "best.pt").exists() or (folder / "log.jsonl").exists()     # a run may hold a config.json
+    if (folder / "config.json").is_file() and not ours:
+        return "hf"
+    if any((folder / name).is_file() for name in PACKAGE_FILES):
+        return "audiocraft"
+    return None
+
+
+class TensorFiles:
+    """Tensors of one or several files by name, as `shapes` lists them; `files[name]` reads one.
+
+    files: paths of the files. index: {name of a tensor: its file}; without it, a file holds what it holds.
+    Errors: ValueError naming the file that is missing, truncated, or no file of tensors."""
+
+    def __init__(self, files: list, index: dict | None = None):
+        self.shapes = {}                       # {name: [int, ..]}
+        self.paths = {}                        # {name: file}
+        self._open_path = self._content = None
+        for path in files:
+            self._open(path)
+            found = set(self._content.keys())
+            wanted = found if index is None else {name for name, file in index.items() if file == path}
+            if lost := sorted(wanted - found):
+                raise ValueError(f"{path}: lacks {lost[0]}, which the index says it holds ({len(lost)} such)")
+            for name in sorted(wanted):
+                self.shapes[name] = self._shape(name)
+                self.paths[name] = path
+
+    def _open(self, path: Path) -> None:
+        if path == self._open_path:
+            return
+        self._open_path = self._content = None           # lets go of the file before
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file, though the folder's index names it")
+        self._content = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+        self._open_path = path
+
+    def _shape(self, name: str) -> list:
+        if isinstance(self._content, dict):
+            return list(self._content[name].shape)
+        return list(self._content.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor in float32 and memory of its own."""
+        self._open(self.paths[name])
+        x = self._content[name] if isinstance(self._content, dict) else self._content.get_tensor(name)
+        return x.to(torch.float32, copy=True)
+
+    def read(self, names) -> dict:
+        """{name: tensor}; each file is opened once."""
+        order = {path: i for i, path in enumerate(dict.fromkeys(self.paths.values()))}
+        return {name: self[name] for name in sorted(names, key=lambda name: order[self.paths[name]])}
+
+
+def _open_safetensors(path: Path):
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError(f"{path}: reading it needs the safetensors package: pip install safetensors") from None
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or truncated ({error})") from None
+
+
+def _open_pickle(path: Path) -> dict:
+    content = common.read_torch(path, "a file of plain tensors", mapped=True)
+    if isinstance(content, dict):
+        content = content.get("best_state", content)     # audiocraft keeps its settings beside the tensors
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f"{path}: not a file of tensors by name")
+    return content
+
+
+def open_hf_folder(folder: Path) -> TensorFiles:
+    """The tensors of a Hugging Face folder. Errors: ValueError says which file was expected, or what is wrong with it."""
+    name = next((name for name in HF_FILES if (folder / name).is_file()), None)
+    if name is None:
+        raise ValueError(f"{folder}: config.json is there, but no weights: one of {', '.join(HF_FILES)} was expected")
+    path = folder / name
+    if not name.endswith(".index.json"):
+        return TensorFiles([path])
+    index = common.read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(_is_file_name(file) for file in index.values()):
+        raise ValueError(f"{path}: not an index of shards: a weight_map of names to files was expected")
+    index = {tensor: folder / file for tensor, file in index.items()}
+    return TensorFiles(list(dict.fromkeys(index.values())), index)
+
+
+def _is_file_name(file) -> bool:
+    """No path leads out of the folder."""
+    return isinstance(file, str) and Path(file).name == file
+
+
+def check_shapes(where, found: dict, wanted: dict, ignored: str = r"(?!)") -> None:
+    """Compares {name: shape} of a file with what its configuration asks for.
+
+    ignored: pattern of names that may be there or not. Errors: ValueError lists what is missing, unexpected and of another
+    shape."""
+    found = {name: list(shape) for name, shape in found.items() if not re.search(ignored, name)}
+    wanted = {name: list(shape) for name, shape in wanted.items()}
+    both = sorted(wanted.keys() & found.keys())
+    wrong = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": [f"{n} is {found[n]}, not {wanted[n]}" for n in both if found[n] != wanted[n]],
+    }
+    parts = []
+    for what, names in wrong.items():
+        if names:
+            more = ", .." if len(names) > 3 else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
+    if parts:
+        raise ValueError(f"{where}: the weights are not what its configuration says: {'; '.join(parts)}")
