@@ -31,7 +31,7 @@ from support import audio, common
 from toy import BEAT_FRAMES, GRID, INSTRUMENTS, NOTES, ROOT_MIDI, SAMPLE_RATE, VALUES, Clip
 
 NONE = "none of these"
-LABELS = {name: (*values, NONE) for name, values in VALUES.items()}     # what may be heard
+HEARD_VALUES = {name: (*values, NONE) for name, values in VALUES.items()}     # what may be heard
 CHANCE = {name: 1 / len(values) for name, values in VALUES.items()}
 MIN_SAMPLES = GRID * max(BEAT_FRAMES.values())   # a beat of the slowest tempo: what is shorter has no tempo
 HEADS_FILE = Path(__file__).parent.parent / "assets" / "toy_analyser.npz"
@@ -306,7 +306,7 @@ def accuracy(heard: list, asked: list) -> dict:
 
 def confusion_table(heard: list, asked: list, name: str) -> str:
     """Lines on what was heard (across) for what was asked (down) of one attribute."""
-    columns = LABELS[name]
+    columns = HEARD_VALUES[name]
     width = max(map(len, columns)) + 1
     lines = [f"{name:<{width}}" + "".join(f"{c:>{width}}" for c in columns)]
     for value in VALUES[name]:

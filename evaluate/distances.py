@@ -1,364 +1,261 @@
 """How far one set of clips is from another: Frechet audio distance, divergence of label distributions.
 
-A set is embedded clip by clip; only the first two moments of the embedding are kept, so that a set may be of any size:
+A set is embedded clip by clip (embeddings.py). Only two moments of the embedding are kept, so a set may be of
+any size:
 
-    clips ─► samples [n,D] of an Embedding ─► Moments (mean [D], covariance [D,D]) ─┐
-                                        the same of the other set ─► frechet ◄─────┘
+    frechet = |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)
 
-    frechet = |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)        (Heusel et al. 2017; audio: Kilgour et al. 2019)
+with the means and the covariances A, B of both sets (Heusel et al. 2017; of audio: Kilgour et al. 2019). A
+distance from finitely many clips is too large, by about c/N: `frechet_inf` extrapolates to 1/N = 0 (Chong &
+Forsyth 2020; of audio: Gui et al. 2024).
 
-Such a distance is worth nothing without its embedding: three are named here, none of which need be downloaded but CLAP.
+A distance says little alone. It stands between a ceiling, the reference clips through the codec, and a floor,
+noise with their spectra:
 
-    codec   latents of a frozen codec's encoder before the quantiser; a sample is a frame: local sound, no memory
-    mel     mean and spread over half a second of 32 log-mel bands: timbre and loudness over a beat or two
-    clap    audio features of a CLAP model (Wu et al. 2023) over ten seconds, through the transformers package
+    reference ─┬───────────────► set "reference" ◄─ distance ─┬─ set "generated"
+               ├─ the codec ───► set "codec"     ◄────────────┤  the model's clips
+               └─ noise_like ──► set "noise"     ◄────────────┘
 
-A distance from finitely many clips is too large, by about c/N: `frechet_inf` extrapolates to 1/N = 0 (Chong & Forsyth 2020; for
-audio Gui et al. 2024). It stands apart from metrics.py, which asks models for clips and judges them: this here knows no model.
+Nothing here knows a model: see adherence.py and metrics.py, which ask for clips.
 
-Legend: C channels, N samples of audio, n samples of an embedding, D numbers of each, V values of a label.
+Legend: C channels, N samples of audio, n clips, D numbers of an embedding, V values of a label.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torchaudio
 from torch import Tensor
 
-from support import chroma, common
-import tokenizer
+from evaluate import analyser
+from evaluate.embeddings import Moments, load_embedding, sum_moments
+from support import chroma
 
-EMBEDDINGS = ("codec", "mel", "clap")
-CHUNK_SECONDS = 30.0                                                 # of audio embedded at once
-MEL_RATE, MEL_BANDS, MEL_SECONDS = 16_000, 32, 0.5                   # Hz, bands, seconds of a sample
-CLAP_RATE, CLAP_SECONDS = 48_000, 10.0                               # as CLAP was trained
-GROUPS = 20                                                          # parts of a set that `frechet_inf` draws subsets from
-SEED = 20_200_524                                                    # of subsets and of noise
+GROUPS = 20                                              # parts of a set: `frechet_inf` draws subsets of them
+SEED = 20_200_524                                        # of subsets and of noise
+SETS = ("reference", "generated", "codec", "noise")
+COMPARED = dict(generated="generated", ceiling="codec", floor="noise")       # column of a table: its set
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the arithmetic
 
 
-@dataclass
-class Moments:
-    """Sums over the samples of clips, in float64: of x [D] and of x x^T [D,D]. They add up."""
-    clips: int
-    seconds: float
-    n: int
-    total: Tensor
-    products: Tensor
-
-    @classmethod
-    def of(cls, samples: Tensor, seconds: float = 0.0) -> "Moments":
-        """The moments of one clip's samples [n,D]."""
-        x = samples.detach().cpu().double()                                                             # [n, D]
-        assert x.dim() == 2, f"samples are [n, D], not {tuple(x.shape)}"
-        return cls(1, seconds, len(x), x.sum(0), x.T @ x)
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.clips + other.clips, self.seconds + other.seconds, self.n + other.n, self.total + other.total,
-                       self.products + other.products)
-
-    @property
-    def mean(self) -> Tensor:
-        """[D]"""
-        return self.total / self.n
-
-    @property
-    def covariance(self) -> Tensor:
-        """[D,D], over n - 1."""
-        return (self.products - self.n * torch.outer(self.mean, self.mean)) / max(1, self.n - 1)
-
-    def __str__(self) -> str:
-        return f"{self.clips} clips, {self.seconds:.1f} s, {self.n} samples"
-
-
-def together(parts: list) -> Moments:
-    """The sum of several `Moments`, in their order: the same bits however they were shared out."""
-    return sum(parts[1:], parts[0])
-
-
 def square_root(matrix: Tensor) -> Tensor:
-    """The symmetric root [D,D] of a symmetric positive semi-definite matrix; what rounding left below zero counts as zero."""
+    """The symmetric root [D,D] of a symmetric positive semi-definite matrix.
+
+    What rounding left below zero counts as zero."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    tiny = values.abs().max() * len(values) * torch.finfo(values.dtype).eps          # the root of noise of 1e-16 would be 1e-8
+    # the root of noise of 1e-16 would be 1e-8
+    tiny = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
     return vectors * values.where(values > tiny, 0).sqrt() @ vectors.T
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """The Frechet distance (squared 2-Wasserstein) of the Gaussians with the moments of two sets. 0 or more; also where
-    covariances are singular.
+    """The Frechet distance (squared 2-Wasserstein) of the Gaussians with the moments of two sets: 0 or more,
+    also where covariances are singular.
 
-    The trace of (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2: no root of a product is needed."""
-    assert a.total.shape == b.total.shape, f"{len(a.total)} numbers a sample in one set, {len(b.total)} in the other"
+    The trace of (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2, so no root of a product
+    is needed."""
+    assert a.total.shape == b.total.shape, f"samples of {len(a.total)} and of {len(b.total)} numbers"
     A, B = a.covariance, b.covariance
     overlap = torch.linalg.svdvals(square_root(A) @ square_root(B)).sum()
     return max(0.0, float((a.mean - b.mean).square().sum() + A.trace() + B.trace() - 2 * overlap))
 
 
 def frechet_inf(reference: Moments, parts: list, points: int = 15, draws: int = 4) -> float:
-    """The Frechet distance extrapolated to infinitely many clips of a set that is given in `parts` (Moments of groups of clips).
+    """The Frechet distance extrapolated to infinitely many clips of a set given in `parts` (Moments of groups
+    of clips).
 
-    A line is fitted through the distances of random subsets over 1/clips, and read at 0. The reference set stays as it is: its own
-    bias is in every number that is compared with it. Errors: ValueError for fewer than 4 parts."""
+    A line is fitted through the distances of random subsets over 1/clips, and read at 0. The reference set
+    stays as it is: its own bias is in every number that is compared with it. Errors: ValueError for fewer
+    than 4 parts."""
     if len(parts) < 4:
         raise ValueError(f"{len(parts)} clips are too few to extrapolate from: at least 4")
     rng, x, y = np.random.default_rng(SEED), [], []
     for size in np.unique(np.linspace(max(2, len(parts) // 4), len(parts), points).round().astype(int)):
         for _ in range(draws if size < len(parts) else 1):
-            subset = together([parts[i] for i in sorted(rng.permutation(len(parts))[:size])])
+            chosen = sorted(rng.permutation(len(parts))[:size])
+            subset = sum_moments([parts[i] for i in chosen])
             x.append(1 / subset.clips)
             y.append(frechet(reference, subset))
     return float(np.polyfit(x, y, 1)[1])
 
 
-def grouped(clips: list, groups: int = GROUPS) -> list:
-    """Moments of clips added up in at most so many groups, each of clips from all over the set."""
-    return [together(clips[i::groups]) for i in range(min(groups, len(clips)))]
+def kl_of_counts(reference: list, generated: list, values: tuple) -> float:
+    """KL(reference || generated) in nats of how often each of V values occurs in two lists.
 
-
-def kl_divergence(reference: list, generated: list, values: tuple) -> float:
-    """KL(reference || generated) in nats of how often each of V values occurs in two lists; half a clip more is counted of each
-    value, so that one that never occurs is no infinity."""
-    p, q = (np.array([Counter(heard)[v] for v in values]) + 0.5 for heard in (reference, generated))    # [V]
-    p, q = p / p.sum(), q / q.sum()
+    Half a clip more is counted of each value, so that one that never occurs is no infinity."""
+    p, q = (np.array([Counter(heard)[v] for v in values]) + 0.5 for heard in (reference, generated))
+    p, q = p / p.sum(), q / q.sum()                                                               # [V] x 2
     return float((p * np.log(p / q)).sum())
 
 
-def soft_divergence(reference: list, generated: list, paired: bool) -> float:
-    """KL(reference || generated) in nats of clips' probabilities [V]: the mean over pairs of clips, or that of the sets' means."""
-    p, q = (torch.stack(part).double() for part in (reference, generated))                              # [n, V]
+def kl_of_probabilities(reference: list, generated: list, paired: bool) -> float:
+    """KL(reference || generated) in nats of clips' probabilities [V]: the mean over pairs of clips, or that
+    of the sets' means."""
+    p, q = (torch.stack(part).double() for part in (reference, generated))                        # [n, V] x 2
     if not paired:
-        p, q = p.mean(0), q.mean(0)
+        p, q = p.mean(0), q.mean(0)                                                               # [V] x 2
     return float((torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# embeddings
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """What a distance is measured in. fingerprint: of its weights or settings; numbers of another one cannot be compared."""
-    name: str
-    fingerprint: str
-    sample_rate: int                                                 # Hz
-    what: str                                                        # what a sample is
-    function: Callable                                               # mono audio [N] -> samples [n,D]
-
-    @torch.no_grad()
-    def __call__(self, wav: Tensor, sample_rate: int) -> Moments:
-        """The moments of a clip [C,N], mixed to mono, of any rate; long ones are embedded in pieces."""
-        mono = torchaudio.functional.resample(wav.detach().float().mean(0), sample_rate, self.sample_rate)          # [N]
-        assert len(mono), "nothing to embed in a clip without samples"
-        size = round(CHUNK_SECONDS * self.sample_rate)
-        pieces = [piece for piece in mono.split(size) if len(piece) == min(size, len(mono)) or len(piece) >= self.sample_rate]
-        return Moments.of(torch.cat([self.function(piece) for piece in pieces]), wav.shape[-1] / sample_rate)
-
-    def __str__(self) -> str:
-        return f"{self.name} (fingerprint {self.fingerprint[:12]}; a sample is {self.what})"
-
-
-def codec_embedding(codec) -> Embedding:
-    """The latents of a codec's encoder, before they are quantised: a sample is a frame."""
-    own = codec.channels // codec.lanes                              # channels that the networks take at once
-    device = next(codec.encoder.parameters()).device
-
-    def frames(mono: Tensor) -> Tensor:
-        with torch.autocast(device.type, enabled=False):
-            return codec.encoder(mono.to(device).expand(1, own, -1))[0].T                               # [T, D]
-
-    weights = hashlib.sha256(b"".join(x.detach().float().cpu().numpy().tobytes() for _, x in sorted(codec.encoder.state_dict().items())))
-    return Embedding(f"codec {codec.name}", weights.hexdigest(), codec.sample_rate,
-                     f"a frame of {1000 / codec.frame_rate:g} ms of its encoder's latents", frames)
-
-
-def mel_embedding() -> Embedding:
-    """Mean and standard deviation of log-mel bands in half seconds (dB from -60, divided by 10): no weights at all."""
-    spectrum, window = tokenizer.MelSpectrum(MEL_RATE, 1024, MEL_BANDS), round(MEL_SECONDS * MEL_RATE)
-
-    def statistics(mono: Tensor) -> Tensor:
-        mono = torch.nn.functional.pad(mono.cpu(), (0, max(0, window - len(mono))))
-        half = mono[:len(mono) // window * window].reshape(-1, window)                                  # [n, half a second]
-        level = 2 * spectrum(half).clamp_min(1e-3).log10()                                              # [n, bands, F]
-        return torch.cat([level.mean(2), level.std(2)], 1)                                              # [n, 2 bands]
-
-    settings = f"mel {MEL_RATE} Hz, {MEL_BANDS} bands of 1024, mean and std over {MEL_SECONDS} s, floor -60 dB"
-    return Embedding(f"mel {MEL_BANDS}", hashlib.sha256(settings.encode()).hexdigest(), MEL_RATE,
-                     f"mean and spread of {MEL_BANDS} log-mel bands over {MEL_SECONDS:g} s", statistics)
-
-
-class Clap:
-    """A CLAP model of the transformers package (Wu et al. 2023): features of audio and of text in one space."""
-
-    def __init__(self, path: str | None):
-        """path: a local folder, or a name in the hub's cache. Errors: ValueError says what is missing."""
-        try:
-            from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
-        except ImportError:
-            raise ValueError("clap needs the transformers package: pip install transformers (or take codec or mel)") from None
-        if path is None:
-            raise ValueError("clap: which model? Give --clap FOLDER, such as a download of laion/larger_clap_music")
-        try:
-            self.model, self.extract = ClapModel.from_pretrained(path).eval(), ClapFeatureExtractor.from_pretrained(path)
-        except Exception as error:                                   # the package raises whatever it meets
-            raise ValueError(f"--clap {path}: no CLAP model there ({common.describe_error(error)})") from None
-        self.path, self.read_tokenizer, self.tokenizer = path, AutoTokenizer.from_pretrained, None
-
-    @torch.no_grad()
-    def audio(self, mono: Tensor) -> Tensor:
-        """Features [n,D] of audio [N] at CLAP_RATE, one row each CLAP_SECONDS."""
-        pieces = [p.cpu().numpy() for p in mono.split(round(CLAP_SECONDS * CLAP_RATE))]
-        inputs = self.extract(pieces, sampling_rate=CLAP_RATE, return_tensors="pt", padding="repeatpad")
-        found = self.model.get_audio_features(**inputs)                                                 # [n, D]
-        return getattr(found, "pooler_output", found)                # since transformers 5 it is wrapped
-
-    @torch.no_grad()
-    def text(self, text: str) -> Tensor:
-        """Features [D] of a text. Errors: ValueError where the folder holds no tokenizer."""
-        if self.tokenizer is None:
-            try:
-                self.tokenizer = self.read_tokenizer(self.path)
-            except Exception as error:                               # as above
-                raise ValueError(f"--clap {self.path}: no tokenizer there ({common.describe_error(error)})") from None
-        longest = self.model.config.text_config.max_position_embeddings - 2              # RoBERTa's positions begin at 2
-        ids = self.tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
-        found = self.model.get_text_features(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])          # [1, D]
-        return getattr(found, "pooler_output", found)[0]
-
-    def similarity(self, wav: Tensor, sample_rate: int, texts: list) -> list:
-        """Cosine similarity of a clip [C,N] with each text, the mean over its pieces."""
-        mono = torchaudio.functional.resample(wav.float().mean(0), sample_rate, CLAP_RATE)                              # [N]
-        found = self.audio(mono)                                                                                        # [n, D]
-        return [float(torch.cosine_similarity(found, self.text(text)[None]).mean()) for text in texts]
-
-    def label_probabilities(self, wav: Tensor, sample_rate: int, labels: list) -> Tensor:
-        """How likely each of V texts is to name a clip [C,N] if one of them does: [V] float64, the model's own softmax over its scaled
-        cosines (zero-shot classification)."""
-        scale = float(self.model.logit_scale_a.detach().exp())       # of audio towards texts
-        return (scale * torch.tensor(self.similarity(wav, sample_rate, labels), dtype=torch.float64)).softmax(0)
-
-
-def clap_embedding(path: str | None) -> Embedding:
-    """Audio features of a `Clap`."""
-    clap = Clap(path)
-    digest = hashlib.sha256(b"".join(x.detach().float().numpy().tobytes() for _, x in sorted(clap.model.state_dict().items())))
-    return Embedding(f"clap {path}", digest.hexdigest(), CLAP_RATE, f"{CLAP_SECONDS:g} s of its audio features", clap.audio)
-
-
-def load_embedding(name: str, codec=None, clap: str | None = None) -> Embedding:
-    """One of EMBEDDINGS. Errors: ValueError naming the choices, or what is missing."""
-    if name not in EMBEDDINGS:
-        raise ValueError(f"--fad_embedding {name}: choose from {', '.join(EMBEDDINGS)}")
-    return {"codec": lambda: codec_embedding(codec), "mel": mel_embedding, "clap": lambda: clap_embedding(clap)}[name]()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what lies between the best and the worst
 
 
 def reconstruction(wav: Tensor, codec) -> Tensor:
-    """A clip [C,N] at the codec's rate through the codec and back: what a model that makes its codes can reach at best."""
+    """A clip [C,N] at the codec's rate through the codec and back: what a model that makes its codes can
+    reach at best."""
     device = next(codec.parameters()).device
-    return codec.decode(codec.encode(wav[None].to(device)))[0, :, :wav.shape[1]].cpu()
+    return codec.decode(codec.encode(wav[None].to(device)))[0, :, :wav.shape[1]].cpu()            # [C, N]
 
 
 def noise_like(wav: Tensor, seed: int) -> Tensor:
-    """Noise with the spectrum and the loudness of a clip [C,N], without its notes and beats: its phases are drawn anew.
+    """Noise with the spectrum and the loudness of a clip [C,N], without its notes and beats: its phases are
+    drawn anew.
 
-    What a good model must be far better than: the floor."""
-    spectrum = torch.fft.rfft(wav.float().cpu())                                                        # [C, bins]
+    It is the floor: a good model must be far better."""
+    spectrum = torch.fft.rfft(wav.float().cpu())                                                  # [C, bins]
     turn = 2 * math.pi * torch.rand(spectrum.shape[1], generator=torch.Generator().manual_seed(SEED + seed))
-    return torch.fft.irfft(torch.polar(spectrum.abs(), turn.expand_as(spectrum)), n=wav.shape[1])       # [C, N]
+    return torch.fft.irfft(torch.polar(spectrum.abs(), turn.expand_as(spectrum)), n=wav.shape[1])  # [C, N]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sets of clips
 
 
-class Clips:
-    """What is kept of a set of clips: its moments in every embedding, what an analyser heard, and (`tunes`) the melodies."""
+class ClipSet:
+    """What is kept of a set of clips: its moments in every embedding, what was heard in it, and its
+    melodies."""
 
-    def __init__(self, embeddings: list, hear=None, tunes: bool = False, groups: int = GROUPS):
+    def __init__(self, embeddings: list, hear: Callable | None = None, tunes: bool = False,
+                 groups: int = GROUPS):
+        """hear: gives [{label: value}] of a clip [1,C,N] and its rate. tunes: whether melodies are kept."""
         self.embeddings, self.hear, self.groups = embeddings, hear, groups
-        self.parts = {e.name: [] for e in embeddings}                # lists of Moments, of at most `groups` groups of clips
-        self.heard, self.tunes, self.taken = [], [] if tunes else None, 0
+        self.parts = {e.name: [] for e in embeddings}    # lists of Moments, each of a group of clips
+        self.heard = []
+        self.tunes = [] if tunes else None               # chromas [F,12]
+        self.clips = 0
 
-    def take(self, wav: Tensor, sample_rate: int) -> None:
+    def add(self, wav: Tensor, sample_rate: int) -> None:
         """Adds a clip [C,N]."""
         for embedding in self.embeddings:
             parts, moments = self.parts[embedding.name], embedding(wav, sample_rate)
             if len(parts) < self.groups:
                 parts.append(moments)
             else:
-                parts[self.taken % self.groups] += moments
+                parts[self.clips % self.groups] += moments
         if self.hear is not None:
             self.heard += self.hear(wav[None], sample_rate)
         if self.tunes is not None:
             self.tunes.append(chroma.chroma(wav, sample_rate))
-        self.taken += 1
+        self.clips += 1
 
-    def kept(self) -> tuple:
-        """Plain data for `merged`."""
+    def moments(self, embedding) -> Moments:
+        """Of all its clips, in one of its embeddings."""
+        return sum_moments(self.parts[embedding.name])
+
+    def state(self) -> tuple:
+        """Plain data for `add_state`."""
         return self.parts, self.heard, self.tunes
 
-    def merged(self, kept: list) -> "Clips":
-        """This set, empty until now, with what several others kept, in their order."""
-        for parts, heard, tunes in kept:
-            for name in self.parts:
-                self.parts[name] += parts[name]
-            self.heard += heard
-            self.tunes = None if tunes is None else self.tunes + tunes
-        return self
+    def add_state(self, state: tuple) -> None:
+        """Adds the clips of another set's `state`. Its groups stay apart."""
+        parts, heard, tunes = state
+        for name in self.parts:
+            self.parts[name] += parts[name]
+        self.heard += heard
+        if self.tunes is not None:
+            self.tunes += tunes
 
 
-BOUNDS = dict(generated="generated", ceiling="codec", floor="noise")
+def add_reference(sets: dict, wav: Tensor, number: int, sample_rate: int, codec) -> None:
+    """Adds reference clip `number` [C,N], what the codec leaves of it, and noise like it to their sets."""
+    mono = torchaudio.functional.resample(wav.float().mean(0), sample_rate, codec.sample_rate)    # [N]
+    sets["reference"].add(wav, sample_rate)
+    sets["codec"].add(reconstruction(mono.expand(codec.channels, -1), codec), codec.sample_rate)
+    sets["noise"].add(noise_like(wav, number), sample_rate)
 
 
-def take_all(sets: dict, reference: Tensor, number: int, sample_rate: int, codec) -> None:
-    """Adds a reference clip [C,N], what the codec leaves of it, and noise like it to the sets "reference", "codec" and "noise"."""
-    mono = torchaudio.functional.resample(reference.float().mean(0), sample_rate, codec.sample_rate)    # [N]
-    sets["reference"].take(reference, sample_rate)
-    sets["codec"].take(reconstruction(mono.expand(codec.channels, -1), codec), codec.sample_rate)
-    sets["noise"].take(noise_like(reference, number), sample_rate)
+def compare_sets(sets: dict, labels: dict | None = None, extrapolate: bool = False) -> dict:
+    """How far the other SETS are from "reference": {metric: {"generated", "ceiling", "floor"}}.
 
+        fad_KIND    Frechet distance in each embedding; with `extrapolate` also fad_inf_KIND
+        kl_LABEL    divergence of what was heard, for {label: its values}: of counts, or of probabilities [V]
+        chroma      cosine similarity of each clip's melody with its own reference's; floor: with another's
 
-def compare(sets: dict, values: dict | None = None, inf: bool = False) -> dict:
-    """Figures of the sets "generated", "codec" and "noise" against "reference", {metric: {"generated", "ceiling", "floor"}}:
-
-        fad_NAME        Frechet distance in each embedding; with `inf` also fad_inf_NAME
-        kl_LABEL        divergence of what was heard, for {label: its values}: of how often a value was, or of probabilities [V]
-        chroma          cosine similarity of each clip's melody with that of its own reference; floor: of another clip's
-
-    ceiling: the reference through the codec; floor: noise with the spectra of the reference."""
+    chroma is there where the sets keep melodies and are pairs."""
     reference, result = sets["reference"], {}
-    tunes = reference.tunes
-    paired = tunes is not None and len(sets["generated"].tunes or ()) == len(tunes)
+    tunes, made = reference.tunes, sets["generated"].tunes
+    paired = tunes is not None and len(made or ()) == len(tunes)
     for embedding in reference.embeddings:
-        whole, short = together(reference.parts[embedding.name]), embedding.name.split()[0]
-        result[f"fad_{short}"] = {title: frechet(whole, together(sets[kind].parts[embedding.name])) for title, kind in BOUNDS.items()}
-        if inf:
-            result[f"fad_inf_{short}"] = {title: frechet_inf(whole, sets[kind].parts[embedding.name]) for title, kind in BOUNDS.items()}
-    for label, choices in (values or {}).items():
+        whole = reference.moments(embedding)
+        row = result[f"fad_{embedding.kind}"] = {}
+        for column, kind in COMPARED.items():
+            row[column] = frechet(whole, sets[kind].moments(embedding))
+        if extrapolate:
+            row = result[f"fad_inf_{embedding.kind}"] = {}
+            for column, kind in COMPARED.items():
+                row[column] = frechet_inf(whole, sets[kind].parts[embedding.name])
+    for label, values in (labels or {}).items():
         heard = {kind: [h[label] for h in clips.heard] for kind, clips in sets.items()}
-        soft = isinstance(heard["reference"][0], Tensor)
-        result[f"kl_{label}"] = {title: soft_divergence(heard["reference"], heard[kind], paired) if soft else
-                                 kl_divergence(heard["reference"], heard[kind], choices) for title, kind in BOUNDS.items()}
+        row = result[f"kl_{label}"] = {}
+        for column, kind in COMPARED.items():
+            if isinstance(heard["reference"][0], Tensor):
+                row[column] = kl_of_probabilities(heard["reference"], heard[kind], paired)
+            else:
+                row[column] = kl_of_counts(heard["reference"], heard[kind], values)
     if paired:
-        turned = tunes[1:] + tunes[:1]
-        made = sets["generated"].tunes
-        pairs = dict(generated=(made, tunes), ceiling=(sets["codec"].tunes, tunes), floor=(made, turned))
-        result["chroma"] = {title: float(np.mean([chroma.similarity(a, b) for a, b in zip(*pair)])) for title, pair in pairs.items()}
+        others = tunes[1:] + tunes[:1]
+        pairs = dict(generated=(made, tunes), ceiling=(sets["codec"].tunes, tunes), floor=(made, others))
+        row = result["chroma"] = {}
+        for column, pair in pairs.items():
+            row[column] = float(np.mean([chroma.similarity(a, b) for a, b in zip(*pair)]))
     return result
 
 
-def table(result: dict, title: str) -> str:
-    """The figures of `compare` as lines to print."""
-    return "\n".join([f"{title:<34}" + "".join(f"{c:>11}" for c in BOUNDS)] +
-                     [f"  {name:<32}" + "".join(f"{row[c]:>11.4g}" for c in BOUNDS) for name, row in result.items()])
+def make_in_batches(make: Callable, n: int, batch: int, ranks=None) -> list:
+    """The lists make(0), make(batch), .. as one of n. ranks: a distributed.Ranks that shares them out; each
+    gets all."""
+    rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    mine = [(i, make(i)) for i in range(rank * batch, n, batch * world)]
+    gathered = ranks.gather(mine) if ranks else [mine]
+    ordered = sorted((part for parts in gathered for part in parts), key=lambda part: part[0])
+    return [x for _, made in ordered for x in made]
+
+
+def against_reference(make: Callable, n: int, codec, *, batch: int = 16, ranks=None, labels: bool = False,
+                      tunes: bool = False) -> dict:
+    """`compare_sets` of n generated clips with reference clips, in the codec's latents and in mel statistics.
+
+    make(i, j) gives clips i..j-1 as two lists of audio [C,N] at the codec's rate: the reference and the
+    generated ones. labels: also what the toy's analyser hears; tunes: also melodies. ranks: as in
+    `make_in_batches`. Each batch is embedded by itself and added up in its order, so that the number of ranks
+    changes nothing."""
+    embeddings = [load_embedding("codec", codec), load_embedding("mel")]
+    hear = analyser.hear if labels else None
+
+    def embed(i: int) -> list:
+        sets = {kind: ClipSet(embeddings, hear, tunes, groups=1) for kind in SETS}
+        for number, (real, made) in enumerate(zip(*make(i, min(i + batch, n)), strict=True), i):
+            add_reference(sets, real, number, codec.sample_rate, codec)
+            sets["generated"].add(made, codec.sample_rate)
+        return [{kind: clips.state() for kind, clips in sets.items()}]
+
+    sets = {kind: ClipSet(embeddings, hear, tunes) for kind in SETS}
+    for states in make_in_batches(embed, n, batch, ranks):
+        for kind, state in states.items():
+            sets[kind].add_state(state)
+    return compare_sets(sets, analyser.HEARD_VALUES if labels else None)
+
+
+def distances_table(result: dict, title: str) -> str:
+    """The figures of `compare_sets` as lines to print."""
+    lines = [f"{title:<34}" + "".join(f"{column:>11}" for column in COMPARED)]
+    for name, row in result.items():
+        lines.append(f"  {name:<32}" + "".join(f"{row[column]:>11.4g}" for column in COMPARED))
+    return "\n".join(lines)

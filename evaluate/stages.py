@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 import conditioning
 import data
-from evaluate import analyser, distances
+from evaluate import adherence, analyser, distances
 import generate
-from evaluate import metrics
 from evaluate import page
 import toy
 from support.flags import segment_frames, style_frames
@@ -151,8 +150,8 @@ def evaluate_stage(run: Run) -> dict:
     if run.args.dataset == "toy" and "text" in names:
         result["adherence"] = toy_adherence(run, music)
     if run.args.dataset == "toy" and set(names) - {"text"}:
-        result["given"] = metrics.toy_conditions(music, run.args.eval_samples, run.args.seed, ranks=run.ranks)
-        run.ranks.print(metrics.conditions_table(result["given"], f"{run.args.eval_samples} clips, given"))
+        result["given"] = adherence.measure_conditions(music, run.args.eval_samples, run.args.seed, ranks=run.ranks)
+        run.ranks.print(adherence.rows_table(result["given"], f"{run.args.eval_samples} clips, given"))
     result["distances"] = held_out_distances(run, music)
     return result | dict(seconds=time.perf_counter() - began)
 
@@ -161,9 +160,9 @@ def toy_adherence(run: Run, music: generate.MusicGenerator) -> dict:
     """Caption adherence on combinations of values seen in training and on those held out; prints both tables."""
     args, result = run.args, {}
     for split, title in (("valid", "combinations seen in training"), ("heldout", "combinations held out")):
-        table = metrics.toy_captions(music, split, args.eval_samples, args.seed, ranks=run.ranks)
-        run.ranks.print(metrics.adherence_table(table, f"{args.eval_samples} clips, {title}"))
-        result[split] = {k: v for k, v in table.items() if k != "heard"}
+        table = adherence.measure_adherence(music, split, args.eval_samples, args.seed, ranks=run.ranks)
+        run.ranks.print(adherence.adherence_table(table, f"{args.eval_samples} clips, {title}"))
+        result[split] = table
     return result
 
 
@@ -192,8 +191,8 @@ def held_out_distances(run: Run, music: generate.MusicGenerator) -> dict:
 
     heard = args.dataset == "toy" and args.cache is None and args.segment_seconds * toy.SAMPLE_RATE >= analyser.MIN_SAMPLES
     names = music.model.conditioner.names if music.model.conditioner is not None else []
-    found = metrics.against_reference(make, n, run.codec, ranks=run.ranks, labels=heard, tunes="melody" in names)
-    run.ranks.print(distances.table(found, f"{n} clips beside validation clips"))
+    found = distances.against_reference(make, n, run.codec, ranks=run.ranks, labels=heard, tunes="melody" in names)
+    run.ranks.print(distances.distances_table(found, f"{n} clips beside validation clips"))
     if args.cache is not None:
         run.ranks.print("(a cache has no audio: validation clips are as the codec decodes them, and the ceiling counts it twice)")
     return found
