@@ -605,7 +605,7 @@ def main(argv: list | None = None) -> int:
         if args.text is not None:
             show_text(args.text, args.run)
         if args.melody:
-            melodies.show(args.melody)
+            melodies.print_chroma(args.melody)
         if args.style:
             show_style(args.style, args.run)
     except ValueError as error:

@@ -259,7 +259,7 @@ class MusicGenerator:
         rate = self.codec.sample_rate
         if wav.shape[-1] < 4 * chroma.hop_length(rate):
             raise ValueError(f"a melody lasts at least {4 * chroma.HOP_SECONDS:g} s, this has {wav.shape[-1] / rate:.2f} s")
-        found = chroma.melody(wav.cpu(), rate, self.model.conditioner.config.melody_stems)
+        found = chroma.melody_chroma(wav.cpu(), rate, self.model.conditioner.config.melody_stems)
         if not found.any():
             raise ValueError("it is silent: no melody in it")
         return found

@@ -40,6 +40,7 @@ from support.checkpoint import checkpoint_errors
 from support.flags import build_parser, check, derive, duration, estimate, of_the_run, segment_frames
 from support.distributed import Ranks
 from support.signals import Stop, Stopped
+from support.scan import scan_dataset
 from support.run import Run, commit, cut_log, keep_best, read_checkpoint, restore, show, summary, write_config
 from evaluate.stages import (beside_text, draw_page, evaluate_stage, figures, generate_stage, prepare, to_codes, valid_stage,
                              without_excerpts)
@@ -158,7 +159,8 @@ def train_stage(run: Run) -> dict:
     start = run.step - epoch * args.updates_per_epoch
     run.wrapped.train()
     first = (0, 0) if args.overfit_one_batch else (epoch, start)
-    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size, ranks.rank, ranks.world_size, args.workers)
+    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size,
+                          rank=ranks.rank, world_size=ranks.world_size, workers=args.workers)
     fixed = micro_batches(run, next(loader)) if args.overfit_one_batch else None
     began = marked = time.perf_counter()
     timed = 0                                                        # updates since `marked`
@@ -247,7 +249,7 @@ def prepare_folder(args: argparse.Namespace) -> Path:
 
 def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> Run | None:
     """Everything before the first update: the same on every rank, its errors too. None after a dry run."""
-    found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
+    found = args.dataset if args.cache or args.dataset == "toy" else scan_dataset(args.dataset)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     config, T = model_config(args, codec), segment_frames(args, codec)
     if T < 2:
@@ -283,7 +285,7 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
 def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> None:
     """A stage of the run in --out with its best weights; prints a line a figure. History, log and checkpoints stay as they are."""
     out, best = Path(args.out), generate.read_deployment(args.out)
-    found = args.dataset if args.cache or args.dataset == "toy" else data.scan(args.dataset)
+    found = args.dataset if args.cache or args.dataset == "toy" else scan_dataset(args.dataset)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     if codec.fingerprint != best["codec"]["fingerprint"]:
         raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: its fingerprint is another")

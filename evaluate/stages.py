@@ -38,7 +38,8 @@ def beside_text(run: Run, examples: list, codes: Tensor, rngs: list) -> tuple[li
     """(melody and style of each example, (start, stop) of its style excerpt) from codes [B,K,T]. rngs: None is the middle."""
     names, (low, high) = run.model.conditioner.names, style_frames(run.args, run.codec)
     places = [conditioning.excerpt(e.frames, low, high, rng) for e, rng in zip(examples, rngs)]
-    given = [{"melody": e.chroma, "style": row[:, slice(*place)].clone()} for e, row, place in zip(examples, codes, places)]
+    given = [{"melody": e.features.get("chroma"), "style": row[:, slice(*place)].clone()}
+             for e, row, place in zip(examples, codes, places)]
     return [{name: value for name, value in each.items() if name in names} for each in given], places
 
 
@@ -89,8 +90,8 @@ def load_valid(run: Run) -> list:
     if run.valid_batches is None:
         args, ranks = run.args, run.ranks
         run.valid_batches = []
-        for examples in data.batches(valid_source(run), 0, 0, math.ceil(args.valid_samples / args.batch_size), args.batch_size, ranks.rank,
-                                     ranks.world_size, args.workers):
+        for examples in data.batches(valid_source(run), 0, 0, math.ceil(args.valid_samples / args.batch_size), args.batch_size,
+                                     rank=ranks.rank, world_size=ranks.world_size, workers=args.workers):
             for i in range(0, len(examples), args.micro_batch_size):
                 part = examples[i:i + args.micro_batch_size]
                 codes, mask = (x.cpu() for x in to_codes(run, data.collate(part)))
@@ -170,7 +171,7 @@ def held_out(run: Run, music: generate.MusicGenerator, first: int, stop: int) ->
     """Validation clips first..stop-1: the audio [C,N] of each, without padding, and its conditions {name: value}.
 
     A token cache has no audio: then it is what the codec makes of its codes. Errors: ValueError where one cannot be read."""
-    examples = data.fetch(valid_source(run), 0, stop - first, first)
+    examples = data.load_examples(valid_source(run), 0, stop - first, first)
     if isinstance(examples, ValueError):
         raise examples
     codes, _ = to_codes(run, data.collate(examples))

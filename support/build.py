@@ -25,14 +25,17 @@ from support.flags import fuses, parse_size, style_frames
 from model import ModelConfig, MusicGen, add_lora, decay_groups
 from support.distributed import Ranks
 from support.run import Ema, Run
+from support.scan import Scan, skip_lines
 
 
 def open_data(args: argparse.Namespace, found, codec, ranks: Ranks) -> list:
     """The training and validation sets, with a line on each. found: the dataset's name or what scanning it gave."""
-    sets = [data.open_dataset(found, args.valid, split, args.segment_seconds, codec, args.seed, args.min_segment_ratio,
-                              args.cache, "melody" in args.conditions, args.melody_stems) for split in ("train", "valid")]
-    if isinstance(found, data.Scan):
-        for line in data.skip_lines(found.skipped):
+    features = {"chroma": chroma.Chroma(args.melody_stems)} if "melody" in args.conditions else {}
+    sets = [data.open_dataset(found, args.valid, split, args.segment_seconds, codec, seed=args.seed,
+                              min_segment_ratio=args.min_segment_ratio, cache=args.cache, features=features)
+            for split in ("train", "valid")]
+    if isinstance(found, Scan):
+        for line in skip_lines(found.skipped):
             ranks.print(f"skipped: {line}")
     for split, each in zip(("train", "valid"), sets):
         ranks.print(f"{split}: {each.describe()}")

@@ -420,6 +420,7 @@ MATERIAL = {
     "cache_no_codec": cache_with("cache.json", in_json(
         lambda content: {k: v for k, v in content.items() if k != "fingerprint"})),
     "cache_no_shards": cache_with("cache.json", in_json(lambda content: content | {"shards": 0})),
+    "cache_toy": cache_with("cache.json", in_json(lambda content: content | {"dataset": "toy"})),
     "cache_times": cache_with("shard_00000.json", in_json(
         lambda entries: [entry | {"seconds": "long"} for entry in entries])),
     "cache_places": cache_with("shard_00000.json", in_json(

@@ -39,14 +39,14 @@ REFUSED = {
     "data cache: into its own dataset": (
         "data cache @music --out @music", "holds something else", "give a new"),
     "data cache: into a cache of other songs": (
-        "data cache toy --clips 3 --out @cache", "another dataset", "another --out"),
+        "data cache @no_captions --out @cache", "another dataset", "another --out"),
     "data cache: into a cache whose cache.json is text": (
         "data cache @music --out @cache_text", "cache.json", "delete"),
     "data cache: into a cache whose cache.json is a list": (
         "data cache @music --out @cache_list", "another dataset", "delete"),
     "data cache: out is a file": ("data cache @music --out @good.wav", "--out", "good.wav", "folder"),
     "data cache: out below a file": ("data cache @music --out @good.wav/cache", "good.wav/cache"),
-    "data cache: no clips": ("data cache toy --clips 0 --out out", "--clips 0", "at least 1"),
+    "data cache: toy clips": ("data cache toy --out out", "toy clips are made fresh", "--dataset toy"),
     "data cache: unknown device": ("data cache @music --out out --device banana", "banana", "cpu, cuda"),
     "data cache: three channels": ("data cache @music --out out --channels 3", "--channels", "1, 2"),
     "data cache: two channels into a mono cache": (

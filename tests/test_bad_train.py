@@ -156,6 +156,7 @@ REFUSED = {
     "train: cache.json is a list": ("train --cache @cache_list", "cache_list", "run the same"),
     "train: cache.json names no codec": ("train --cache @cache_no_codec", "cache_no_codec", "run the same"),
     "train: cache of no shards": ("train --cache @cache_no_shards", "cache_no_shards", "run the same"),
+    "train: cache of toy clips": ("train --cache @cache_toy", "cache_toy", "made fresh", "--dataset toy"),
     "train: cache with words for seconds": ("train --cache @cache_times", "cache_times", "run the same"),
     "train: cache with places outside its shard": (
         "train --cache @cache_places", "cache_places", "run the same"),

@@ -16,12 +16,14 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from support import audio
 import tokenizer
+from support import audio, cache
+from support.cache import make_cache, read_index
+from support.scan import MAX_TEXT, Entry, scan_dataset, skip_lines, split_by_hash
 
 RATE, HOP = 16_000, 320
-MONO = SimpleNamespace(sample_rate=RATE, channels=1, hop=HOP)      # all of a codec that live audio asks for
-torch.set_num_threads(1)                                        # small tensors: more only disturb
+MONO = SimpleNamespace(sample_rate=RATE, channels=1, hop=HOP)  # all of a codec that live audio asks for
+torch.set_num_threads(1)  # small tensors: more only disturb
 
 
 def write(path, seconds, rate=RATE, channels=1, seed=0, subtype="PCM_16"):
@@ -38,7 +40,7 @@ def folder(path, count=6, seconds=3.0):
 
 
 def live(root, seconds=1.0, seed=0, **more):
-    return data.AudioDataset(data.scan(str(root)).entries, MONO, seconds, seed, **more)
+    return data.AudioDataset(scan_dataset(str(root)).entries, MONO, seconds, seed, **more)
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +109,11 @@ def test_ranks_workers_and_resume_give_the_same_examples(tmp_path):
         assert len(batch) == len(again) and all(map(same, batch, again))
     resumed = list(data.batches(live(tmp_path), 1, 2, 4, 6))
     assert len(resumed) == 2 and all(same(a, b) for u, v in zip(whole[2:], resumed) for a, b in zip(u, v))
-    ranks = [list(data.batches(live(tmp_path), 1, 0, 4, 6, rank=r, world=3)) for r in range(3)]
+    ranks = [list(data.batches(live(tmp_path), 1, 0, 4, 6, rank=r, world_size=3)) for r in range(3)]
     for u in range(4):
         assert all(map(same, whole[u], sum((ranks[r][u] for r in range(3)), [])))
     with pytest.raises(ValueError, match="batch_size 6: a multiple of the 4 ranks"):
-        next(data.batches(live(tmp_path), 0, 0, 1, 6, world=4))
+        next(data.batches(live(tmp_path), 0, 0, 1, 6, world_size=4))
 
 
 def test_starts_keep_min_segment_ratio_and_fall_on_frames(tmp_path):
@@ -138,7 +140,7 @@ def test_padding_and_frames(tmp_path):
 
 def test_stereo_and_other_rates(tmp_path):
     write(tmp_path / "a.wav", 1.5, rate=44_100, channels=2)
-    entries = data.scan(str(tmp_path)).entries
+    entries = scan_dataset(str(tmp_path)).entries
     for channels in (1, 2):
         x = data.AudioDataset(entries, replaced(channels=channels), 1.0, 0).example(0, 0)
         assert x.wav.shape == (channels, RATE) and x.frames == 50
@@ -171,7 +173,7 @@ def test_bad_files_at_the_scan_are_named(tmp_path):
     os.symlink("song0.wav", tmp_path / "twin.wav")
     os.symlink(tmp_path, tmp_path / "loop")
     os.symlink("self", tmp_path / "self")
-    found = data.scan(str(tmp_path))
+    found = scan_dataset(str(tmp_path))
     assert [e.key for e in found.entries] == ["song0.wav", "song1.wav"]
     reasons = {Path(path).name: reason for path, reason in found.skipped.items()}
     for name, reason in {"empty.wav": "zero bytes", "renamed.mp3": "not readable", "cover.jpg": "not audio by its name",
@@ -218,9 +220,9 @@ def test_datasets_that_are_none(tmp_path, capsys, what):
                      "bad gz": ("m.jsonl.gz", "cannot be read as a manifest")}[what]
     assert data.main(["check", str(tmp_path / name)]) == 2
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and err.startswith("data.py: error: ")
+    assert not out and err.count("\n") == 1 and err.startswith("data.py: ")
     with pytest.raises(ValueError, match=message):
-        data.scan(str(tmp_path / name))
+        scan_dataset(str(tmp_path / name))
 
 
 # ----------------------------------------------------------------------------------------------- captions and manifests
@@ -234,7 +236,7 @@ def test_sidecars(tmp_path):
     (tmp_path / "b.txt").write_text("\ufeff slow\x00 waltz \n", encoding="utf-8")
     (tmp_path / "c.json").write_text('{"bpm": 90, "key": "c, g"}')
     (tmp_path / "c.txt").write_text("from the text")
-    a, b, c, d = data.scan(str(tmp_path)).entries
+    a, b, c, d = scan_dataset(str(tmp_path)).entries
     assert (a.caption, a.meta) == ("json", {"description": "A song", "title": "T", "key": "c major", "genre": "rock",
                                             "moods": ["happy", "dark", "big"], "keywords": ["new age"], "bpm": 120.0})
     assert (b.caption, b.meta) == ("txt", {"description": "slow waltz"})
@@ -265,17 +267,17 @@ CLEAN = {"surrogate": (b'{"title": "\\ud800x"}', {"title": "?x"}), "nul": (b'{"t
 def test_hostile_json_is_a_counted_problem(tmp_path, name):
     write(tmp_path / "a.wav", 0.1)
     (tmp_path / "a.json").write_bytes(HOSTILE[name])
-    found = data.scan(str(tmp_path))
+    found = scan_dataset(str(tmp_path))
     assert list(found.problems) == [str(tmp_path / "a.wav")] and len(found.entries) == 1
     json.dumps(found.entries[0].meta, allow_nan=False)
-    assert all(len(v) <= data.MAX_TEXT for v in found.entries[0].meta.values() if isinstance(v, str))
+    assert all(len(v) <= MAX_TEXT for v in found.entries[0].meta.values() if isinstance(v, str))
 
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_odd_json_is_cleaned(tmp_path, name):
     write(tmp_path / "a.wav", 0.1)
     (tmp_path / "a.json").write_bytes(CLEAN[name][0])
-    found = data.scan(str(tmp_path))
+    found = scan_dataset(str(tmp_path))
     assert found.entries[0].meta == {"description": None} | CLEAN[name][1] and not found.problems
 
 
@@ -298,40 +300,40 @@ def test_audiocraft_manifest_as_it_is(tmp_path, monkeypatch, packed):
     path.write_bytes(gzip.compress(text) if packed else text)
     monkeypatch.chdir(tmp_path / "cwd")
     for dataset in (path, path.parent):
-        found = data.scan(str(dataset))
+        found = scan_dataset(str(dataset))
         assert {Path(e.path).name: round(e.seconds, 1) for e in found.entries} == {
             "song0.wav": 3.0, "song1.wav": 3.0, "song2.wav": 3.2, "elsewhere.wav": 1.0, "here.wav": 1.0}
         assert {e.meta["description"] for e in found.entries} == {"one", None}
-        kinds = " | ".join(data.skip_lines(found.skipped))
+        kinds = " | ".join(skip_lines(found.skipped))
         assert len(found.skipped) == 10 and "4 manifest line" in kinds, kinds
         assert "1 same file twice" in kinds and "3 missing" in kinds and "2 not audio" in kinds, kinds
-    lies = [p for p in data.scan(str(path), headers=True).problems.values() if "duration differs" in p]
+    lies = [p for p in scan_dataset(str(path), headers=True).problems.values() if "duration differs" in p]
     assert not lies
 
 
 def test_a_manifest_that_lies_about_the_duration(tmp_path):
     write(tmp_path / "a.wav", 1.0)
     (tmp_path / "data.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 500.0, "sample_rate": RATE}))
-    assert "duration differs" in str(data.scan(str(tmp_path), headers=True).problems)
+    assert "duration differs" in str(scan_dataset(str(tmp_path), headers=True).problems)
     with pytest.raises(ValueError, match="no audio at"):
         live(tmp_path).example(0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- split
 def entries(names):
-    return [data.Entry(f"/m/{n}", n, 1.0) for n in names]
+    return [Entry(f"/m/{n}", n, 1.0) for n in names]
 
 
 def test_hash_split_is_stable_when_files_are_added():
     few, many = entries(f"{i}.wav" for i in range(200)), entries(f"{i}.wav" for i in range(1000))
-    parts = [[{e.key for e in part} for part in data.split_by_hash(e, 0.1)[:2]] for e in (few, many)]
+    parts = [[{e.key for e in part} for part in split_by_hash(e, 0.1)[:2]] for e in (few, many)]
     assert parts[0][0] <= parts[1][0] and parts[0][1] <= parts[1][1]
     assert not parts[1][0] & parts[1][1] and 70 < len(parts[1][1]) < 130
     for count in range(2, 8):
         for fraction in (1e-9, 1 - 1e-9):
-            train, valid, note = data.split_by_hash(entries(f"{i}.wav" for i in range(count)), fraction)
+            train, valid, note = split_by_hash(entries(f"{i}.wav" for i in range(count)), fraction)
             assert train and valid and len(train) + len(valid) == count and not note
-    train, valid, note = data.split_by_hash(entries(["a.wav"]), 0.05)
+    train, valid, note = split_by_hash(entries(["a.wav"]), 0.05)
     assert train == valid and note == "the only file is both train and valid"
 
 
@@ -361,7 +363,7 @@ def test_cache_gives_the_segments_and_codes_of_live_training(tmp_path, codec):
     write(music / "long.wav", 27.3, rate=24_000, channels=2)                                # three windows, resampled
     soundfile.write(str(music / "nan.wav"), np.full(48_000, np.nan, np.float32), RATE, subtype="FLOAT")
     (music / "song1.txt").write_text("one")
-    data.cache(str(music), str(tmp_path / "cache"), codec)
+    make_cache(str(music), str(tmp_path / "cache"), codec)
     for split in ("train", "valid"):
         direct = data.open_dataset(str(music), 0.3, split, 2.0, codec)
         cached = data.open_dataset(str(music), 0.3, split, 2.0, codec, cache=str(tmp_path / "cache"))
@@ -381,13 +383,13 @@ def test_windows_give_the_codes_of_the_whole_file(tmp_path, codec):
     for seconds, rate in ((27.3, RATE), (24.0, 44_100), (20.0, RATE), (22.0, RATE), (12.01, 48_000), (0.01, RATE)):
         path = write(tmp_path / "a.wav", seconds, rate)
         whole = codec.encode(audio.read_audio(path, sample_rate=RATE, channels=1)[None])[0].T.numpy()
-        parts = data.encode_entry(data.Entry(str(path), "a", seconds, rate), codec, "cpu")[0]
+        parts = cache.encode_file(Entry(str(path), "a", seconds, rate), codec, "cpu", {})[0]
         assert parts.shape == whole.shape and (parts == whole).mean() > 0.999, (seconds, rate, (parts == whole).mean())
 
 
 def test_cache_of_another_codec_is_refused(tmp_path, codec):
     folder(tmp_path / "m", 2, 1.0)
-    data.cache(str(tmp_path / "m"), str(tmp_path / "c"), codec)
+    make_cache(str(tmp_path / "m"), str(tmp_path / "c"), codec)
 
     def opened(name, rate=RATE, K=None):
         other = tokenizer.Codec(name, rate, codec.encoder, codec.quantizer, codec.decoder, K)
@@ -409,10 +411,10 @@ def test_cache_of_another_codec_is_refused(tmp_path, codec):
 
 def test_interrupted_cache_goes_on(tmp_path, codec, monkeypatch, capsys):
     folder(tmp_path / "m", 6, 1.0)
-    monkeypatch.setattr(data, "SHARD_SECONDS", 2.4)                                         # shards of 2, 2, 1, 1 files
-    make = lambda name: data.cache(str(tmp_path / "m"), str(tmp_path / name), codec)
+    monkeypatch.setattr(cache, "SHARD_SECONDS", 2.4)                                         # shards of 2, 2, 1, 1 files
+    make = lambda name: make_cache(str(tmp_path / "m"), str(tmp_path / name), codec)
     make("whole")
-    encode, calls = data.encode_entry, []
+    encode, calls = cache.encode_file, []
 
     def fails(*args):
         calls.append(1)
@@ -420,13 +422,13 @@ def test_interrupted_cache_goes_on(tmp_path, codec, monkeypatch, capsys):
             raise KeyboardInterrupt
         return encode(*args)
 
-    monkeypatch.setattr(data, "encode_entry", fails)
+    monkeypatch.setattr(cache, "encode_file", fails)
     with pytest.raises(KeyboardInterrupt):
         make("cut")
     with pytest.raises(ValueError, match="unfinished"):
-        data.read_index(str(tmp_path / "cut"))
+        read_index(str(tmp_path / "cut"))
     (tmp_path / "cut" / "shard_00001.npy").write_bytes(b"codes without their entries")
-    (tmp_path / "cut" / "shard_00002.npy.part").write_bytes(b"torn")
+    (tmp_path / "cut" / "shard_00002.npy.tmp").write_bytes(b"torn")
     capsys.readouterr()
     make("cut")
     out = capsys.readouterr().out
@@ -444,34 +446,40 @@ def test_interrupted_cache_goes_on(tmp_path, codec, monkeypatch, capsys):
 def test_damaged_caches_and_bad_output_folders(tmp_path, codec):
     folder(tmp_path / "m", 2, 1.0)
     for name in ("shard_00000.npy", "shard_00000.json", "cache.json"):
-        data.cache(str(tmp_path / "m"), str(tmp_path / name), codec)
+        make_cache(str(tmp_path / "m"), str(tmp_path / name), codec)
         path = tmp_path / name / name
         for content in (path.read_bytes()[:-2], b"", b"[]", b"{}", b'[{"a": 1}]', b'{"shards": "x"}'):
             path.write_bytes(content)
             with pytest.raises(ValueError, match="unfinished or damaged"):
-                data.read_index(str(tmp_path / name))
+                read_index(str(tmp_path / name))
     with pytest.raises(ValueError, match="no token cache in .*make one with"):
-        data.read_index(str(tmp_path / "none"))
+        read_index(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="holds something else"):
-        data.cache(str(tmp_path / "m"), str(tmp_path / "m"), codec)
+        make_cache(str(tmp_path / "m"), str(tmp_path / "m"), codec)
     (tmp_path / "n").mkdir()
     soundfile.write(str(tmp_path / "n" / "nan.wav"), np.full(99, np.nan), RATE, subtype="FLOAT")
     with pytest.raises(ValueError, match="none of the 1 files"):
-        data.cache(str(tmp_path / "n"), str(tmp_path / "d"), codec)
+        make_cache(str(tmp_path / "n"), str(tmp_path / "d"), codec)
 
 
-def test_toy_cache_and_cache_with_a_valid_folder(tmp_path, codec):
-    data.cache("toy", str(tmp_path / "toy"), codec, clips=12)
-    train, valid = (data.open_dataset("toy", 0.05, s, 1.6, codec, cache=str(tmp_path / "toy"))
-                    for s in ("train", "valid"))
-    assert (len(train.files), len(valid.files)) == (12, 1)
-    x = train.example(0, 0)
-    clip = data.ToyDataset(0, "train", MONO).example(0, int(x.path.split("/")[-1]))
-    assert x.meta == json.loads(json.dumps(clip.meta)) and (x.start_seconds, x.frames) == (0, 80)
-    assert np.array_equal(codec.encode(torch.from_numpy(clip.wav)[None])[0], x.codes)
+def test_toy_clips_need_no_cache(tmp_path, codec, capsys):
+    assert data.main(["cache", "toy", "--out", str(tmp_path / "toy")]) == 2 and not (tmp_path / "toy").exists()
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and "toy clips are made fresh and need no token cache" in err
+    folder(tmp_path / "m", 3, 1.0)
+    make_cache(str(tmp_path / "m"), str(tmp_path / "c"), codec)
+    path = tmp_path / "c" / "cache.json"  # of when toy clips were put into caches
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": "toy"}))
+    with pytest.raises(ValueError, match="holds toy clips, which are made fresh .* --dataset toy without --cache"):
+        data.open_dataset("toy", 0.05, "train", 1.6, codec, cache=str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="a cache with another dataset"):
+        make_cache(str(tmp_path / "m"), str(tmp_path / "c"), codec)
+
+
+def test_cache_with_a_valid_folder(tmp_path, codec):
     folder(tmp_path / "t", 3, 1.0)
     folder(tmp_path / "v", 2, 1.0)
-    data.cache(str(tmp_path / "t"), str(tmp_path / "c"), codec, valid=str(tmp_path / "v"))
+    make_cache(str(tmp_path / "t"), str(tmp_path / "c"), codec, valid=str(tmp_path / "v"))
     for split, name in (("train", "t"), ("valid", "v")):
         cached = data.open_dataset(str(tmp_path / "t"), str(tmp_path / "v"), split, 1.0, codec,
                                    cache=str(tmp_path / "c"))

@@ -16,6 +16,8 @@ import generate
 from evaluate import stages
 import tokenizer
 import train
+from support.cache import make_cache
+from support.chroma import Chroma
 from conditioning import Bottleneck, Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long
 from model import ModelConfig, MusicGen
@@ -111,37 +113,45 @@ def test_chroma_from_the_cache_against_live_audio(tmp_path, capsys):
     """Frames begin up to half a hop beside the segment's and its edges hear what lies beyond: the rest is the same melody."""
     root, out = songs(tmp_path / "songs"), str(tmp_path / "codes")
     codec = tokenizer.load_codec("toy")
-    data.cache(str(root), out, codec)
-    both = [data.open_dataset(str(root), 0.5, "train", 3.0, codec, melody=True, cache=c) for c in (None, out)]
+    features = {"chroma": Chroma()}
+    make_cache(str(root), out, codec, features=features)
+    both = [data.open_dataset(str(root), 0.5, "train", 3.0, codec, features=features, cache=c) for c in (None, out)]
     same, inner, count = 0, 0, 0
     for index in range(12):
         live, cached = (d.example(0, index) for d in both)
-        assert live.start_seconds == cached.start_seconds and abs(len(live.chroma) - len(cached.chroma)) <= 1      # at a file's end
-        assert live.chroma.dtype == cached.chroma.dtype == np.float32
-        frames = min(len(live.chroma), len(cached.chroma))
-        a, b = (torch.from_numpy(e.chroma[:frames]).argmax(1) for e in (live, cached))
+        assert live.start_seconds == cached.start_seconds
+        heard, stored = live.features["chroma"], cached.features["chroma"]
+        assert abs(len(heard) - len(stored)) <= 1  # at a file's end
+        assert heard.dtype == stored.dtype == np.float32
+        frames = min(len(heard), len(stored))
+        a, b = (torch.from_numpy(x[:frames]).argmax(1) for x in (heard, stored))
         same, inner, count = same + (a == b).sum().item(), inner + (a == b)[2:-2].sum().item(), count + len(a)
     print(f"frames of the same class: {same / count:.3f}, without the two at each edge {inner / (count - 12 * 4):.3f}")
     assert same / count > 0.7 and inner / (count - 12 * 4) > 0.8
-    whole = data.CacheDataset(out, codec, 30.0, 0, 0.8, "train", 0.5, melody=True)             # longer than the song: from its start
-    live = data.open_dataset(str(root), 0.5, "train", 30.0, codec, 0, 0.8, melody=True)
+    # longer than the song: from its start
+    whole = data.CacheDataset(out, codec, 30.0, 0, split="train", valid=0.5, features=features)
+    live = data.open_dataset(str(root), 0.5, "train", 30.0, codec, features=features)
     a, b = whole.example(0, 0), live.example(0, 0)
-    assert a.start_seconds == b.start_seconds == 0 and np.abs(a.chroma - b.chroma).max() < 2e-3, np.abs(a.chroma - b.chroma).max()
+    largest = np.abs(a.features["chroma"] - b.features["chroma"]).max()
+    assert a.start_seconds == b.start_seconds == 0 and largest < 2e-3, largest
 
 
 def test_a_cache_of_before_chroma_trains_with_text_alone(tmp_path):
-    codec, out = tokenizer.load_codec("toy"), str(tmp_path / "codes")
-    data.cache("toy", out, codec, clips=3)
-    cached = data.open_dataset("toy", codec=codec, melody=True, cache=out).example(0, 0)
-    live = data.open_dataset("toy", codec=codec, melody=True).example(0, int(cached.path.split("/")[1]))
-    assert np.abs(live.chroma - cached.chroma).max() < 1e-3                                    # a whole clip: float16's rounding
+    codec, root, out = tokenizer.load_codec("toy"), str(songs(tmp_path / "songs", (1.6, 1.6, 1.6))), str(tmp_path / "codes")
+    features, whole = {"chroma": Chroma()}, dict(codec=codec, min_segment_ratio=1.0)
+    make_cache(root, out, codec, features=features)
+    cached = data.open_dataset(root, **whole, features=features, cache=out).example(0, 0)
+    live = data.open_dataset(root, **whole, features=features).example(0, 0)
+    assert live.path == cached.path
+    # a whole clip: float16's rounding
+    assert np.abs(live.features["chroma"] - cached.features["chroma"]).max() < 1e-3
     with pytest.raises(ValueError, match="drums and bass"):
-        data.open_dataset("toy", codec=codec, melody=True, stems=True, cache=out)
+        data.open_dataset(root, codec=codec, features={"chroma": Chroma(stems=True)}, cache=out)
     for path in Path(out).glob("*.chroma.npy"):
         path.unlink()
-    assert data.open_dataset("toy", codec=codec, cache=out).example(0, 0).chroma is None
+    assert data.open_dataset(root, codec=codec, cache=out).example(0, 0).features == {}
     with pytest.raises(ValueError, match="holds no chroma, which melody needs: make another"):
-        data.open_dataset("toy", codec=codec, melody=True, cache=out)
+        data.open_dataset(root, codec=codec, features=features, cache=out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

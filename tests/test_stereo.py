@@ -9,6 +9,7 @@ import torch
 
 import data
 from support import audio, flags
+from support.scan import scan_dataset
 import generate
 import patterns
 import tokenizer
@@ -42,6 +43,14 @@ def clips(n: int) -> torch.Tensor:
     """Panned toy clips [B, 2, N]."""
     drawn = [toy.draw_clip(0, 0, i, "valid")[0] for i in range(n)]
     return torch.from_numpy(np.stack([toy.pan(toy.render(c), c, 2) for c in drawn]))
+
+
+def folder_of_clips(path, n: int) -> str:
+    """Panned toy clips as stereo files."""
+    path.mkdir()
+    for i, wav in enumerate(clips(n)):
+        soundfile.write(path / f"clip{i}.wav", wav.T.numpy(), 16_000)
+    return str(path)
 
 
 def codec_file(path, change) -> str:
@@ -156,40 +165,43 @@ def test_toy_clips_are_panned(mono, stereo):
 def test_files_of_one_and_of_two_channels(tmp_path, stereo):
     soundfile.write(tmp_path / "a.wav", clips(1)[0].T.numpy(), 16_000)
     soundfile.write(tmp_path / "b.wav", clips(1)[0, 0].numpy(), 16_000)
-    two, one = (data.AudioDataset([e], stereo, 1.0, 0).example(0, 0).wav for e in data.scan(str(tmp_path)).entries)
+    two, one = (data.AudioDataset([e], stereo, 1.0, 0).example(0, 0).wav for e in scan_dataset(str(tmp_path)).entries)
     assert two.shape == one.shape == (2, 16_000)
     assert not np.array_equal(two[0], two[1]) and np.array_equal(one[0], one[1])
 
 
 def test_the_cache_holds_the_codes_of_both_channels(tmp_path, stereo, capsys):
-    assert data.main(["cache", "toy", "--clips", "6", "--channels", "2", "--out", str(tmp_path / "c")]) == 0
+    music, out = folder_of_clips(tmp_path / "music", 7), str(tmp_path / "c")
+    assert data.main(["cache", music, "--channels", "2", "--out", out]) == 0
     assert "codebooks at 50 Hz" in capsys.readouterr().out
-    cached = data.open_dataset("toy", split="train", codec=stereo, cache=str(tmp_path / "c"))
-    live = {f"toy:train/{i}": data.ToyDataset(0, "train", stereo).example(0, i) for i in range(6)}
+    whole = dict(split="train", min_segment_ratio=1.0)  # clips from their beginning
+    cached = data.open_dataset(music, codec=stereo, cache=out, **whole)
+    live = data.open_dataset(music, codec=stereo, **whole)
     for i in range(6):
-        x = cached.example(0, i)
-        codes = stereo.encode(torch.from_numpy(live[x.path].wav)[None])[0]
-        assert x.codes.shape == (8, 80) and np.array_equal(x.codes, codes.numpy())
-    coarse = data.open_dataset("toy", split="train", codec=tokenizer.load_codec("toy", 2, channels=2), cache=str(tmp_path / "c"))
+        x, y = cached.example(0, i), live.example(0, i)
+        codes = stereo.encode(torch.from_numpy(y.wav)[None])[0]
+        assert x.codes.shape == (8, 80) and x.path == y.path and np.array_equal(x.codes, codes.numpy())
+    coarse = data.open_dataset(music, codec=tokenizer.load_codec("toy", 2, channels=2), cache=out, **whole)
     assert np.array_equal(coarse.example(0, 3).codes, cached.example(0, 3).codes[:4])
-    assert data.main(["cache", "toy", "--clips", "6", "--out", str(tmp_path / "c")]) == 2
+    assert data.main(["cache", music, "--out", out]) == 2
     assert "another channels, fingerprint, K" in capsys.readouterr().err
     for codec in (tokenizer.load_codec("toy"), tokenizer.load_codec("toy", 4)):
         with pytest.raises(ValueError, match=r"holds 8 codebooks of codec toy \(channels 2.*not 4 of toy \(channels 1"):
-            data.open_dataset("toy", split="train", codec=codec, cache=str(tmp_path / "c"))
+            data.open_dataset(music, split="train", codec=codec, cache=out)
 
 
 def test_a_cache_of_before_goes_on(tmp_path, capsys):
     """One that does not say how many channels it has is mono."""
     import json
-    command = ["cache", "toy", "--clips", "2", "--out", str(tmp_path / "c")]
+    music = folder_of_clips(tmp_path / "music", 2)
+    command = ["cache", music, "--out", str(tmp_path / "c")]
     assert data.main(command) == 0
     settings = json.loads((tmp_path / "c" / "cache.json").read_text())
     del settings["channels"]
     (tmp_path / "c" / "cache.json").write_text(json.dumps(settings))
     assert data.main(command) == 0 and data.main([*command, "--channels", "2"]) == 2
     assert "another channels" in capsys.readouterr().err
-    data.open_dataset("toy", split="train", codec=tokenizer.load_codec("toy"), cache=str(tmp_path / "c"))
+    data.open_dataset(music, split="train", codec=tokenizer.load_codec("toy"), cache=str(tmp_path / "c"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +225,7 @@ def test_continuing(channels, runs, tmp_path, stereo):
     soundfile.write(tmp_path / "in.wav", prompt.T.numpy(), 16_000, subtype="FLOAT")
     assert generate.main(["--run", str(runs / "stereo"), "--unconditional", "--continue", str(tmp_path / "in.wav"), "--seconds", "2",
                           "--out", str(tmp_path / "out")]) == 0
-    wav = audio.read_audio(tmp_path / "out" / "000.wav")                                             # [2, N]
+    wav = audio.read_audio(tmp_path / "out" / "000.wav")  # [2, N]
     wanted = stereo.decode(stereo.encode(prompt.expand(2, -1)[None]))[0]
     assert (wav[:, :14_000] - wanted[:, :14_000]).abs().max() < 1e-3
     assert torch.equal(wav[0, :14_000], wav[1, :14_000]) == (channels == 1)

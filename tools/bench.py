@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +39,7 @@ import patterns
 import tokenizer
 from generate import Sampling, generate_codes
 from support import common
+from support.cache import CachedEntry, shard_path, write_array
 from support.kernels import linear
 from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step, require_compiler
 from tools.peers import INSTALL, PEERS, Peer
@@ -307,11 +308,12 @@ def bench_data(args: argparse.Namespace) -> None:
     codec = SimpleNamespace(name="none", K=args.K, card=args.card, channels=1, sample_rate=FRAME_RATE, hop=1, fingerprint="none")
     with tempfile.TemporaryDirectory() as folder:
         frames, rng = 20 * T, np.random.default_rng(0)
-        files = [data.Entry(f"{i}.wav", f"{i}.wav", frames / FRAME_RATE, offset=i * frames, frames=frames) for i in range(20)]
-        data.write_whole(data.shard_path(folder, 0, "npy"), rng.integers(0, args.card, (len(files) * frames, args.K), dtype=np.uint16))
-        data.write_whole(data.shard_path(folder, 0, "json"), [asdict(file) for file in files])
-        data.write_whole(Path(folder, "cache.json"), dict(shards=1, K=args.K, dataset="none", codec="none", fingerprint="none"))
-        source = data.CacheDataset(folder, codec, T / FRAME_RATE, 0, 0.8, "train", 0.05)
+        files = [CachedEntry(f"{i}.wav", f"{i}.wav", frames / FRAME_RATE, offset=i * frames, frames=frames) for i in range(20)]
+        codes = rng.integers(0, args.card, (len(files) * frames, args.K), dtype=np.uint16)
+        write_array(shard_path(folder, 0, "npy"), codes)
+        common.write_json(shard_path(folder, 0, "json"), [file.to_row() for file in files])
+        common.write_json(Path(folder, "cache.json"), dict(shards=1, K=args.K, dataset="none", codec="none", fingerprint="none"))
+        source = data.CacheDataset(folder, codec, T / FRAME_RATE, 0, split="train", valid=0.05)
         batches = data.batches(source, 0, 0, 3 + args.rounds, args.batch_size, workers=args.workers)
         codes = random_codes(args, T)
         cached = lambda: update(data.collate(next(batches)).codes.to(args.device))
