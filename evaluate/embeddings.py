@@ -20,8 +20,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-import tokenizer
-from support import common
+from support import common, quality
 
 EMBEDDINGS = ("codec", "mel", "clap")
 CHUNK_SECONDS = 30.0                                     # of audio embedded at once
@@ -106,7 +105,7 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 def codec_embedding(codec) -> Embedding:
     """The latents of a codec's encoder, before they are quantized: a sample is a frame."""
-    own = codec.channels // codec.lanes                  # channels that the networks take at once
+    own = codec.channels // codec.streams                  # channels that the networks take at once
     device = next(codec.encoder.parameters()).device
 
     def latents(mono: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ def codec_embedding(codec) -> Embedding:
 def mel_embedding() -> Embedding:
     """Mean and standard deviation of log-mel bands in half seconds (dB from -60, over 10). It has no
     weights."""
-    spectrum = tokenizer.MelSpectrum(MEL_RATE, 1024, MEL_BANDS)
+    spectrum = quality.MelSpectrum(MEL_RATE, 1024, MEL_BANDS)
     window = round(MEL_SECONDS * MEL_RATE)
 
     def statistics(mono: Tensor) -> Tensor:

@@ -32,8 +32,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from support import audio
-import tokenizer
+from support import audio, quality
 
 REFERENCE_RUN = Path(__file__).parent.parent / "assets" / "reference_run.jsonl"
 KINDS = dict(unprompted="from the conditions of the clip", prompted="the same, continuing the clip's first quarter (up to the line)",
@@ -93,7 +92,7 @@ def shown_epochs(names: list, most: int = COLUMNS) -> list:
 def spectrogram(wav: Tensor, sample_rate: int, columns: int = 160, mark_seconds: float | None = None) -> Tensor:
     """Levels [64, columns] in 0..1 of 64 mel bands (the highest on top) over the 60 dB below full scale; a line at `mark_seconds`."""
     mono = torch.nn.functional.pad(wav.float().mean(0), (0, max(0, 1024 - wav.shape[1])))
-    level = (1 + tokenizer.MelSpectrum(sample_rate, 1024, 64)(mono[None]).clamp(1e-3, 1).log10() / 3)   # [1, 64, F]
+    level = (1 + quality.MelSpectrum(sample_rate, 1024, 64)(mono[None]).clamp(1e-3, 1).log10() / 3)   # [1, 64, F]
     level = torch.nn.functional.interpolate(level, columns, mode="linear")[0].flip(0)                   # [64, columns]
     if mark_seconds:
         level[:, min(columns - 1, int(columns * mark_seconds * sample_rate / wav.shape[1]))] = 1

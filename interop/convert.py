@@ -395,7 +395,7 @@ def read_package(folder: Path, t5: Path, shapes: dict) -> dict:
 def misfits(data: dict, codec, target: str) -> list:
     """What of a model the target's classes cannot express."""
     config, conditioner = ModelConfig(**data["model_config"]), data["conditioner_config"] or {"fuse": {}}
-    usual = [k // codec.lanes for k in range(config.K)]
+    usual = [k // codec.streams for k in range(config.K)]
     found = []
     if list(conditioner["fuse"].items()) not in (list(TEXT.items()), list(MELODY.items())):          # in this order
         found.append(f"its conditions are {entering(conditioner['fuse'])}, only {entering(TEXT)} or {entering(MELODY)} can be written")
@@ -403,7 +403,7 @@ def misfits(data: dict, codec, target: str) -> list:
         found += melody_misfits(ConditionerConfig(**conditioner), config, data, codec, target)
     if config.pattern != "delay" or (config.delays or list(range(config.K))) != usual:
         found.append(f"its pattern is {config.pattern} {config.delays or ''}, only delay {' '.join(map(str, usual))} can be written")
-    if codec.channels > codec.lanes:
+    if codec.channels > codec.streams:
         found.append(f"its codec takes {codec.channels} channels at once")
     if codec.config is None:
         found.append("its codec's configuration is not known")
@@ -526,7 +526,7 @@ def hf_decoder_config(config: dict, codec) -> dict:
     return dict(vocab_size=config["card"], hidden_size=config["dim"],
                 ffn_dim=config["dim"] * config["hidden_scale"], num_hidden_layers=config["num_layers"],
                 num_attention_heads=config["num_heads"], num_codebooks=config["K"],
-                audio_channels=codec.lanes, activation_function="gelu", scale_embedding=False, dropout=config["dropout"],
+                audio_channels=codec.streams, activation_function="gelu", scale_embedding=False, dropout=config["dropout"],
                 pad_token_id=config["card"], bos_token_id=config["card"], tie_word_embeddings=False)
 
 
@@ -588,9 +588,9 @@ def package_files(data: dict, codec) -> dict:
         conditioners=conditioners,
         fuser=dict(cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1, sum=[], input_interpolate=[],
                    prepend=["self_wav", "description"] if melody else [], cross=[] if melody else ["description"]),
-        interleave_stereo_codebooks=dict(use=codec.lanes == 2, per_timestep=False))
+        interleave_stereo_codebooks=dict(use=codec.streams == 2, per_timestep=False))
     seanet = {**weights.plain_seanet(codec.config), "norm": "weight_norm", "norm_params": {}, "disable_norm_outer_blocks": 0}
-    own = codec.channels // codec.lanes
+    own = codec.channels // codec.streams
     codec_config = dict(
         sample_rate=codec.sample_rate, channels=own, compression_model="encodec",
         encodec=dict(autoencoder="seanet", quantizer="rvq", sample_rate=codec.sample_rate, channels=own, causal=seanet["causal"],

@@ -13,6 +13,8 @@ is folded on the way in, which computes the same, and written anew on the way ou
 
 import math
 import re
+import socket
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ TRAINING_BUFFERS = ("inited", "cluster_size", "embed_avg")
 # Ends of names, (length, direction): torch's old way to write a weight norm, and its new one.
 WEIGHT_NORMS = ((".weight_g", ".weight_v"),
                 (".parametrizations.weight.original0", ".parametrizations.weight.original1"))
+ENCODEC_24KHZ_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
 CONVOLUTIONS = (".conv.conv.weight", ".convtr.convtr.weight")
 SEANET_DEFAULTS = dict(                        # of the encodec package: a config may leave them out
     channels=1, dimension=128, n_filters=32, n_residual_layers=1, ratios=[8, 5, 4, 2], activation="ELU",
@@ -62,6 +65,33 @@ def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
     The tensors are those of the networks without TRAINING_BUFFERS, weight norms folded. Whether they are all there and of
     the config's shapes is for the caller to check. Errors: ValueError, one line with what was expected."""
     config, tensors, prefix = open_codec_folder(path)
+    return config, _read_state(tensors, prefix, path)
+
+
+def read_encodec_24khz() -> tuple[dict, dict]:
+    """(plain config, {our name: tensor}) of the public 24 kHz EnCodec, which is downloaded once.
+
+    It lies where torch.hub keeps its files. Errors: ValueError says which file goes where, if there is no network."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_24KHZ_URL.rsplit("/", 1)[1]
+    if not path.exists():
+        timeout = socket.getdefaulttimeout()
+        try:
+            socket.setdefaulttimeout(20)                 # seconds; without one a dead network hangs
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(ENCODEC_24KHZ_URL, str(path), "d7cc33bc", progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"encodec_24khz: no download ({error}): put {ENCODEC_24KHZ_URL} at {path}") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    try:
+        state = _read_state(TensorFiles([path]), "", path)
+    except ValueError:
+        raise ValueError(f"{path}: not the weights of encodec_24khz: put {ENCODEC_24KHZ_URL} there") from None
+    return dict(sample_rate=24_000, seanet=dict(causal=True), rvq=dict(dimension=128, n_q=32, bins=1024)), state
+
+
+def _read_state(tensors: TensorFiles, prefix: str, where) -> dict:
+    """{our name: tensor} of the tensors that begin with `prefix`, weight norms folded, TRAINING_BUFFERS left out."""
     names = [name for name in tensors.shapes if name.startswith(prefix) and not name.endswith(TRAINING_BUFFERS)]
     layers = [re.match(r"decoder\.(?:layers|model)\.(\d+)\.", name.removeprefix(prefix)) for name in names]
     last = max((int(match[1]) for match in layers if match), default=0)
@@ -72,12 +102,12 @@ def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
         if end is not None:
             length = stem + pairs[end]
             if tensors.shapes.get(length) != [tensors.shapes[name][0], 1, 1]:
-                raise ValueError(f"{path}: {name} needs its length {length}, which is {tensors.shapes.get(length)}")
+                raise ValueError(f"{where}: {name} needs its length {length}, which is {tensors.shapes.get(length)}")
             ours = our_name(stem.removeprefix(prefix) + ".weight", last)
             state[ours] = torch._weight_norm(tensors[name], tensors[length], 0)
         elif not name.endswith(tuple(pairs.values())):
             state[our_name(name.removeprefix(prefix), last)] = tensors[name]
-    return config, state
+    return state
 
 
 def open_codec_folder(path: str | Path) -> CodecFolder:

@@ -38,9 +38,10 @@ def audio_info(path) -> AudioInfo:
 
 
 def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels=None) -> torch.Tensor:
-    """Audio of a file as float32 [C, N]: `seconds` from `start_seconds` on, less at its end; None: to its end.
+    """Audio of a file as float32 [C, N] from `start_seconds` on.
 
-    sample_rate (Hz) resamples. channels: 1 is the mean of all; mono is copied to fill more; surplus ones go.
+    seconds: how much, less at the file's end (None: to its end). sample_rate (Hz) resamples.
+    channels: 1 is the mean of all; mono is copied to fill more; surplus ones go.
     Errors: ValueError naming the file, also where what it holds is no audio."""
     try:
         with soundfile.SoundFile(str(path)) as file:
@@ -51,7 +52,7 @@ def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels
             file.seek(start - lead)
             frames = -1 if seconds is None else lead + round(seconds * rate)
             samples = file.read(frames, dtype="float32", always_2d=True)[lead:]     # [N, C]
-    except (soundfile.SoundFileError, OSError, MemoryError) as error:               # a header may claim any length
+    except (soundfile.SoundFileError, OSError, MemoryError) as error:          # a header may claim any length
         raise ValueError(_unreadable(path, error)) from None
     wav = torch.from_numpy(samples.T)                                               # [C, N]
     if wav.numel() and not wav.abs().max() <= MAX_PEAK:                             # also refuses NaN

@@ -55,7 +55,7 @@ def sample_captions(args: argparse.Namespace, train_set, limit: int = 20_000) ->
 def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     """The language model's shape from the flags and the codec."""
     cross = any("cross" in method for method in fuses(args).values())
-    level = [k // codec.lanes for k in range(codec.K)] if codec.lanes > 1 else None      # 0 0 1 1 ..: left and right at once
+    level = [k // codec.streams for k in range(codec.K)] if codec.streams > 1 else None      # 0 0 1 1 ..: left and right at once
     return ModelConfig(K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross, pattern=args.pattern,
                        emb_std=args.emb_std, delays=level if args.pattern == "delay" else None,
                        flattening=level if args.pattern == "unrolled" else None, mask_padding=args.mask_padding, **parse_size(args.size))
@@ -170,8 +170,8 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | N
     if added and not args.lora:                                      # which trains nothing but its additions
         theirs["conditions"] = {**given, **{name: fuses(args)[name] for name in added}}
     differ = [f"{k} {theirs[k]} there, {v} here" for k, v in mine.items() if theirs[k] != v]
-    one = codec.over(codec.channels // codec.lanes)                  # the same codec over one of its interleaved channels
-    copies = {one.fingerprint: codec.lanes, codec.fingerprint: 1}.get(stored["fingerprint"])
+    one = codec.with_channels(codec.channels // codec.streams)                  # the same codec over one of its interleaved channels
+    copies = {one.fingerprint: codec.streams, codec.fingerprint: 1}.get(stored["fingerprint"])
     if copies is None:
         differ.append(f"{their_codes} there, codes {codec.K} of {codec.name} (channels {codec.channels}, "
                       f"{codec.fingerprint:.12}) here")

@@ -35,9 +35,10 @@ import train
 from bad_material import TEXTS, TINY_TRAINING, make_material, prepare
 from evaluate import analyser, metrics
 from support import flags
+from tools import fit_codec
 
 PROGRAMS = dict(train=train, data=data, tokenizer=tokenizer, generate=generate, metrics=metrics,
-                conditioning=conditioning, analyser=analyser)
+                conditioning=conditioning, analyser=analyser, fit_codec=fit_codec)
 FIRST = {    # flags put before those of a case
     "train": TINY_TRAINING,
     "generate": "--seconds 0.1 --device cpu --out out".split(),

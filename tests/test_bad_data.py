@@ -100,53 +100,55 @@ REFUSED = {
     "tokenizer: three channels": ("tokenizer @good.wav out.wav --channels 3", "--channels", "1, 2"),
     "tokenizer: unknown device": ("tokenizer @good.wav out.wav --device banana", "banana", "cpu, cuda"),
     "tokenizer: no GPU": ("tokenizer @good.wav out.wav --device cuda", "--device cuda", "--device cpu"),
-    # tokenizer fit
-    "tokenizer fit: no dataset": ("tokenizer fit --out c.pt", "--dataset"),
-    "tokenizer fit: unknown flag": ("tokenizer fit --dataset toy --out c.pt --stepps 3", "--stepps"),
-    "tokenizer fit: no steps": (
-        "tokenizer fit --dataset toy --out c.pt --steps 0", "--steps 0", "at least 1"),
-    "tokenizer fit: learning rate nan": (
-        "tokenizer fit --dataset toy --out c.pt --lr nan", "--lr nan", "more than 0"),
-    "tokenizer fit: learning rate inf": (
-        "tokenizer fit --dataset toy --out c.pt --lr inf", "--lr inf", "more than 0"),
-    "tokenizer fit: commitment nan": (
-        "tokenizer fit --dataset toy --out c.pt --commitment nan", "--commitment nan", "at least 0"),
-    "tokenizer fit: segment nan": (
-        "tokenizer fit --dataset toy --out c.pt --segment_seconds nan", "--segment_seconds nan"),
-    "tokenizer fit: segment inf": (
-        "tokenizer fit --dataset toy --out c.pt --segment_seconds inf", "--segment_seconds inf"),
-    "tokenizer fit: segment longer than a clip": (
-        "tokenizer fit --dataset toy --out c.pt --segment_seconds 9", "--segment_seconds 9", "1.6 s"),
-    "tokenizer fit: one code": ("tokenizer fit --dataset toy --out c.pt --card 1", "--card 1", "at least 2"),
-    "tokenizer fit: more codes than latents": (
-        "tokenizer fit --dataset toy --out c.pt --card 60000", "--card 60000", "16000"),
-    "tokenizer fit: stride zero": (
-        "tokenizer fit --dataset toy --out c.pt --ratios 0 16", "--ratios 0 16", "at least 1"),
-    "tokenizer fit: more compression than channels": (
-        "tokenizer fit --dataset toy --out c.pt --residual_layers 1 --compress 64", "--compress 64", "16"),
-    "tokenizer fit: negative residual layers": (
-        "tokenizer fit --dataset toy --out c.pt --residual_layers -1", "--residual_layers -1"),
-    "tokenizer fit: negative seed": (
-        "tokenizer fit --dataset toy --out c.pt --seed -1", "--seed -1", "at least 0"),
-    "tokenizer fit: autoencoder share nan": (
-        "tokenizer fit --dataset toy --out c.pt --autoencoder_share nan", "--autoencoder_share nan"),
-    "tokenizer fit: unknown device": (
-        "tokenizer fit --dataset toy --out c.pt --device banana", "banana", "cpu"),
-    "tokenizer fit: dataset missing": (
-        "tokenizer fit --dataset no/such --out c.pt", "no/such", "no such folder"),
-    "tokenizer fit: dataset without audio": (
-        "tokenizer fit --dataset @no_audio --out c.pt", "no_audio", ".wav"),
-    "tokenizer fit: out is there": (
-        "tokenizer fit --dataset toy --out @good.wav", "good.wav", "exists already"),
-    "tokenizer fit: out in a missing folder": (
-        "tokenizer fit --dataset toy --out no/such/c.pt", "no/such", "no folder"),
-    "tokenizer fit: checkpoint is a pickle": (
-        "tokenizer fit --dataset toy --out @fit_pickle", "fit_pickle.fit", "not a checkpoint"),
-    "tokenizer fit: checkpoint cut": ("tokenizer fit --dataset toy --out @fit_cut", "fit_cut.fit", "damaged"),
-    "tokenizer fit: checkpoint without flags": (
-        "tokenizer fit --dataset toy --out @fit_keys", "fit_keys.fit", "damaged"),
-    "tokenizer fit: checkpoint with a list for flags": (
-        "tokenizer fit --dataset toy --out @fit_args", "fit_args.fit", "damaged"),
+    "tokenizer: fit is another command": (
+        "tokenizer fit --dataset toy --out c.pt", "python -m tools.fit_codec"),
+    # tools/fit_codec.py
+    "fit_codec: no dataset": ("fit_codec --out c.pt", "--dataset"),
+    "fit_codec: unknown flag": ("fit_codec --dataset toy --out c.pt --stepps 3", "--stepps"),
+    "fit_codec: no steps": (
+        "fit_codec --dataset toy --out c.pt --steps 0", "--steps 0", "at least 1"),
+    "fit_codec: learning rate nan": (
+        "fit_codec --dataset toy --out c.pt --lr nan", "--lr nan", "more than 0"),
+    "fit_codec: learning rate inf": (
+        "fit_codec --dataset toy --out c.pt --lr inf", "--lr inf", "more than 0"),
+    "fit_codec: commitment nan": (
+        "fit_codec --dataset toy --out c.pt --commitment nan", "--commitment nan", "at least 0"),
+    "fit_codec: segment nan": (
+        "fit_codec --dataset toy --out c.pt --segment_seconds nan", "--segment_seconds nan"),
+    "fit_codec: segment inf": (
+        "fit_codec --dataset toy --out c.pt --segment_seconds inf", "--segment_seconds inf"),
+    "fit_codec: segment longer than a clip": (
+        "fit_codec --dataset toy --out c.pt --segment_seconds 9", "--segment_seconds 9", "1.6 s"),
+    "fit_codec: one code": ("fit_codec --dataset toy --out c.pt --card 1", "--card 1", "at least 2"),
+    "fit_codec: more codes than latents": (
+        "fit_codec --dataset toy --out c.pt --card 60000", "--card 60000", "16000"),
+    "fit_codec: stride zero": (
+        "fit_codec --dataset toy --out c.pt --ratios 0 16", "--ratios 0 16", "at least 1"),
+    "fit_codec: more compression than channels": (
+        "fit_codec --dataset toy --out c.pt --residual_layers 1 --compress 64", "--compress 64", "16"),
+    "fit_codec: negative residual layers": (
+        "fit_codec --dataset toy --out c.pt --residual_layers -1", "--residual_layers -1"),
+    "fit_codec: negative seed": (
+        "fit_codec --dataset toy --out c.pt --seed -1", "--seed -1", "at least 0"),
+    "fit_codec: autoencoder share nan": (
+        "fit_codec --dataset toy --out c.pt --autoencoder_share nan", "--autoencoder_share nan"),
+    "fit_codec: unknown device": (
+        "fit_codec --dataset toy --out c.pt --device banana", "banana", "cpu"),
+    "fit_codec: dataset missing": (
+        "fit_codec --dataset no/such --out c.pt", "no/such", "no such folder"),
+    "fit_codec: dataset without audio": (
+        "fit_codec --dataset @no_audio --out c.pt", "no_audio", ".wav"),
+    "fit_codec: out is there": (
+        "fit_codec --dataset toy --out @good.wav", "good.wav", "exists already"),
+    "fit_codec: out in a missing folder": (
+        "fit_codec --dataset toy --out no/such/c.pt", "no/such", "no folder"),
+    "fit_codec: checkpoint is a pickle": (
+        "fit_codec --dataset toy --out @fit_pickle", "fit_pickle.fit", "not a checkpoint"),
+    "fit_codec: checkpoint cut": ("fit_codec --dataset toy --out @fit_cut", "fit_cut.fit", "damaged"),
+    "fit_codec: checkpoint without flags": (
+        "fit_codec --dataset toy --out @fit_keys", "fit_keys.fit", "damaged"),
+    "fit_codec: checkpoint with a list for flags": (
+        "fit_codec --dataset toy --out @fit_args", "fit_args.fit", "damaged"),
     # analyser
     "analyser: file missing": ("analyser gone.wav", "gone.wav", "no such file"),
     "analyser: text named .wav": ("analyser @text.wav", "text.wav", "not readable as audio"),
@@ -220,11 +222,11 @@ SKIPPED = {
         "1 cannot be encoded", "prime.wav"),
     "data cache: flac that claims 6 days": (
         "data cache @music+long.flac --out out", "1 cannot be encoded", "long.flac"),
-    "tokenizer fit: zero bytes among songs": (
-        f"tokenizer fit --dataset @music+zero.wav --out c.pt {SMALL_FIT}",
+    "fit_codec: zero bytes among songs": (
+        f"fit_codec --dataset @music+zero.wav --out c.pt {SMALL_FIT}",
         "skipped", "zero.wav"),
-    "tokenizer fit: samples not finite among songs": (
-        f"tokenizer fit --dataset @music+nan.wav --out c.pt {SMALL_FIT}",
+    "fit_codec: samples not finite among songs": (
+        f"fit_codec --dataset @music+nan.wav --out c.pt {SMALL_FIT}",
         "skipped", "nan.wav"),
 }
 

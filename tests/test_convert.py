@@ -116,7 +116,7 @@ def test_codec(pair, samples):
     codes = theirs.audio_encoder.encode(wav).audio_codes[0]
     assert torch.equal(codec.encode(wav), codes) and len(codes.unique()) > 5
     assert (codec.decode(codes) - theirs.audio_encoder.decode(codes[None], [None])[0]).abs().max() < 1e-5
-    assert ours.codec.channels == ours.codec.lanes == theirs.config.decoder.audio_channels
+    assert ours.codec.channels == ours.codec.streams == theirs.config.decoder.audio_channels
 
 
 @torch.no_grad()

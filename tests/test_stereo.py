@@ -83,7 +83,7 @@ def test_what_a_stereo_codec_is(mono, stereo):
         (2, 8, 4, 256, 320, 50, "toy")
     assert (mono.channels, mono.K, mono.levels) == (1, 4, 4)         # not changed by the other
     assert stereo.fingerprint == tokenizer.load_codec("toy", channels=2).fingerprint != mono.fingerprint
-    assert stereo.over(1).fingerprint == mono.fingerprint and stereo.over(2).fingerprint == stereo.fingerprint
+    assert stereo.with_channels(1).fingerprint == mono.fingerprint and stereo.with_channels(2).fingerprint == stereo.fingerprint
     two = tokenizer.load_codec("toy", 2, channels=2)
     assert two.K == 4 and two.fingerprint not in (mono.fingerprint, stereo.fingerprint)
     wav = clips(1)
@@ -114,7 +114,7 @@ def test_numbers_of_channels_that_no_codec_has(tmp_path):
     with pytest.raises(ValueError, match="--channels 1: the codec .*two.pt takes 2$"):
         tokenizer.load_codec(path)
     codec = tokenizer.load_codec(path, channels=2)                   # serves as it is, nothing is interleaved
-    assert (codec.channels, codec.lanes, codec.K) == (2, 1, 4) and codec.decode(codec.encode(clips(1))).shape == (1, 2, 25_600)
+    assert (codec.channels, codec.streams, codec.K) == (2, 1, 4) and codec.decode(codec.encode(clips(1))).shape == (1, 2, 25_600)
     args = train.build_parser().parse_args(SMALL + ["--channels", "2"])
     train.derive(args, 1)
     assert train.model_config(args, codec).delays is None

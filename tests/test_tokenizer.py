@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from support import audio, common
+from support import audio, common, quality
 import tokenizer
 import toy
+from tools import fit_codec
 
 FIT = ["--dataset", "toy", "--filters", "4", "--ratios", "1", "20", "16", "--residual_layers", "1", "--dim", "8",
        "--card", "16", "--codebooks", "3", "--batch_size", "2", "--segment_seconds", "0.2", "--log_seconds", "1000"]
@@ -49,7 +50,10 @@ def test_embedded_codec_is_what_the_design_says(codec):
 
 
 def test_embedded_codec_keeps_the_music(codec):
-    measured = tokenizer.quality(codec, valid_clips(24))
+    wav = valid_clips(24)
+    codes = codec.encode(wav)
+    back = codec.decode(codes)
+    measured = quality.round_trip_quality(wav, back, codec.sample_rate, codes, codec.card)
     assert measured["si_snr_db"] > 8 and measured["mel_db"] < 4.5, measured           # 300 clips: 9.0 and 3.2
     assert min(measured["perplexity"]) > 25, measured                                # no codebook has collapsed
 
@@ -120,10 +124,10 @@ def test_quantiser_is_a_nearest_neighbour_after_another(codec):
 def test_small_and_large_noise_in_si_snr():
     torch.manual_seed(0)
     x, noise = torch.randn(2, 1, 1, 80_000)
-    assert abs(float(tokenizer.si_snr(3 * x + 0.3 * noise, x)) - 20) < 0.1            # whatever the scale
-    assert float(tokenizer.mel_distance(x, x, 16_000)) == 0
-    assert abs(float(tokenizer.mel_distance(x, x / 2, 16_000)) - 6.02) < 0.1
-    assert tokenizer.perplexities(torch.arange(8).view(1, 1, 8), 16) == pytest.approx([8.0])
+    assert abs(float(quality.si_snr(3 * x + 0.3 * noise, x)) - 20) < 0.1            # whatever the scale
+    assert float(quality.mel_distance(x, x, 16_000)) == 0
+    assert abs(float(quality.mel_distance(x, x / 2, 16_000)) - 6.02) < 0.1
+    assert quality.perplexities(torch.arange(8).view(1, 1, 8), 16) == pytest.approx([8.0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def test_bad_audio_is_named(tmp_path):
 
 
 def fit(out, *more: str) -> int:
-    return tokenizer.main(["fit", *FIT, "--out", str(out), "--steps", "24", "--autoencoder_share", "0.5", *more])
+    return fit_codec.main([*FIT, "--out", str(out), "--steps", "24", "--autoencoder_share", "0.5", *more])
 
 
 def test_fit_is_deterministic_and_resumes_exactly(tmp_path, capsys):
@@ -264,17 +268,17 @@ def test_fit_is_deterministic_and_resumes_exactly(tmp_path, capsys):
     assert a["metrics"] == b["metrics"] and a["config"] == b["config"]
     assert all(torch.equal(v, b["state"][k]) for k, v in a["state"].items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "b.pt"]             # checkpoints are cleared away
-    assert tokenizer.main(["fit", *FIT, "--out", str(tmp_path / "a.pt")]) == 2        # nothing is overwritten
+    assert fit_codec.main([*FIT, "--out", str(tmp_path / "a.pt")]) == 2        # nothing is overwritten
     codec = tokenizer.load_codec(str(tmp_path / "a.pt"))
     assert (codec.K, codec.card, codec.hop) == (3, 16, 320)
     assert not torch.equal(run_of().batch(0), run_of("--seed", "1").batch(0))
     assert torch.equal(run_of().batch(0), run_of().batch(0))
 
 
-def run_of(*more: str) -> tokenizer.Fit:
-    args = tokenizer.fit_parser().parse_args([*FIT, "--out", "x", *more])
-    segments = tokenizer.Segments("toy", 16_000, 1, 3200, 320, args.seed)
-    return tokenizer.Fit(args, tokenizer.codec_config(args), segments)
+def run_of(*more: str) -> fit_codec.CodecFit:
+    args = fit_codec.fit_parser().parse_args([*FIT, "--out", "x", *more])
+    segments = fit_codec.RandomSegments("toy", 16_000, 1, 3200, 320, args.seed)
+    return fit_codec.CodecFit(args, fit_codec.codec_config(args), segments)
 
 
 def test_fit_starts_near_the_waveform_and_learns():
@@ -288,9 +292,9 @@ def test_fit_starts_near_the_waveform_and_learns():
 def test_commitment_of_every_level_reaches_the_encoder():
     """The package's quantiser gives levels 2..K no gradient."""
     run = run_of()
-    run.start_quantiser()
+    run.start_quantizer()
     z = torch.randn(2, 8, 10, requires_grad=True)
-    q, commitment, codes = tokenizer.quantise(run.codec.quantizer, z, learn=False)
+    q, commitment, codes = fit_codec.quantize(run.codec.quantizer, z, learn=False)
     assert codes.shape == (2, 3, 10)
     torch.testing.assert_close(q, run.codec.quantizer.vq.decode(codes.transpose(0, 1)))
     q.sum().backward(retain_graph=True)
@@ -303,15 +307,15 @@ def test_commitment_of_every_level_reaches_the_encoder():
 
 def test_dead_codes_live_again_and_codebooks_follow_their_latents():
     run = run_of()
-    run.start_quantiser()
+    run.start_quantizer()
     book = run.codec.quantizer.vq.layers[0]._codebook
     book.cluster_size[3], book.embed[3] = 0, 1e3
     x = torch.randn(40, 8)
     generator = torch.Generator().manual_seed(0)
-    tokenizer.update_codebook(book, x, common.nearest_vectors(x, book.embed), generator)
+    fit_codec.update_codebook(book, x, common.nearest_vectors(x, book.embed), generator)
     assert (book.embed[3] == x).all(1).any() and book.cluster_size[3] == 1
     for _ in range(1500):
-        tokenizer.update_codebook(book, x, torch.zeros(40).long(), None)
+        fit_codec.update_codebook(book, x, torch.zeros(40).long(), None)
     torch.testing.assert_close(book.embed[0], x.mean(0), atol=1e-4, rtol=1e-3)
 
 
@@ -322,12 +326,12 @@ def test_fit_on_a_folder_skips_and_names_bad_files(tmp_path, capsys):
         audio.write_audio(folder / f"{i}.wav", 0.1 * torch.randn(1, 4000), 16_000)
     (folder / "bad.mp3").write_text("no music")
     flags = [f if f != "toy" else str(folder) for f in FIT]
-    assert tokenizer.main(["fit", *flags, "--out", str(tmp_path / "x.pt"), "--steps", "4"]) == 0
+    assert fit_codec.main([*flags, "--out", str(tmp_path / "x.pt"), "--steps", "4"]) == 0
     assert "bad.mp3" in capsys.readouterr().out and (tmp_path / "x.pt").exists()
 
 
 def test_fit_with_the_discriminator(tmp_path):
-    assert tokenizer.main(["fit", *FIT, "--out", str(tmp_path / "x.pt"), "--steps", "3", "--adversarial",
+    assert fit_codec.main([*FIT, "--out", str(tmp_path / "x.pt"), "--steps", "3", "--adversarial",
                            "--autoencoder_share", "0.3"]) == 0
 
 
