@@ -1,4 +1,4 @@
-"""The page of generate.py --serve: what is behind its button, without gradio; and through it, where gradio is installed."""
+"""The page of generate.py --serve: what is behind its button; with gradio, the page itself."""
 
 import sys
 
@@ -16,8 +16,9 @@ from model import ModelConfig, MusicGen
 
 CODEC = tokenizer.load_codec("toy")
 PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
-SHAPE = dict(text_vocab=conditioning.vocabulary_size(PIECES), text_dim=16, text_hidden=32, melody_frames=13, style_card=256,
-             style_dim=32, style_layers=1, style_heads=2, style_bins=8, style_frames=50)
+SHAPE = dict(
+    text_vocab=conditioning.vocabulary_size(PIECES), text_dim=16, text_hidden=32, melody_frames=13,
+    style_card=256, style_dim=32, style_layers=1, style_heads=2, style_bins=8, style_frames=50)
 SAMPLING = Sampling(cfg=2.0, temperature=1.0, top_k=50)
 
 
@@ -33,13 +34,15 @@ def tiny(*names: str) -> generate.MusicGenerator:
 @pytest.fixture()
 def tune(tmp_path) -> str:
     """A file with a second of a tone."""
-    audio.write_audio(tmp_path / "tune.wav", 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16_000) / 16_000)[None], 16_000)
+    tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(16_000) / 16_000)[None]
+    audio.write_audio(tmp_path / "tune.wav", tone, 16_000)
     return str(tmp_path / "tune.wav")
 
 
 def test_fields_are_what_the_model_knows():
     assert list(demo.settings(tiny())) == ["seconds", "cfg", "temperature", "top_k", "top_p", "seed"]
-    assert list(demo.settings(tiny("text")))[:2] == ["text", "seconds"] and "cfg_style" not in demo.settings(tiny("text"))
+    with_text = demo.settings(tiny("text"))
+    assert list(with_text)[:2] == ["text", "seconds"] and "cfg_style" not in with_text
     every = demo.settings(tiny("melody", "style", "text"))
     assert list(every)[:4] == ["text", "melody", "style", "seconds"] and "cfg_style" in every
     assert (every["seconds"], every["cfg"], every["top_k"]) == (0.8, 2.0, 50)
@@ -49,23 +52,34 @@ def test_the_button_makes_what_generate_makes(tune):
     music, wav, steps = tiny("text", "melody", "style"), audio.read_audio(tune), []
     asked = demo.settings(music) | dict(text=" slow\norgan", seed=3, top_k=7, cfg_style=3)
     sampling = Sampling(cfg=2.0, top_k=7, cfg_style=3)
-    for more, given in (({}, {}), (dict(melody=tune), dict(melody=wav)), (dict(melody=tune, style=tune), dict(melody=wav, style=wav))):
+    for names in ((), ("melody",), ("melody", "style")):
+        more, given = dict.fromkeys(names, tune), dict.fromkeys(names, wav)
         found = demo.perform(music, asked | more, lambda *step: steps.append(step))
         assert torch.equal(found, music.generate(["slow organ"], 0.8, 3, sampling, **given)[0])
     assert steps[-1] == (40, 40)
-    assert torch.equal(demo.perform(music, asked | dict(text="")), music.generate([None], 0.8, 3, sampling)[0])
+    without_text = music.generate([None], 0.8, 3, sampling)[0]
+    assert torch.equal(demo.perform(music, asked | dict(text="")), without_text)
     assert not torch.equal(demo.perform(music, asked), demo.perform(music, asked | dict(seed=4)))
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (dict(seconds=0), "seconds 0"), (dict(seconds=301), "at most 300"), (dict(seconds=None), "seconds is empty"),
-    (dict(seconds=float("nan")), "seconds nan"), (dict(top_k=2.5), "whole number"), (dict(seed=-1), "seed -1"), (dict(cfg="1"), "cfg 1"),
-    (dict(temperature=-1), "temperature -1"), (dict(top_p=2), "top_p 2"), (dict(melody="README.md"), "melody: README.md: not readable"),
-    (dict(style="nowhere/a.wav"), "style: a.wav: not readable"), (dict(melody="{silence}"), "melody: it is silent"),
+    (dict(seconds=0), "seconds 0"),
+    (dict(seconds=301), "at most 300"),
+    (dict(seconds=None), "seconds is empty"),
+    (dict(seconds=float("nan")), "seconds nan"),
+    (dict(top_k=2.5), "whole number"),
+    (dict(seed=-1), "seed -1"),
+    (dict(cfg="1"), "cfg 1"),
+    (dict(temperature=-1), "temperature -1"),
+    (dict(top_p=2), "top_p 2"),
+    (dict(melody="README.md"), "melody: README.md: not readable"),
+    (dict(style="nowhere/a.wav"), "style: a.wav: not readable"),
+    (dict(melody="{silence}"), "melody: it is silent"),
 ])
 def test_bad_fields_are_one_line(wrong, says, tmp_path):
     audio.write_audio(tmp_path / "silence.wav", torch.zeros(1, 16_000), 16_000)
-    wrong = {k: v.format(silence=tmp_path / "silence.wav") if isinstance(v, str) else v for k, v in wrong.items()}
+    if wrong.get("melody") == "{silence}":
+        wrong = dict(melody=str(tmp_path / "silence.wav"))
     music = tiny("text", "melody", "style")
     with pytest.raises(ValueError) as error:
         demo.perform(music, demo.settings(music) | dict(text="slow organ") | wrong)
@@ -79,10 +93,14 @@ def test_without_gradio_one_line(monkeypatch, capsys):
     assert 'pip install "gradio>=6"' in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags, says", [(["--prompt", "slow organ"], "--prompt does not go with --serve"),
-                                         (["--continue", "a.wav"], "--continue does not go"), (["--seconds", "400"], "at most 300"),
-                                         (["--stride", "1"], "--stride does not go"), (["--cfg", "1000"], "cfg 1000"),
-                                         (["--seconds", "0"], "--seconds 0")])
+@pytest.mark.parametrize("flags, says", [
+    (["--prompt", "slow organ"], "--prompt does not go with --serve"),
+    (["--continue", "a.wav"], "--continue does not go"),
+    (["--seconds", "400"], "at most 300"),
+    (["--stride", "1"], "--stride does not go"),
+    (["--cfg", "1000"], "cfg 1000"),
+    (["--seconds", "0"], "--seconds 0"),
+])
 def test_flags_that_the_page_has_no_use_for(flags, says, monkeypatch, capsys):
     monkeypatch.setattr(demo, "find_gradio", lambda: None)
     monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
@@ -95,13 +113,17 @@ def test_the_page_begins_with_the_settings_of_the_command_line(monkeypatch):
     served = []
     monkeypatch.setattr(demo, "find_gradio", lambda: None)
     monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
-    monkeypatch.setattr(demo, "serve", lambda gradio, music, *_, **first: served.append(demo.settings(music, **first)))
+
+    def serve(gradio, music, *_, **first):
+        served.append(demo.settings(music, **first))
+
+    monkeypatch.setattr(demo, "serve", serve)
     assert generate.main("--run nowhere --serve --cfg 4 --top_k 0 --seconds 2.5 --seed 7".split()) == 0
     assert served == [demo.settings(tiny("text")) | dict(cfg=4.0, top_k=0, seconds=2.5, seed=7)]
 
 
 def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
-    """Where gradio is installed: what the page returns is the file that the command line writes; what it refuses comes as a message."""
+    """What the page returns is the file that the command line writes; what it refuses comes as a message."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     from gradio_client import Client, handle_file
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
