@@ -32,7 +32,7 @@ from support import checkpoint, common
 import conditioning
 import data
 import generate
-from evaluate import page
+from evaluate import board, page
 from support import distributed
 import tokenizer
 from support.build import build, model_config, read_start
@@ -273,7 +273,7 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
             with checkpoint_errors(out):
                 cut_log(out / "log.jsonl", saved["log_bytes"] if saved else 0)
             write_config(run)
-            run.board = page.open_board(out, run.step) if args.tensorboard else None
+            run.board = board.open_board(out, run.step) if args.tensorboard else None
     except BaseException:
         if held is not None:
             os.close(held)
@@ -295,7 +295,7 @@ def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         distributed.load_tensors(distributed.named_tensors(run.ema.model), best["model"])
     run.step = best["step"]
     values = {"valid": lambda: valid_stage(run), "evaluate": lambda: evaluate_stage(run), "generate": lambda: generate_stage(run, "best")}
-    ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in page.flat(values[args.only]()).items()))
+    ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in common.flatten_numbers(values[args.only]()).items()))
 
 
 def train(run: Run) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import conditioning
 import data
-from evaluate import adherence, analyser, distances
+from evaluate import adherence, analyser, board, distances, listen
 import generate
 from evaluate import page
 import toy
@@ -204,7 +204,7 @@ def held_out_distances(run: Run, music: generate.MusicGenerator) -> dict:
 
 
 def generate_stage(run: Run, folder: str) -> dict:
-    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/FOLDER: see page.py. Once, under
+    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/FOLDER: see listen.py. Once, under
     samples/reference, the clips themselves."""
     args, began = run.args, time.perf_counter()
     if not run.ranks.is_main or args.generate_samples == 0:
@@ -220,7 +220,7 @@ def generate_stage(run: Run, folder: str) -> dict:
 
 
 def make_samples(run: Run, music: generate.MusicGenerator, real: list, conditions: list) -> dict:
-    """{kind: audio [B,C,N]} for the conditions of clips, the same seed for all: see page.KINDS."""
+    """{kind: audio [B,C,N]} for the conditions of clips, the same seed for all: see listen.SAMPLE_KINDS."""
     args, quarter = run.args, segment_frames(run.args, run.codec) // 4 * run.codec.hop                   # samples
     asked = {"unprompted": dict(attributes=conditions)} if any(conditions) else {}
     if quarter:
@@ -247,9 +247,9 @@ def write_samples(run: Run, folder: str, sets: dict, conditions: list, record: d
             if kind == "prompted":
                 made["prompt_seconds"] = segment_frames(run.args, run.codec) // 4 / run.codec.frame_rate
             place = samples / ("reference" if once else folder)
-            page.write_sample(place, name, wavs[i], run.codec.sample_rate, dict(prompt=clip.get("text"), kind=kind, **made))
+            listen.write_sample(place, name, wavs[i], run.codec.sample_rate, dict(prompt=clip.get("text"), kind=kind, **made))
             if run.board is not None:
-                page.show_sample(run.board, name, place / f"{name}.wav", run.step)
+                board.show_sample(run.board, name, place / f"{name}.wav", run.step)
         kinds = ",".join(k for k in sets if k not in ("reference", "codec"))
         print(f"wrote {samples / folder / f'{i:03d}'}_{{{kinds}}}.wav: {clip.get('text')}", flush=True)
 
@@ -259,6 +259,6 @@ def draw_page(run: Run, final: bool) -> None:
     if not run.ranks.is_main or not final and time.monotonic() - run.drawn_at < 20 * run.drawing_seconds:
         return
     began = time.monotonic()
-    note_written(run, page.NAME, attempt(page.write, run.out), shared=False)
+    note_written(run, page.PAGE_FILE, attempt(page.write_page, run.out), shared=False)
     run.drawn_at = time.monotonic()
     run.drawing_seconds = run.drawn_at - began

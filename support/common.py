@@ -111,6 +111,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def flatten_numbers(record: dict, prefix: str = "") -> dict:
+    """Every number of a record of plain data, however deep, as {"a/b": number}."""
+    found = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found |= flatten_numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def output_folder(name: str | Path) -> Path:
     """A folder to write to (--out), made if need be. Errors: ValueError."""
     folder = Path(name)

@@ -26,7 +26,7 @@ from support import checkpoint
 from support import common
 import conditioning
 import generate
-from evaluate import page
+from evaluate import board
 from support import distributed
 from support.signals import Stop
 from support.flags import NEUTRAL, segment_frames
@@ -110,7 +110,7 @@ class Run:
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)
             if self.board is not None:
-                page.show_record(self.board, record)
+                board.show_record(self.board, record)
 
 
 def show(values: dict) -> str:

@@ -46,7 +46,8 @@ def test_analyser_takes_no_short_clips():
 
 def test_tune_accuracy():
     made = clips(60)
-    right = [analyser.tune_accuracy(torch.from_numpy(m.wav), m.clip) for m in made]
-    other = [analyser.tune_accuracy(torch.from_numpy(m.wav), o.clip) for m, o in zip(made, made[1:] + made[:1])]
+    heard = lambda m, clip: analyser.tune_accuracy(torch.from_numpy(m.wav), clip)
+    right = [heard(m, m.clip) for m in made]
+    other = [heard(m, o.clip) for m, o in zip(made, made[1:] + made[:1])]
     assert np.mean(right) > 0.97 and np.mean(other) < 0.3, (np.mean(right), np.mean(other))
     assert analyser.tune_accuracy(torch.zeros(25_600), made[0].clip) == 0

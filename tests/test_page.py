@@ -13,8 +13,8 @@ import soundfile
 import torch
 import torchaudio
 
-from support import audio, flags
-from evaluate import page
+from evaluate import listen, page
+from support import audio, common, flags
 import train
 from test_train import SMALL, lines
 
@@ -42,7 +42,7 @@ def evil(finished, tmp_path):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # samples
 
 
@@ -50,19 +50,21 @@ def evil(finished, tmp_path):
 def test_loudness(rate, channels):
     t = torch.arange(2 * rate) / rate
     tone = torch.stack([0.01 * torch.sin(2 * torch.pi * 997 * t)] * channels)
-    louder, gain = page.normalise(tone, rate)
+    louder, gain = listen.normalize_loudness(tone, rate)
     assert gain > 0 and float(torchaudio.functional.loudness(louder, rate)) == pytest.approx(-14, abs=0.1)
     click = tone.clone()
     click[:, 100] = 0.9                                              # a peak that would be clipped
-    assert float(page.normalise(click, rate)[0].abs().max()) == pytest.approx(10 ** (-1 / 20), rel=1e-4)
+    peak = float(listen.normalize_loudness(click, rate)[0].abs().max())
+    assert peak == pytest.approx(10 ** (-1 / 20), rel=1e-4)
     for alone in (tone[:, :rate // 4], torch.zeros(channels, rate), torch.zeros(channels, 0)):
-        assert page.normalise(alone, rate)[0] is alone
+        assert listen.normalize_loudness(alone, rate)[0] is alone
 
 
 def test_samples_have_the_same_names_every_epoch(finished):
     first, second = ({p.name for p in (finished / "samples" / f"epoch_000{i}").iterdir()} for i in (1, 2))
     assert first == second and len(first) == 2 * 3 * 2
-    records = {p.stem: json.loads(p.read_text()) for p in (finished / "samples" / "epoch_0002").glob("*.json")}
+    paths = (finished / "samples" / "epoch_0002").glob("*.json")
+    records = {p.stem: json.loads(p.read_text()) for p in paths}
     assert records["000_unprompted"]["given"] == ["text"] and records["000_unconditional"]["given"] == []
     assert records["001_prompted"]["prompt_seconds"] == 0.4 and records["001_prompted"]["epoch"] == 2
     assert "BS.1770" in records["000_prompted"]["loudness"]
@@ -73,32 +75,37 @@ def test_a_prompted_sample_begins_as_its_reference(finished):
     """Its first quarter is the reference's through the codec, up to loudness; the rest is not."""
     read = lambda name: audio.read_audio(finished / "samples" / name)[0]
     for i in (0, 1):
-        made, real, other = read(f"epoch_0002/00{i}_prompted.wav"), read(f"reference/00{i}_codec.wav"), read(f"reference/00{1 - i}_codec.wav")
+        made = read(f"epoch_0002/00{i}_prompted.wav")
+        real, other = read(f"reference/00{i}_codec.wav"), read(f"reference/00{1 - i}_codec.wav")
         alike = [float(torch.corrcoef(torch.stack([made[:5000], x[:5000]]))[0, 1]) for x in (real, other)]
         assert alike[0] > 0.9 > abs(alike[1]), alike
 
 
 def test_evaluation_compares_with_validation_clips(finished):
     found = [r for r in lines(finished) if r["stage"] == "evaluate"][-1]["distances"]
-    assert {"fad_codec", "fad_mel", "kl_tempo"} <= found.keys() and set(found["fad_mel"]) == {"generated", "ceiling", "floor"}
+    assert {"fad_codec", "fad_mel", "kl_tempo"} <= found.keys()
+    assert set(found["fad_mel"]) == {"generated", "ceiling", "floor"}
     assert 0 < found["fad_codec"]["ceiling"] < found["fad_codec"]["generated"]
 
 
 def test_a_stage_alone(finished, capsys):
     """It gives the figures of the run, and touches neither log nor checkpoint."""
-    kept = {name: (finished / name).read_bytes() for name in ("log.jsonl", "last.pt", "best.pt", "config.json", "index.html")}
+    names = ("log.jsonl", "last.pt", "best.pt", "config.json", "index.html")
+    kept = {name: (finished / name).read_bytes() for name in names}
     records = lines(finished)
     for only in ("valid", "evaluate"):
         assert train.main(["--only", only, "--out", str(finished)]) == 0
         out = capsys.readouterr().out
-        then = page.flat([r for r in records if r["kind"] == "stage" and r["stage"] == only][-1])
+        then = common.flatten_numbers([r for r in records if r["kind"] == "stage" and r["stage"] == only][-1])
         figures = dict(re.findall(rf"^{only} (\S+) (\S+)$", out, re.M))
-        assert {"ce", "ce_q4"} <= figures.keys() and (only == "valid" or "distances/fad_mel/generated" in figures)
+        assert {"ce", "ce_q4"} <= figures.keys()
+        assert only == "valid" or "distances/fad_mel/generated" in figures
         for name, value in figures.items():
             if name != "seconds":
                 assert float(value) == pytest.approx(then[name], rel=1e-4, abs=1e-4), name
     assert train.main(["--only", "generate", "--generate_samples", "1", "--out", str(finished)]) == 0
-    assert {p.name for p in (finished / "samples" / "best").glob("*.wav")} == {f"000_{kind}.wav" for kind in page.KINDS}
+    written = {p.name for p in (finished / "samples" / "best").glob("*.wav")}
+    assert written == {f"000_{kind}.wav" for kind in listen.SAMPLE_KINDS}
     shutil.rmtree(finished / "samples" / "best")
     assert kept == {name: (finished / name).read_bytes() for name in kept}
 
@@ -106,30 +113,36 @@ def test_a_stage_alone(finished, capsys):
 def test_evaluation_is_the_same_on_two_ranks(finished):
     """Figure for figure; 18 clips are two batches, one for each rank."""
     alone = [sys.executable, str(HERE / "train.py")]
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(HERE / "train.py")]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    two += [str(HERE / "train.py")]
+    flags = ["--only", "evaluate", "--eval_samples", "18", "--device", "cpu", "--out", str(finished)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = []
     for command in (alone, two):
-        done = subprocess.run([*command, "--only", "evaluate", "--eval_samples", "18", "--device", "cpu", "--out", str(finished)],
-                              capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=240, env=one_thread)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(dict(re.findall(r"^evaluate (\S+) (\S+)$", done.stdout, re.M)))
     found[0].pop("seconds"), found[1].pop("seconds")
-    assert found[0] == found[1] and "distances/fad_codec/generated" in found[0] and "distances/kl_root/floor" in found[0]
+    assert found[0] == found[1]
+    assert "distances/fad_codec/generated" in found[0] and "distances/kl_root/floor" in found[0]
 
 
-@pytest.mark.parametrize("flags, says", [(["--only", "valid"], "of which run"), (["--only", "valid", "--out", "nowhere"], "no best.pt")])
+@pytest.mark.parametrize("flags, says", [
+    (["--only", "valid"], "of which run"),
+    (["--only", "valid", "--out", "nowhere"], "no best.pt"),
+])
 def test_a_stage_of_no_run(flags, says, capsys):
     assert train.main(flags) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the page
 
 
 def test_text_on_the_page_is_escaped(evil):
-    content = page.write(evil).read_text()
+    content = page.write_page(evil).read_text()
     assert EVIL not in content and "<script" not in content and content.count("&lt;script&gt;") >= 4
     assert "<h1>a&amp;b</h1>" in content
 
@@ -138,7 +151,7 @@ def test_the_page_holds_everything(finished):
     content = (finished / "index.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', content)
     assert sources and all(s.startswith("data:") for s in sources) and "url(" not in content
-    assert content.count("<audio") == 2 * 2 + 2 * 3 * 2               # reference and codec, then each kind in two epochs
+    assert content.count("<audio") == 2 * 2 + 2 * 3 * 2  # reference and codec, then each kind in two epochs
     assert len(content) < 3_000_000 and not list(finished.glob("*.tmp"))
 
 
@@ -146,9 +159,24 @@ def test_the_reference_curve_is_that_of_the_same_flags(tmp_path):
     header, *rest = page.REFERENCE_RUN.read_text().splitlines()
     args = vars(flags.build_parser().parse_args([])) | json.loads(header)["args"]
     assert len(page.reference_curve(args)) == len(rest)
-    for other in (dict(channels=2), dict(num_codebooks=3), dict(conditions=["text", "style"]), dict(no_text=True), dict(size="base")):
+    others = dict(channels=2), dict(num_codebooks=3), dict(conditions=["text", "style"]), dict(no_text=True)
+    for other in (*others, dict(size="base")):
         assert page.reference_curve(args | other) == []
     assert page.reference_curve({}) == []
+
+
+def test_a_flag_that_is_younger_than_a_run(tmp_path):
+    """It counts as what runs had without it, on both sides; a flag that changes no number is not among
+    them."""
+    path = tmp_path / "reference.jsonl"
+    path.write_text('{"kind": "header", "args": {"lr": 1, "late": 3}}\n'
+                    '{"kind": "stage", "stage": "valid", "step": 1}\n')
+    without = dict(young=0, late=2)
+    like = dict(lr=1, late=3, out="anywhere")
+    for args in (like, like | dict(young=0)):
+        assert len(page.reference_curve(args, path, without)) == 1
+    for args in (like | dict(young=1), dict(lr=1), dict(lr=1, late=2), dict(late=3), like | dict(lr=2)):
+        assert page.reference_curve(args, path, without) == []
 
 
 def test_epochs_that_are_shown():
@@ -176,28 +204,35 @@ def test_audio_within_the_page(rate, tmp_path):
     wav = 0.5 * torch.sin(torch.arange(rate) * 0.05)[None]
     kind, content = page.audio_uri(wav, rate).split(";base64,")
     (tmp_path / "x").write_bytes(base64.b64decode(content))
-    assert soundfile.info(tmp_path / "x").duration == pytest.approx(1, abs=0.1) and kind.startswith("data:audio/")
+    assert soundfile.info(tmp_path / "x").duration == pytest.approx(1, abs=0.1)
+    assert kind.startswith("data:audio/")
 
 
 def dumped(path, *flags) -> str:
     """The page as the browser has it after its scripts and sounds were loaded."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=20000",
-               f"--user-data-dir={path.parent / 'profile'}", *flags, "--dump-dom", path.as_uri()]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--virtual-time-budget=20000", f"--user-data-dir={path.parent / 'profile'}", *flags,
+               "--dump-dom", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
 
 MEASURE = """<script>
-const report = () => { document.body.dataset.done = JSON.stringify([...document.querySelectorAll("audio")].map(a => [a.duration, a.error && a.error.message])); };
-Promise.all([...document.querySelectorAll("audio")].map(a => new Promise(done => {
+const players = [...document.querySelectorAll("audio")];
+const report = () => {
+  document.body.dataset.done = JSON.stringify(players.map(a => [a.duration, a.error && a.error.message]));
+};
+Promise.all(players.map(a => new Promise(done => {
   if (a.readyState >= 1) done(); a.onloadedmetadata = done; a.onerror = done; a.load(); }))).then(report);
-document.body.dataset.pictures = [...document.images].filter(i => i.complete && i.naturalWidth > 0).length + "/" + document.images.length;
+const shown = [...document.images].filter(i => i.complete && i.naturalWidth > 0);
+document.body.dataset.pictures = shown.length + "/" + document.images.length;
 </script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_the_page_in_a_browser(evil):
-    """Every player has a sound with a duration, every picture shows, and a caption that is a script does nothing."""
-    content = page.write(evil).read_text()
+    """Every player has a sound with a duration, every picture shows, and a caption that is a script does
+    nothing."""
+    content = page.write_page(evil).read_text()
     dom = dumped(evil / "index.html")
     assert "<title>a&amp;b</title>" in dom and "&lt;script&gt;" in dom
     # without its policy, with the measuring script: nor does escaped text run where scripts may
@@ -206,17 +241,20 @@ def test_the_page_in_a_browser(evil):
     dom = dumped(evil / "measured.html", "--autoplay-policy=no-user-gesture-required")
     assert "<title>a&amp;b</title>" in dom
     durations = json.loads(re.search(r'data-done="([^"]*)"', dom)[1].replace("&quot;", '"'))
-    assert len(durations) == 16 and all(error is None and d == pytest.approx(1.6, abs=0.15) for d, error in durations), durations
+    assert len(durations) == 16, durations
+    assert all(error is None and d == pytest.approx(1.6, abs=0.15) for d, error in durations), durations
     shown, total = re.search(r'data-pictures="(\d+)/(\d+)"', dom).groups()
-    assert shown == total and (page.pictures() is False or int(total) >= 16)
-    # where the escaping is taken away, the policy alone stops the script; without both it runs, so this test would see it
+    assert shown == total and (page.can_draw() is False or int(total) >= 16)
+    # where the escaping is taken away, the policy alone stops the script; without both it runs, which shows
+    # that this test would see it
     unescaped = content.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
-    for name, text, title in (("policy", unescaped, "a&amp;b"), ("neither", unescaped.replace(page.POLICY, ""), "evil")):
+    neither = unescaped.replace(page.POLICY, "")
+    for name, text, title in (("policy", unescaped, "a&amp;b"), ("neither", neither, "evil")):
         (evil / f"{name}.html").write_text(text)
         assert f"<title>{title}</title>" in dumped(evil / f"{name}.html")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # TensorBoard
 
 
@@ -227,9 +265,10 @@ def test_tensorboard_has_the_names_of_the_log(tmp_path, capsys):
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     tags = board.Tags()
     for record in lines(tmp_path / "run"):
-        for name, value in page.flat(record).items():
+        for name, value in common.flatten_numbers(record).items():
             if name not in ("epoch", "step"):
-                events = {e.step: e.value for e in board.Scalars(f"{record['kind']}/{record['stage']}/{name}")}
+                scalars = board.Scalars(f"{record['kind']}/{record['stage']}/{name}")
+                events = {e.step: e.value for e in scalars}
                 assert events[record["step"]] == pytest.approx(value, rel=1e-5, nan_ok=True)
     assert {"000_unprompted", "001_prompted", "000_reference"} <= set(tags["audio"]) & set(tags["images"])
 
@@ -242,12 +281,13 @@ def test_without_tensorboard(tmp_path, monkeypatch, capsys):
 
 def test_without_matplotlib(finished, monkeypatch, capsys):
     """The page is there, without pictures, and says so."""
-    page.pictures.cache_clear()
-    page.player.cache_clear()
+    page.can_draw.cache_clear()
+    page.player_html.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     try:
-        content = page.render(finished)
-        assert "<audio" in content and "<img" not in content and "pip install matplotlib" in capsys.readouterr().err
+        content = page.page_html(finished)
+        assert "<audio" in content and "<img" not in content
+        assert "pip install matplotlib" in capsys.readouterr().err
     finally:
-        page.pictures.cache_clear()
-        page.player.cache_clear()
+        page.can_draw.cache_clear()
+        page.player_html.cache_clear()

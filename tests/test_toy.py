@@ -18,7 +18,8 @@ def test_held_out_combinations_never_appear_in_training():
     assert len(held) == 216 and len(toy.combinations()["train"]) == 1944
 
     def drawn(split, epochs, n):
-        return {tuple(toy.draw_clip(0, e, i, split)[0].attributes().values()) for e in range(epochs) for i in range(n)}
+        clips = [toy.draw_clip(0, e, i, split)[0] for e in range(epochs) for i in range(n)]
+        return {tuple(clip.attributes().values()) for clip in clips}
 
     for split in ("train", "valid"):
         seen = drawn(split, 5, 500)

@@ -14,7 +14,7 @@ import torch
 from support import build
 import generate
 import model
-from evaluate import page
+from evaluate import listen
 import train
 from support.flags import PRESETS
 from support.run import Ema
@@ -87,7 +87,7 @@ def test_run_folder(finished):
     assert {"config.json", "log.jsonl", "last.pt", "last.prev.pt", "best.pt", "samples", "index.html"} <= \
         {p.name for p in finished.iterdir()}
     samples = sorted(p.name for p in (finished / "samples" / "epoch_0002").iterdir())
-    assert samples == sorted(f"00{i}_{kind}.{end}" for i in (0, 1) for kind in page.KINDS for end in ("json", "wav"))
+    assert samples == sorted(f"00{i}_{kind}.{end}" for i in (0, 1) for kind in listen.SAMPLE_KINDS for end in ("json", "wav"))
     assert sorted(p.name for p in (finished / "samples" / "reference").glob("*.wav")) == \
         ["000_codec.wav", "000_reference.wav", "001_codec.wav", "001_reference.wav"]
     config = json.loads((finished / "config.json").read_text())
