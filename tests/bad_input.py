@@ -151,9 +151,9 @@ def check_refused(ending: Ending, command: str, *says: str) -> str:
     No file is new, but for those of a run that began."""
     code, _, err, before, after = ending
     line, program = the_line(err), command.split()[0]
-    # A file in a room is called by its module: python -m evaluate.analyser.
-    room, _, _ = PROGRAMS[program].__name__.rpartition(".")
-    names = (f"{program}.py", f"{room}.{program}") if room else (f"{program}.py",)
+    # A file in a room is called by its module, as argparse says: python -m evaluate.analyser.
+    module = PROGRAMS[program].__name__
+    names = (module, f"python -m {module}") if "." in module else (f"{program}.py",)
     assert code == 2 and line.startswith(names) and len(line) < 1000, (code, line)
     assert all(word in line for word in says), f"{says} not all in: {line}"
     assert before.items() <= after.items(), f"changed: {set(before.items()) - set(after.items())}"
