@@ -61,7 +61,7 @@ class ModelConfig:
         """The codebook pattern over T frames."""
         delays = None if self.delays is None else tuple(self.delays)
         flattening = None if self.flattening is None else tuple(self.flattening)
-        return patterns.make(self.pattern, T, self.K, delays, flattening)
+        return patterns.make_pattern(self.pattern, T, self.K, delays, flattening)
 
 
 @dataclass

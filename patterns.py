@@ -1,9 +1,9 @@
-"""Codebooks <-> sequence steps: how K parallel streams of codes become one sequence that a transformer predicts.
+"""Codebooks <-> sequence steps: how K codes a frame become one sequence that a transformer predicts.
 
-Copet et al. 2023 (MusicGen), sec. 2.2, codebook interleaving patterns. A codec gives K codes a frame. To predict them
-all at once (parallel) treats them as independent given the past, which they are not; one at a time (unrolled) is exact
-but costs K times the steps; delay is the compromise: each codebook comes one step after the one before it, so that it
-sees the coarser codes of its own frame.
+Copet et al. 2023 (MusicGen), sec. 2.2, codebook interleaving patterns. A codec gives K codes a frame. To
+predict them all at once (parallel) treats them as independent given the past, which they are not. To predict
+one after the other (unrolled) is exact, but costs K times the steps. Delay is the compromise: each codebook
+comes one step after the one before it, so that it sees the coarser codes of its own frame.
 
     K=4 codebooks, T=4 frames. A number is a frame, S the special token, | ends the valid steps:
 
@@ -17,12 +17,15 @@ sees the coarser codes of its own frame.
              q3  S S S 0 S S S 1 S S S 2 S S S 3 S |
              q4  S S S S 0 S S S 1 S S S 2 S S S 3 |
 
-Step 0 is all special: from it the model predicts step 1. Training uses the valid steps alone, so that under delay no
-time goes into the tail (the last k-1 frames of codebook k are no targets); generation walks the whole layout.
+Step 0 is all special: from it the model predicts step 1. Training uses the valid steps alone: under delay no
+time goes into the tail, and the last k-1 frames of codebook k are no targets. Generation walks the whole
+layout.
 
-Shapes: B batch, K codebooks, T frames, I inner steps a frame, S sequence steps (S_valid in training), card codes each.
+Shapes: B batch, K codebooks of `card` codes, T frames, I inner steps a frame, S sequence steps (S_valid of
+them in training).
 Run it alone: `python patterns.py --T 6 --K 4` draws the grids.
 """
+
 import argparse
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,18 +34,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = ("delay", "parallel", "unrolled")
+PATTERNS = ("delay", "parallel", "unrolled")
 
 
-@dataclass(frozen=True, eq=False)                   # eq=False: hashed by identity, so that it can be a cache key
+@dataclass(frozen=True, eq=False)              # eq=False: hashed by identity, so that it can be a cache key
 class Pattern:
-    """Where each code stands: every code (k, t) at exactly one step, so `frame` and `step` are inverse to each other.
+    """Where each code stands: code (k, t) at exactly one step, so that `frame` and `step` invert each other.
 
-    Made by `delay`, `parallel`, `unrolled` or `make`. Shared by all who ask: never write into the tensors.
-    """
-    frame: Tensor                                   # [K, S] the frame codebook k holds at step s; -1: special token
-    step: Tensor                                    # [K, T] the step at which code (k, t) stands
-    S_valid: int                                    # steps used in training: the layout without its tail
+    Made by `make_pattern`, which gives the same one to all who ask: never write into the tensors."""
+    frame: Tensor                              # [K, S] the frame that codebook k holds at step s; -1: special
+    step: Tensor                               # [K, T] the step at which code (k, t) stands
+    S_valid: int                               # steps used in training: the layout without its tail
 
     @property
     def K(self) -> int:
@@ -56,7 +58,7 @@ class Pattern:
 
     @property
     def S(self) -> int:
-        """Steps of the full layout, the special first one included: a clip takes S - 1 model calls to generate."""
+        """Steps of the full layout with the special first one: generating a clip takes S - 1 model calls."""
         return self.frame.shape[1]
 
     @property
@@ -70,7 +72,9 @@ class Pattern:
         return self if device == self.frame.device else _moved(self, device)
 
     def build(self, codes: Tensor, special: int, valid_only: bool = True) -> Tensor:
-        """Codes [B, K, T] to the sequence [B, K, S_valid], or [B, K, S] without `valid_only`; `special` fills holes."""
+        """Codes [B, K, T] to the sequence [B, K, S_valid], or [B, K, S] without `valid_only`.
+
+        `special` stands where the sequence holds no code."""
         B, K, T = codes.shape
         assert (K, T) == (self.K, self.T), f"codes [B, {K}, {T}], the pattern is for [B, {self.K}, {self.T}]"
         frame = self.to(codes.device).frame[:, :self.S_valid if valid_only else self.S]   # [K, S]
@@ -80,25 +84,27 @@ class Pattern:
     def revert(self, seq: Tensor, fill: int) -> tuple[Tensor, Tensor]:
         """Sequence [B, K, S_valid or S] back to (codes [B, K, T], mask [K, T]).
 
-        Codes whose step lies past the sequence's end are `fill`, and False in the mask.
-        """
+        Codes whose step lies past the sequence's end are `fill`, and False in the mask."""
         B, K, S = seq.shape
         assert K == self.K, f"{K} codebooks, the pattern has {self.K}"
-        assert S in (self.S_valid, self.S), f"{S} steps, the pattern has {self.S_valid} valid ones of {self.S}"
+        valid = self.S_valid
+        assert S in (valid, self.S), f"{S} steps, the pattern has {valid} valid ones of {self.S}"
         step = self.to(seq.device).step                                                   # [K, T]
         mask = step < S                                                                   # [K, T]
         codes = seq.gather(2, step.clamp(max=S - 1).expand(B, -1, -1))                    # [B, K, T]
         return codes.masked_fill(~mask, fill), mask
 
     def revert_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of a training sequence [B, K, S_valid or S_valid - 1, card] to (logits [B, K, T, card], mask [K, T]).
+        """Logits [B, K, S_valid or S_valid - 1, card] of a sequence to (logits [B, K, T, card], mask [K, T]).
 
-        The logits computed at step s predict what stands at step s + 1, so those of the last valid step are never used.
-        What nothing predicts is NaN (a wrong use shows at once) and False in the mask, which is `supervised`.
-        """
+        To look at what a model predicts of each code, and the paper's definition of the loss, which tests
+        hold against `targets`. The logits of step s predict what stands at step s + 1; those of the last
+        valid step are not used. What nothing predicts is NaN (a wrong use shows at once) and False in the
+        mask, which is `supervised`."""
         B, K, S, card = logits.shape
         assert K == self.K, f"{K} codebooks, the pattern has {self.K}"
-        assert self.S_valid - 1 <= S <= self.S_valid, f"logits of {S} steps, the pattern has {self.S_valid} valid ones"
+        valid = self.S_valid
+        assert valid - 1 <= S <= valid, f"logits of {S} steps, the pattern has {valid} valid ones"
         here = self.to(logits.device)
         source = (here.step - 1).clamp(max=self.S_valid - 2)                              # [K, T]
         logits = logits.gather(2, source[None, :, :, None].expand(B, -1, -1, card))       # [B, K, T, card]
@@ -108,10 +114,9 @@ class Pattern:
     def targets(self, codes: Tensor, frame_mask: Tensor | None = None, ignore: int = -100) -> Tensor:
         """What the logits of each input step must predict: [B, K, S_valid - 1].
 
-        codes [B, K, T]; `frame_mask` bool [B, T] is True on real frames. `ignore` stands where the sequence holds the
-        special token and on frames that are not real. The path of training: it gives the cross-entropy of
-        `revert_logits` against `codes`, and moves nothing of the size of the logits.
-        """
+        codes [B, K, T]; `frame_mask` bool [B, T] is True on real frames. `ignore` stands where the sequence
+        holds the special token and on frames that are not real. Training uses these: the cross-entropy is
+        that of `revert_logits` against `codes`, and nothing of the size of the logits is moved."""
         if frame_mask is not None:
             B, K, T = codes.shape
             assert frame_mask.shape == (B, T), f"frame_mask {list(frame_mask.shape)}, expected [{B}, {T}]"
@@ -120,16 +125,15 @@ class Pattern:
         return self.build(codes, special=ignore)[:, :, 1:]                                # [B, K, S_valid-1]
 
     def first_step(self, t: int) -> int:
-        """The first step that holds any code of frame t: where generation from a prompt of t frames starts."""
+        """The first step that holds a code of frame t: there generation from a prompt of t frames starts."""
         assert 0 <= t < self.T, f"frame {t}, the pattern has {self.T}"
         return int(self.step[:, t].min())
 
 
 def delay(T: int, delays) -> Pattern:
-    """Frame t of codebook k stands at step 1 + t + delays[k]; len(delays) is K. ValueError if bad.
+    """Frame t of codebook k stands at step 1 + t + delays[k]; len(delays) is K. Errors: ValueError.
 
-    Stereo (two interleaved codebooks a level, 1L 1R 2L 2R ...) takes delays 0 0 1 1 2 2 3 3: `python patterns.py --stereo`.
-    """
+    Stereo (two interleaved codebooks a level, 1L 1R 2L 2R ..) takes delays 0 0 1 1 2 2 3 3: see --stereo."""
     _check(T, len(delays), delays)
     step = 1 + np.add.outer(np.array(delays), np.arange(T))                               # [K, T]
     S = 1 + T + max(delays)
@@ -143,12 +147,12 @@ def parallel(T: int, K: int) -> Pattern:
 
 
 def unrolled(T: int, flattening, delays=None) -> Pattern:
-    """Several steps a frame: codebook k stands at the frame's inner step flattening[k]; codebooks may share one.
+    """Several steps a frame: codebook k stands at the frame's inner step flattening[k], alone or with others.
 
-    flattening 0 1 2 3 is one code a step; 0 1 1 1 is the first codebook, then the others together. An inner step that
-    nobody uses becomes a step of special tokens, ahead of the frame's codes. With delays a code of frame t is due at
-    time t + delays[k]; at equal times older frames go first, then lower codebooks. ValueError if bad.
-    """
+    flattening 0 1 2 3 is one code a step; 0 1 1 1 is the first codebook, then the others together. An inner
+    step without a codebook becomes a step of special tokens, ahead of the frame's codes. With delays, a code
+    of frame t is due at time t + delays[k]; at equal times older frames go first, then lower codebooks.
+    Errors: ValueError."""
     K = len(flattening)
     delays = [0] * K if delays is None else delays
     _check(T, K, delays, flattening)
@@ -159,31 +163,34 @@ def unrolled(T: int, flattening, delays=None) -> Pattern:
     inner_delay[list(flattening)] = delays
 
     i, t = np.indices((inner_steps, times))                                               # [I, times] each
-    time = t + inner_delay[:, None]                                                       # [I, times] when it is due
+    time = t + inner_delay[:, None]                                                     # [I, times] when due
     stands = time < times                                                                 # [I, times]
-    keys = (i, np.where(used[i], t, -1), time)                                            # sorted by the last one first
+    keys = (i, np.where(used[i], t, -1), time)                                         # the last counts first
     order = np.lexsort([key[stands] for key in keys])                                     # [S-1]
     step = np.full((inner_steps, times), -1)
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     step[stands] = 1 + rank                                                               # [I, times]
     S = 1 + len(order)
-    # As in the reference the tail is so many *steps*, not frames: with delays, overflow may stay and last codes may go.
+    # As in the reference, the delays' range is cut off in steps, not in frames. With delays the valid steps
+    # may therefore still hold special tokens at the end, and miss codes of the last frames.
     return _pattern(step[list(flattening), :T], S, S_valid=S - (max(delays) - min(delays)))
 
 
-def make(name: str, T: int, K: int, delays=None, flattening=None) -> Pattern:
-    """The pattern called `name` ('delay', 'parallel' or 'unrolled') for T frames of K codebooks; asking again is free.
+def make_pattern(name: str, T: int, K: int, delays=None, flattening=None) -> Pattern:
+    """The pattern 'delay', 'parallel' or 'unrolled' for T frames of K codebooks; asking again is free.
 
-    Defaults: delays 0..K-1 for 'delay' and none for 'unrolled', flattening 0..K-1. ValueError says what is allowed.
-    """
-    return _make(name, T, K, *(None if x is None else tuple(x) for x in (delays, flattening)))
+    Defaults: delays 0..K-1 for 'delay' and none for 'unrolled', flattening 0..K-1.
+    Errors: ValueError says what is allowed."""
+    delays = None if delays is None else tuple(delays)
+    flattening = None if flattening is None else tuple(flattening)
+    return _make(name, T, K, delays, flattening)
 
 
 @lru_cache(maxsize=100)
 def _make(name, T, K, delays, flattening) -> Pattern:
-    if name not in NAMES:
-        raise ValueError(f"pattern {name!r}: choose one of {', '.join(NAMES)}")
+    if name not in PATTERNS:
+        raise ValueError(f"pattern {name!r}: choose one of {', '.join(PATTERNS)}")
     if name == "parallel" and delays is not None:
         raise ValueError(f"delays {list(delays)} with pattern 'parallel': leave them out or choose 'delay'")
     if name != "unrolled" and flattening is not None:
@@ -212,10 +219,11 @@ def _check(T, K, delays=None, flattening=None):
         for k in range(1, K):
             if flattening[k] == flattening[k - 1] and delays[k] != delays[k - 1]:
                 raise ValueError(f"delays {list(delays)} with flattening {list(flattening)}: inner step "
-                                 f"{flattening[k]} has delays {delays[k - 1]} and {delays[k]}, but one only is allowed")
+                                 f"{flattening[k]} has delays {delays[k - 1]} and {delays[k]}, "
+                                 "but one only is allowed")
 
 
-# Index tensors outlive the call that makes them: from generation's inference_mode, autograd would refuse them later.
+# A pattern outlives the call that makes it. If made in generation's inference_mode, autograd would refuse it.
 @torch.inference_mode(False)
 def _pattern(step: np.ndarray, S: int, S_valid: int) -> Pattern:
     """The pattern in which code (k, t) stands at step[k, t]; S - S_valid last steps are its tail."""
@@ -231,36 +239,48 @@ def _moved(pattern: Pattern, device: torch.device) -> Pattern:
     return Pattern(pattern.frame.to(device), pattern.step.to(device), pattern.S_valid)
 
 
-def draw(pattern: Pattern, stereo: bool = False) -> str:
-    """The pattern as K lines over S columns: a frame's number, S for the special token, | after the valid steps.
+def draw_pattern(pattern: Pattern, stereo: bool = False) -> str:
+    """The pattern as K lines over S columns: a frame's number, S the special token, | after the valid steps.
 
-    `stereo` names the lines 1L 1R 2L 2R ..."""
+    `stereo` names the lines 1L 1R 2L 2R .."""
     width = len(str(pattern.T - 1))
-    cells = [[f"{'S' if t < 0 else t:>{width}}" for t in row] for row in pattern.frame.tolist()]
-    names = [f"{k // 2 + 1}{'LR'[k % 2]}" if stereo else f"{k + 1}" for k in range(pattern.K)]
-    return "\n".join(" ".join([f"    q{names[k]:<3}", *row[:pattern.S_valid], "|", *row[pattern.S_valid:]]).rstrip()
-                     for k, row in enumerate(cells))
+    lines = []
+    for k, frames in enumerate(pattern.frame.tolist()):
+        name = f"{k // 2 + 1}{'LR'[k % 2]}" if stereo else f"{k + 1}"
+        cells = [f"{'S' if t < 0 else t:>{width}}" for t in frames]
+        cells.insert(pattern.S_valid, "|")
+        lines.append(" ".join([f"    q{name:<3}", *cells]))
+    return "\n".join(lines)
 
 
 def main():
     """Draw the three patterns, and unrolled in two steps a frame, with what each costs."""
     parser = argparse.ArgumentParser(description="Draw the codebook patterns.")
     parser.add_argument("--T", type=int, default=6, help="frames (default 6)")
-    parser.add_argument("--K", type=int, default=4, help="codebooks, with --stereo of each channel (default 4)")
-    parser.add_argument("--stereo", action="store_true", help="two interleaved codebooks a level, left and right at one step")
+    parser.add_argument("--K", type=int, default=4,
+                        help="codebooks, with --stereo of each channel (default 4)")
+    parser.add_argument("--stereo", action="store_true",
+                        help="two interleaved codebooks a level, left and right at one step")
     args = parser.parse_args()
-    T, lanes = args.T, 1 + args.stereo
-    K, level = args.K * lanes, [k // lanes for k in range(args.K * lanes)]
+    T, channels = args.T, 2 if args.stereo else 1
+    K = args.K * channels
+    level = [k // channels for k in range(K)]  # of each codebook: 0 0 1 1 .. in stereo
+    coarse_then_fine = [min(k, 1) for k in level]
     try:
-        shown = [("delay", make("delay", T, K, level)), ("parallel", make("parallel", T, K)),
-                 ("unrolled", make("unrolled", T, K, flattening=level)),
-                 ("unrolled, coarse then fine", make("unrolled", T, K, flattening=[min(k, 1) for k in level]))]
+        patterns = {
+            "delay": make_pattern("delay", T, K, level),
+            "parallel": make_pattern("parallel", T, K),
+            "unrolled": make_pattern("unrolled", T, K, flattening=level),
+            "unrolled, coarse then fine": make_pattern("unrolled", T, K, flattening=coarse_then_fine),
+        }
     except ValueError as error:
         parser.error(str(error))
-    print(f"T={T} frames of K={K} codebooks. A number is a frame, S the special token, | ends the valid steps.\n")
-    for name, p in shown:
-        print(f"{name}: S={p.S} steps, {p.S_valid} valid; {p.S - 1} model calls to generate a clip; "
-              f"{int(p.supervised.sum())} of {K * T} codes supervised\n{draw(p, args.stereo)}\n")
+    print(f"T={T} frames of K={K} codebooks. A number is a frame, S the special token, "
+          "| ends the valid steps.")
+    for name, p in patterns.items():
+        print(f"\n{name}: S={p.S} steps, {p.S_valid} valid; {p.S - 1} model calls to generate a clip; "
+              f"{int(p.supervised.sum())} of {K * T} codes supervised")
+        print(draw_pattern(p, args.stereo))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import patterns  # noqa: E402
 SPECIAL, CARD = 99, 7
 
 
-# The obvious slow reference: a layout is a list over steps of lists of (frame, codebook); frames >= T are overflow.
+# The obvious slow reference: a layout is a list over steps of lists of (frame, codebook). Frames >= T are
+# overflow.
 
 def slow_delay(T, delays):
     layout = [[]]
@@ -61,7 +62,8 @@ def slow_revert(seq, layout, K, T, fill):
 
 
 STEREO = [0, 0, 1, 1, 2, 2, 3, 3]
-DELAYS = [[0], [3], [0, 0], [0, 1], [1, 2], [0, 5], [0, 1, 2], [2, 2, 3], [0, 0, 4], [0, 1, 2, 3], [0, 1, 1, 6], STEREO]
+DELAYS = [[0], [3], [0, 0], [0, 1], [1, 2], [0, 5], [0, 1, 2], [2, 2, 3], [0, 0, 4],
+          [0, 1, 2, 3], [0, 1, 1, 6], STEREO]
 UNROLLED = [([0], [0]), ([2], [1]), ([0, 1], [0, 0]), ([0, 1], [0, 3]), ([0, 0], [2, 2]), ([1, 1], [0, 0]),
             ([0, 1, 2], [0, 0, 0]), ([0, 1, 1], [0, 2, 2]), ([0, 2, 4], [0, 1, 1]), ([1, 3, 3], [1, 2, 2]),
             ([0, 1, 2, 3], [0, 0, 0, 0]), ([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 1, 1, 1], [0, 0, 0, 0]),
@@ -75,7 +77,7 @@ CASES = ([pytest.param("delay", d, None, id=f"delay-{d}") for d in DELAYS]
 
 def made(name, T, delays, flattening):
     """The pattern of a case and its slow layout."""
-    pattern = patterns.make(name, T, len(delays), None if name == "parallel" else delays, flattening)
+    pattern = patterns.make_pattern(name, T, len(delays), None if name == "parallel" else delays, flattening)
     return pattern, slow_unrolled(T, flattening, delays) if name == "unrolled" else slow_delay(T, delays)
 
 
@@ -95,12 +97,13 @@ def test_against_nested_loops(name, delays, flattening):
         back, mask = pattern.revert(pattern.build(codes, SPECIAL, valid_only=False), -1)
         assert torch.equal(back, codes) and mask.all()
         for t in range(T):
-            assert pattern.first_step(t) == min(s for s, coords in enumerate(layout) if t in [c[0] for c in coords])
+            steps = [s for s, coords in enumerate(layout) if t in [c[0] for c in coords]]
+            assert pattern.first_step(t) == min(steps)
 
 
 @pytest.mark.parametrize("name, delays, flattening", CASES)
 def test_layout_is_causal(name, delays, flattening):
-    """A code comes after the earlier frames of its codebook, and never before a lower codebook of its own frame."""
+    """A code comes after the earlier frames of its codebook, never before a lower codebook of its frame."""
     for T in LENGTHS:
         pattern, _ = made(name, T, delays, flattening)
         step = pattern.step
@@ -110,30 +113,31 @@ def test_layout_is_causal(name, delays, flattening):
         assert torch.equal(pattern.frame.gather(1, step), torch.arange(T).expand(len(delays), T))
         assert (pattern.frame >= 0).sum() == T * len(delays)                   # each code stands once
         apart = torch.tensor([a != b for a, b in itertools.pairwise(flattening or delays)], dtype=torch.bool)
-        assert (step.diff(dim=0)[apart] > 0).all()                         # strictly, unless they share a step
+        assert (step.diff(dim=0)[apart] > 0).all()                        # strictly, unless they share a step
 
 
 @pytest.mark.parametrize("name, flattening, S, S_valid, supervised", [
     ("delay", None, 1504, 1501, 5994), ("parallel", None, 1501, 1501, 6000),
     ("unrolled", None, 6001, 6001, 6000), ("unrolled", [0, 1, 1, 1], 3001, 3001, 6000)])
 def test_lengths_of_a_30_second_clip(name, flattening, S, S_valid, supervised):
-    pattern = patterns.make(name, 1500, 4, flattening=flattening)
+    pattern = patterns.make_pattern(name, 1500, 4, flattening=flattening)
     assert (pattern.S, pattern.S_valid, int(pattern.supervised.sum())) == (S, S_valid, supervised)
 
 
 def test_valid_counts():
-    assert patterns.make("delay", 20, 4).supervised.sum(1).tolist() == [20, 19, 18, 17]
+    assert patterns.make_pattern("delay", 20, 4).supervised.sum(1).tolist() == [20, 19, 18, 17]
     assert patterns.delay(20, STEREO).supervised.sum(1).tolist() == [20, 20, 19, 19, 18, 18, 17, 17]
-    assert patterns.make("parallel", 20, 4).supervised.all()
-    assert patterns.make("unrolled", 20, 4).supervised.all()
-    assert patterns.delay(2, [0, 1, 2, 3]).supervised.sum(1).tolist() == [2, 1, 0, 0]  # a clip shorter than the delays
+    assert patterns.make_pattern("parallel", 20, 4).supervised.all()
+    assert patterns.make_pattern("unrolled", 20, 4).supervised.all()
+    # a clip shorter than the delays
+    assert patterns.delay(2, [0, 1, 2, 3]).supervised.sum(1).tolist() == [2, 1, 0, 0]
 
 
 @pytest.mark.parametrize("name, drawing", [
     ("delay", ["S0123|SSS", "SS012|3SS", "SSS01|23S", "SSSS0|123"]), ("parallel", ["S0123|"] * 4),
     ("unrolled", ["S0SSS1SSS2SSS3SSS|", "SS0SSS1SSS2SSS3SS|", "SSS0SSS1SSS2SSS3S|", "SSSS0SSS1SSS2SSS3|"])])
 def test_worked_example(name, drawing):
-    lines = patterns.draw(patterns.make(name, 4, 4)).splitlines()
+    lines = patterns.draw_pattern(patterns.make_pattern(name, 4, 4)).splitlines()
     assert [line.replace(" ", "")[2:] for line in lines] == drawing
     assert all(line.strip().split(maxsplit=1)[1] in patterns.__doc__ for line in lines)  # the file's head too
 
@@ -148,7 +152,7 @@ def test_unrolled_with_delays_by_hand():
 @pytest.mark.parametrize("name, delays, flattening", CASES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_shifted_targets_are_realigned_logits(name, delays, flattening, padded):
-    """Cross-entropy of each codebook and its gradient: targets moved to the sequence, or logits moved to the frames."""
+    """Cross-entropy of a codebook, and its gradient: targets in the sequence, or logits on the frames."""
     for T in LENGTHS:
         pattern, _ = made(name, T, delays, flattening)
         B, K, S = 2, len(delays), pattern.S_valid
@@ -160,24 +164,26 @@ def test_shifted_targets_are_realigned_logits(name, delays, flattening, padded):
         shorter, same_mask = pattern.revert_logits(logits[:, :, :-1])
         assert torch.equal(aligned.nan_to_num(1e9), shorter.nan_to_num(1e9)) and torch.equal(mask, same_mask)
         assert torch.equal(mask, pattern.supervised)
-        assert torch.equal(aligned.isnan().all(-1), ~mask.expand(B, K, T)) and not aligned[:, mask].isnan().any()
+        assert torch.equal(aligned.isnan().all(-1), ~mask.expand(B, K, T))
+        assert not aligned[:, mask].isnan().any()
         assert targets.shape == (B, K, S - 1)
 
         seq_losses, frame_losses = [], []
         for k in range(K):
             real = mask[k] & (frame_mask if padded else torch.ones(B, T, dtype=torch.bool))  # [B, T]
             assert int((targets[:, k] != -100).sum()) == int(real.sum())
-            in_seq = logits[:, k, :-1].flatten(0, 1)                                           # [B*(S-1), card]
+            in_seq = logits[:, k, :-1].flatten(0, 1)                                         # [B*(S-1), card]
             seq_losses.append(F.cross_entropy(in_seq, targets[:, k].flatten(), reduction="sum"))
             frame_losses.append(F.cross_entropy(aligned[:, k][real], codes[:, k][real], reduction="sum"))
         torch.testing.assert_close(torch.stack(seq_losses), torch.stack(frame_losses), rtol=1e-12, atol=1e-12)
-        grads = [torch.autograd.grad(sum(x), logits, retain_graph=True)[0] for x in (seq_losses, frame_losses)]
+        losses = (seq_losses, frame_losses)
+        grads = [torch.autograd.grad(sum(x), logits, retain_graph=True)[0] for x in losses]
         torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
         assert (grads[0][:, :, -1] == 0).all()                             # the last step predicts nothing
 
 
 def test_targets_are_the_next_step():
-    pattern = patterns.make("delay", 6, 3)
+    pattern = patterns.make_pattern("delay", 6, 3)
     codes = torch.randint(CARD, (2, 3, 6))
     seq = pattern.build(codes, SPECIAL)
     assert torch.equal(pattern.targets(codes, ignore=SPECIAL), seq[:, :, 1:])
@@ -187,9 +193,10 @@ def test_targets_are_the_next_step():
 
 
 def test_asking_again_is_free():
-    assert patterns.make("delay", 50, 4) is patterns.make("delay", 50, 4)
-    assert patterns.make("delay", 50, 4, [0, 1, 2, 3]) is patterns.make("delay", 50, 4, (0, 1, 2, 3))
-    pattern = patterns.make("delay", 50, 4)
+    assert patterns.make_pattern("delay", 50, 4) is patterns.make_pattern("delay", 50, 4)
+    a, b = (patterns.make_pattern("delay", 50, 4, delays) for delays in ([0, 1, 2, 3], (0, 1, 2, 3)))
+    assert a is b
+    pattern = patterns.make_pattern("delay", 50, 4)
     assert pattern.to("cpu") is pattern
     codes = torch.empty(2, 4, 50, dtype=torch.long, device="meta")  # a second device everywhere
     copies = patterns._moved.cache_info().misses
@@ -204,7 +211,7 @@ def test_asking_again_is_free():
 def test_made_by_generation_used_in_training():
     """Cached tensors made under inference_mode would make backward fail."""
     with torch.inference_mode():
-        pattern = patterns.make("delay", 51, 2)
+        pattern = patterns.make_pattern("delay", 51, 2)
     logits = torch.randn(1, 2, pattern.S_valid, CARD, requires_grad=True)
     pattern.revert_logits(logits)[0].nansum().backward()
     assert not pattern.frame.is_inference() and logits.grad.abs().sum() > 0
@@ -238,25 +245,26 @@ def test_long_clips_are_quick_to_lay_out():
     (("delay", 4, 2, None, [0, 1]), "only 'unrolled' takes one")])
 def test_bad_requests_are_refused_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
-        patterns.make(*arguments)
+        patterns.make_pattern(*arguments)
     assert "\n" not in str(error.value)
 
 
 def test_the_functions_check_too():
-    for call in (lambda: patterns.delay(4, []), lambda: patterns.delay(4, [1, 0]), lambda: patterns.parallel(0, 2),
-                 lambda: patterns.unrolled(4, []), lambda: patterns.unrolled(4, [0, 1], [0]),
+    for call in (lambda: patterns.delay(4, []), lambda: patterns.delay(4, [1, 0]),
+                 lambda: patterns.parallel(0, 2), lambda: patterns.unrolled(4, []),
+                 lambda: patterns.unrolled(4, [0, 1], [0]),
                  lambda: patterns.unrolled(4, [0, 0], [0, 1])):
         with pytest.raises(ValueError):
             call()
 
 
 def test_wrong_shapes_are_caught():
-    pattern = patterns.make("delay", 6, 3)
+    pattern, codes = patterns.make_pattern("delay", 6, 3), torch.zeros(1, 3, 6, dtype=torch.long)
     for call in (lambda: pattern.build(torch.zeros(1, 3, 5, dtype=torch.long), SPECIAL),
                  lambda: pattern.build(torch.zeros(1, 2, 6, dtype=torch.long), SPECIAL),
                  lambda: pattern.revert(torch.zeros(1, 3, 8, dtype=torch.long), -1),
                  lambda: pattern.revert_logits(torch.zeros(1, 3, pattern.S, CARD)),
-                 lambda: pattern.targets(torch.zeros(1, 3, 6, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool)),
+                 lambda: pattern.targets(codes, torch.ones(1, 5, dtype=torch.bool)),
                  lambda: pattern.first_step(6), lambda: pattern.first_step(-1)):
         with pytest.raises(AssertionError):
             call()

@@ -1,4 +1,4 @@
-"""Stereo: a mono codec over two channels, its delays, training and generation, the token cache, starts from mono weights."""
+"""Stereo: a mono codec over two channels, its delays, training, generation, the cache, mono starts."""
 
 from pathlib import Path
 
@@ -61,13 +61,13 @@ def codec_file(path, change) -> str:
     return str(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the codec
 
 
 def test_each_channel_makes_its_own_round_trip(mono, stereo):
     wav = clips(3)[..., :-7]                                         # not a whole number of frames
-    codes = stereo.encode(wav)                                                                           # [B, 8, T]
+    codes = stereo.encode(wav)                                                                     # [B, 8, T]
     assert codes.shape == (3, 8, 80)
     for c in (0, 1):                                                 # 1L 1R 2L 2R ...
         assert torch.equal(codes[:, c::2], mono.encode(wav[:, c:c + 1]))
@@ -79,11 +79,12 @@ def test_each_channel_makes_its_own_round_trip(mono, stereo):
 
 
 def test_what_a_stereo_codec_is(mono, stereo):
-    assert (stereo.channels, stereo.K, stereo.levels, stereo.card, stereo.hop, stereo.frame_rate, stereo.name) == \
-        (2, 8, 4, 256, 320, 50, "toy")
+    assert (stereo.channels, stereo.K, stereo.levels, stereo.card) == (2, 8, 4, 256)
+    assert (stereo.hop, stereo.frame_rate, stereo.name) == (320, 50, "toy")
     assert (mono.channels, mono.K, mono.levels) == (1, 4, 4)         # not changed by the other
     assert stereo.fingerprint == tokenizer.load_codec("toy", channels=2).fingerprint != mono.fingerprint
-    assert stereo.with_channels(1).fingerprint == mono.fingerprint and stereo.with_channels(2).fingerprint == stereo.fingerprint
+    assert stereo.with_channels(1).fingerprint == mono.fingerprint
+    assert stereo.with_channels(2).fingerprint == stereo.fingerprint
     two = tokenizer.load_codec("toy", 2, channels=2)
     assert two.K == 4 and two.fingerprint not in (mono.fingerprint, stereo.fingerprint)
     wav = clips(1)
@@ -104,7 +105,7 @@ def test_numbers_of_channels_that_no_codec_has(tmp_path):
     def two_channels(stored):
         stored["config"]["seanet"]["channels"] = 2
         state = stored["state"]
-        for name, x in state.items():                                # the outermost convolutions see two channels
+        for name, x in state.items():                            # the outermost convolutions see two channels
             if name.startswith("encoder.model.0.") and x.dim() == 3:
                 state[name] = x.repeat(1, 2, 1)
             elif name.startswith("decoder.model") and x.shape[0] == 1:
@@ -114,7 +115,8 @@ def test_numbers_of_channels_that_no_codec_has(tmp_path):
     with pytest.raises(ValueError, match="--channels 1: the codec .*two.pt takes 2$"):
         tokenizer.load_codec(path)
     codec = tokenizer.load_codec(path, channels=2)                   # serves as it is, nothing is interleaved
-    assert (codec.channels, codec.streams, codec.K) == (2, 1, 4) and codec.decode(codec.encode(clips(1))).shape == (1, 2, 25_600)
+    assert (codec.channels, codec.streams, codec.K) == (2, 1, 4)
+    assert codec.decode(codec.encode(clips(1))).shape == (1, 2, 25_600)
     args = train.build_parser().parse_args(SMALL + ["--channels", "2"])
     train.derive(args, 1)
     assert train.model_config(args, codec).delays is None
@@ -128,16 +130,17 @@ def test_round_trip_command(tmp_path, capsys):
     assert wav.shape == (25_600, 2) and np.abs(wav[:, 0] - wav[:, 1]).max() > 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # pattern, data, cache
 
 
-@pytest.mark.parametrize("pattern, steps", [("delay", 1 + 100 + 3), ("parallel", 1 + 100), ("unrolled", 1 + 4 * 100)])
+@pytest.mark.parametrize("pattern, steps",
+                         [("delay", 1 + 100 + 3), ("parallel", 1 + 100), ("unrolled", 1 + 4 * 100)])
 def test_left_and_right_of_a_level_stand_at_the_same_step(pattern, steps, stereo):
     args = train.build_parser().parse_args(SMALL + ["--channels", "2", "--pattern", pattern])
     train.derive(args, 1)
     config = train.model_config(args, stereo)
-    layout, one = config.layout(100), patterns.make(pattern, 100, 4)
+    layout, one = config.layout(100), patterns.make_pattern(pattern, 100, 4)
     assert config.K == 8 and layout.S == steps == one.S
     assert torch.equal(layout.step[::2], one.step) and torch.equal(layout.step[1::2], one.step)
     assert config.delays == ([0, 0, 1, 1, 2, 2, 3, 3] if pattern == "delay" else None)
@@ -151,10 +154,11 @@ def test_drawn(capsys, monkeypatch):
 
 
 def test_toy_clips_are_panned(mono, stereo):
-    """Tune to the left, drums to the right, their mean the mono clip; a clip without drums is twice as loud on the left."""
+    """Tune to the left, drums to the right, their mean the mono clip; no drums: the left is louder."""
     for i in range(20):
         x, y = (data.ToyDataset(0, "train", codec).example(0, i) for codec in (mono, stereo))
-        assert y.wav.shape == (2, 25_600) and np.abs(y.wav.mean(0) - x.wav[0]).max() < 1e-6 and y.meta == x.meta
+        assert y.wav.shape == (2, 25_600) and y.meta == x.meta
+        assert np.abs(y.wav.mean(0) - x.wav[0]).max() < 1e-6
         if y.meta["toy"]["drums"] == "no":
             assert np.allclose(y.wav[0], 2 * y.wav[1], atol=1e-6)
         elif y.meta["toy"]["drums"] != "snare":
@@ -165,7 +169,8 @@ def test_toy_clips_are_panned(mono, stereo):
 def test_files_of_one_and_of_two_channels(tmp_path, stereo):
     soundfile.write(tmp_path / "a.wav", clips(1)[0].T.numpy(), 16_000)
     soundfile.write(tmp_path / "b.wav", clips(1)[0, 0].numpy(), 16_000)
-    two, one = (data.AudioDataset([e], stereo, 1.0, 0).example(0, 0).wav for e in scan_dataset(str(tmp_path)).entries)
+    entries = scan_dataset(str(tmp_path)).entries
+    two, one = (data.AudioDataset([e], stereo, 1.0, 0).example(0, 0).wav for e in entries)
     assert two.shape == one.shape == (2, 16_000)
     assert not np.array_equal(two[0], two[1]) and np.array_equal(one[0], one[1])
 
@@ -186,7 +191,8 @@ def test_the_cache_holds_the_codes_of_both_channels(tmp_path, stereo, capsys):
     assert data.main(["cache", music, "--out", out]) == 2
     assert "another channels, fingerprint, K" in capsys.readouterr().err
     for codec in (tokenizer.load_codec("toy"), tokenizer.load_codec("toy", 4)):
-        with pytest.raises(ValueError, match=r"holds 8 codebooks of codec toy \(channels 2.*not 4 of toy \(channels 1"):
+        says = r"holds 8 codebooks of codec toy \(channels 2.*not 4 of toy \(channels 1"
+        with pytest.raises(ValueError, match=says):
             data.open_dataset(music, split="train", codec=codec, cache=out)
 
 
@@ -204,7 +210,7 @@ def test_a_cache_of_before_goes_on(tmp_path, capsys):
     data.open_dataset(music, split="train", codec=tokenizer.load_codec("toy"), cache=str(tmp_path / "c"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # training, generation
 
 
@@ -214,8 +220,9 @@ def test_training_and_generating(runs, tmp_path):
     wav, rate = soundfile.read(runs / "stereo" / "samples" / "epoch_0001" / "000_unprompted.wav")
     assert wav.shape == (25_600, 2) and rate == 16_000 and np.abs(wav[:, 0] - wav[:, 1]).max() > 0.01
     flags = ["--run", str(runs / "stereo"), "--prompt", "a slow organ tune", "--out", str(tmp_path)]
-    assert generate.main([*flags, "--seconds", "3", "--stride", "1"]) == 0                           # two windows
-    assert soundfile.info(tmp_path / "000.wav").channels == 2 and soundfile.info(tmp_path / "000.wav").duration == 3
+    assert generate.main([*flags, "--seconds", "3", "--stride", "1"]) == 0                       # two windows
+    info = soundfile.info(tmp_path / "000.wav")
+    assert info.channels == 2 and info.duration == 3
 
 
 @pytest.mark.parametrize("channels", (1, 2))
@@ -223,8 +230,8 @@ def test_continuing(channels, runs, tmp_path, stereo):
     """The beginning is the file, through the codec: mono in both channels."""
     prompt = clips(1)[0, :channels, :16_000]
     soundfile.write(tmp_path / "in.wav", prompt.T.numpy(), 16_000, subtype="FLOAT")
-    assert generate.main(["--run", str(runs / "stereo"), "--unconditional", "--continue", str(tmp_path / "in.wav"), "--seconds", "2",
-                          "--out", str(tmp_path / "out")]) == 0
+    flags = ["--run", str(runs / "stereo"), "--unconditional", "--continue", str(tmp_path / "in.wav")]
+    assert generate.main([*flags, "--seconds", "2", "--out", str(tmp_path / "out")]) == 0
     wav = audio.read_audio(tmp_path / "out" / "000.wav")  # [2, N]
     wanted = stereo.decode(stereo.encode(prompt.expand(2, -1)[None]))[0]
     assert (wav[:, :14_000] - wanted[:, :14_000]).abs().max() < 1e-3
@@ -245,19 +252,21 @@ def test_a_run_goes_on_with_its_channels_only(runs, capsys):
 
 
 def test_the_reference_run_is_no_measure_of_stereo(runs, tmp_path, monkeypatch, capsys):
-    """Its flags are the same but for the channels: a run with twice the codebooks, or from other weights, is not beside it."""
+    """All flags but the channels are the same. Runs of more codebooks, or from other weights, do not compare."""
     import json
     records = [dict(args=dict(dataset="toy", size="debug")), *lines(runs / "mono")]
     (tmp_path / "reference.jsonl").write_text("\n".join(map(json.dumps, records)))
     monkeypatch.setattr(train, "REFERENCE_RUN", tmp_path / "reference.jsonl")
-    for name, flags, beside in (("a", [], True), ("b", ["--channels", "2"], False), ("c", ["--init_from", str(runs / "mono")], False)):
-        assert run(tmp_path / name, *flags, *ONE_EPOCH) == 0
+    for name, more, beside in (("a", [], True), ("b", ["--channels", "2"], False),
+                               ("c", ["--init_from", str(runs / "mono")], False)):
+        assert run(tmp_path / name, *more, *ONE_EPOCH) == 0
         assert ("beside the reference run" in capsys.readouterr().out) == beside
 
 
 @pytest.mark.parametrize("pattern", ("parallel", "unrolled"))
 def test_other_patterns_train(pattern, tmp_path):
-    assert run(tmp_path, "--channels", "2", "--pattern", pattern, "--num_codebooks", "2", "--eval_samples", "1", *ONE_EPOCH) == 0
+    assert run(tmp_path, "--channels", "2", "--pattern", pattern, "--num_codebooks", "2",
+               "--eval_samples", "1", *ONE_EPOCH) == 0
     music = generate.MusicGenerator.load(tmp_path)
     assert music.codec.K == 4 and music.generate(["x"], seconds=0.2).shape == (1, 2, 3200)
 
@@ -267,12 +276,14 @@ def test_the_estimate_counts_all_codebooks(mono, stereo):
     for a in args:
         train.derive(a, 1)
     one, two = (flags.plan(a, train.model_config(a, c), 100, 1, 1e12) for a, c in zip(args, (mono, stereo)))
-    assert two.parameters - one.parameters == 4 * (257 + 256) * 64    # four more embeddings and heads of width 64
-    assert two.memory["activations"] - one.memory["activations"] == pytest.approx(4 * 4 * 256 * 64 / 2 ** 30)   # of heads, gradients
+    # four more embeddings and heads of width 64; the activations are the gradients of the heads
+    assert two.parameters - one.parameters == 4 * (257 + 256) * 64
+    more = two.memory["activations"] - one.memory["activations"]
+    assert more == pytest.approx(4 * 4 * 256 * 64 / 2 ** 30)
     assert two.flops > one.flops
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # starting from other weights
 
 
@@ -299,11 +310,12 @@ def test_a_mono_start_gives_the_same_audio_in_both_channels(runs, tmp_path, monk
 def test_a_start_with_the_same_channels(runs, tmp_path):
     """The weights of best.pt as they are: after one update of nearly nothing they still are."""
     for name in ("mono", "stereo"):
-        flags = ["--channels", "1" if name == "mono" else "2", "--init_from", str(runs / name / "best.pt"), "--epochs", "1",
-                 "--updates_per_epoch", "1", "--lr", "1e-9", "--text_lr", "1e-9"]
+        flags = ["--channels", "1" if name == "mono" else "2", "--init_from", str(runs / name / "best.pt"),
+                 "--epochs", "1", "--updates_per_epoch", "1", "--lr", "1e-9", "--text_lr", "1e-9"]
         assert run(tmp_path / name, *flags) == 0
         before, after = generate.read_deployment(runs / name)["model"], part(saved(tmp_path / name), "model")
-        assert before.keys() == after.keys() and max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-6
+        assert before.keys() == after.keys()
+        assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-6
 
 
 def test_a_resumed_run_ignores_where_it_started(runs, tmp_path, capsys):
@@ -320,7 +332,8 @@ def test_a_resumed_run_ignores_where_it_started(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("start, flags, says", [
-    ("mono", "--size tiny", "dim 64 there, 192 here"), ("mono", "--channels 2 --size tiny", "num_layers 2 there, 4 here"),
+    ("mono", "--size tiny", "dim 64 there, 192 here"),
+    ("mono", "--channels 2 --size tiny", "num_layers 2 there, 4 here"),
     ("mono", "--no_text", "conditions {'text': 'cross+sum'} there, None here"),
     ("mono", "--fuse text=prepend", "conditions {'text': 'cross+sum'} there"),
     ("mono", "--pattern parallel", "pattern delay there, parallel here"),
@@ -338,7 +351,9 @@ def test_start_from_another_codec(runs, tmp_path, capsys):
 
     path = codec_file(tmp_path / "other.pt", louder)
     for channels in ("1", "2"):
-        assert run(tmp_path / "new", "--codec", path, "--channels", channels, "--init_from", str(runs / "mono")) == 2
+        flags = ["--codec", path, "--channels", channels, "--init_from", str(runs / "mono")]
+        assert run(tmp_path / "new", *flags) == 2
         error = capsys.readouterr().err
-        assert "codes 4 of toy (channels 1" in error and f"{4 * int(channels)} of {path}" in error and error.count("\n") == 1
+        assert "codes 4 of toy (channels 1" in error and f"{4 * int(channels)} of {path}" in error
+        assert error.count("\n") == 1
     assert not Path(tmp_path, "new", "last.pt").exists()

@@ -1,4 +1,4 @@
-"""The codec: shapes, freezing, files that are refused; audio in and out; fitting that resumes exactly. Offline."""
+"""The codec: shapes, freezing, files that are refused; audio in and out; fitting that resumes exactly."""
 
 import pickle
 import warnings
@@ -13,8 +13,9 @@ import tokenizer
 import toy
 from tools import fit_codec
 
-FIT = ["--dataset", "toy", "--filters", "4", "--ratios", "1", "20", "16", "--residual_layers", "1", "--dim", "8",
-       "--card", "16", "--codebooks", "3", "--batch_size", "2", "--segment_seconds", "0.2", "--log_seconds", "1000"]
+FIT = ["--dataset", "toy", "--filters", "4", "--ratios", "1", "20", "16", "--residual_layers", "1",
+       "--dim", "8", "--card", "16", "--codebooks", "3", "--batch_size", "2", "--segment_seconds", "0.2",
+       "--log_seconds", "1000"]
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +24,18 @@ def codec():
 
 
 def valid_clips(n: int) -> torch.Tensor:
-    return torch.from_numpy(np.stack([toy.make_clip(0, 0, i, "valid").wav for i in range(n)]))[:, None]     # [B, 1, N]
+    wavs = [toy.make_clip(0, 0, i, "valid").wav for i in range(n)]
+    return torch.from_numpy(np.stack(wavs))[:, None]                                           # [B, 1, N]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the codec
 
 
 @pytest.mark.parametrize("N", [1, 319, 320, 321, 15_999, 16_001])
 def test_round_trip_lengths(codec, N):
     wav = 0.1 * torch.randn(2, 1, N)
-    codes = codec.encode(wav)                                                                            # [B, K, T]
+    codes = codec.encode(wav)                                                                      # [B, K, T]
     T = -(-N // codec.hop)
     assert codes.shape == (2, codec.K, T) and codes.dtype == torch.int64
     assert 0 <= codes.min() and codes.max() < codec.card
@@ -55,7 +57,7 @@ def test_embedded_codec_keeps_the_music(codec):
     back = codec.decode(codes)
     measured = quality.round_trip_quality(wav, back, codec.sample_rate, codes, codec.card)
     assert measured["si_snr_db"] > 8 and measured["mel_db"] < 4.5, measured           # 300 clips: 9.0 and 3.2
-    assert min(measured["perplexity"]) > 25, measured                                # no codebook has collapsed
+    assert min(measured["perplexity"]) > 25, measured                              # no codebook has collapsed
 
 
 def test_frozen(codec):
@@ -111,8 +113,8 @@ def test_fewer_codebooks_are_the_first_levels(codec):
 
 
 def test_quantiser_is_a_nearest_neighbour_after_another(codec):
-    z = codec.encoder(valid_clips(1)[..., :3200])[0].T                                                   # [T, D]
-    codes = codec.encode(valid_clips(1)[..., :3200])[0]                                                  # [K, T]
+    z = codec.encoder(valid_clips(1)[..., :3200])[0].T                                                # [T, D]
+    codes = codec.encode(valid_clips(1)[..., :3200])[0]                                               # [K, T]
     for t, residual in enumerate(z.double()):
         for k, layer in enumerate(codec.quantizer.vq.layers):
             distances = [float((residual - v).square().sum()) for v in layer.codebook.double()]
@@ -130,7 +132,7 @@ def test_small_and_large_noise_in_si_snr():
     assert quality.perplexities(torch.arange(8).view(1, 1, 8), 16) == pytest.approx([8.0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # which codecs there are
 
 
@@ -197,15 +199,16 @@ def test_refused_names_and_files(tmp_path, monkeypatch):
     assert not Path("tokenizer_test_was_here").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # audio files
 
 
-@pytest.mark.parametrize("suffix, tolerance", [(".wav", 1e-4), (".flac", 1e-4), (".ogg", 0.08), (".mp3", 0.08)])
+@pytest.mark.parametrize("suffix, tolerance",
+                         [(".wav", 1e-4), (".flac", 1e-4), (".ogg", 0.08), (".mp3", 0.08)])
 def test_audio_round_trip_and_seeking(tmp_path, suffix, tolerance):
     path, rate = tmp_path / f"a{suffix}", 32_000
     t = torch.arange(3 * rate) / rate
-    wav = torch.stack([0.5 * torch.sin(500 * t * (1 + t)), 0.3 * torch.sin(900 * t)])                    # [2, N]
+    wav = torch.stack([0.5 * torch.sin(500 * t * (1 + t)), 0.3 * torch.sin(900 * t)])                 # [2, N]
     audio.write_audio(path, wav, rate)
     info = audio.audio_info(path)
     assert (info.sample_rate, info.channels) == (rate, 2) and abs(info.seconds - 3) < 0.1
@@ -249,7 +252,7 @@ def test_bad_audio_is_named(tmp_path):
         audio.write_audio(tmp_path / "noname", torch.zeros(1, 8), 16_000)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # fitting
 
 
@@ -261,13 +264,13 @@ def test_fit_is_deterministic_and_resumes_exactly(tmp_path, capsys):
     assert fit(tmp_path / "a.pt") == 0
     assert fit(tmp_path / "b.pt", "--stop_after", "7") == 0
     assert not (tmp_path / "b.pt").exists()
-    assert fit(tmp_path / "b.pt", "--stop_after", "8") == 0                          # past the quantiser's start
+    assert fit(tmp_path / "b.pt", "--stop_after", "8") == 0                       # past the quantiser's start
     assert fit(tmp_path / "b.pt") == 0
     assert "goes on at step 15" in capsys.readouterr().out
     a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in "ab")
     assert a["metrics"] == b["metrics"] and a["config"] == b["config"]
     assert all(torch.equal(v, b["state"][k]) for k, v in a["state"].items())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "b.pt"]             # checkpoints are cleared away
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "b.pt"]       # checkpoints are cleared away
     assert fit_codec.main([*FIT, "--out", str(tmp_path / "a.pt")]) == 2        # nothing is overwritten
     codec = tokenizer.load_codec(str(tmp_path / "a.pt"))
     assert (codec.K, codec.card, codec.hop) == (3, 16, 320)
@@ -282,9 +285,10 @@ def run_of(*more: str) -> fit_codec.CodecFit:
 
 
 def test_fit_starts_near_the_waveform_and_learns():
-    run = run_of("--dim", "32", "--steps", "60", "--lr", "1e-3", "--autoencoder_share", "0.99", "--batch_size", "4")
-    assert run.validate(4)["si_snr_db"] > -10                                         # torch's own start: about -45 dB
-    run.batch = lambda step, split="train", one=run.batch(0): one                     # one batch again and again
+    run = run_of("--dim", "32", "--steps", "60", "--lr", "1e-3", "--autoencoder_share", "0.99",
+                 "--batch_size", "4")
+    assert run.validate(4)["si_snr_db"] > -10                                # torch's own start: about -45 dB
+    run.batch = lambda step, split="train", one=run.batch(0): one                  # one batch again and again
     losses = [run.update()["loss"] for _ in range(40)]
     assert losses[-1] < 0.85 * losses[0], losses
 

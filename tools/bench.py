@@ -338,8 +338,8 @@ def bench_codec(args: argparse.Namespace) -> None:
 def bench_patterns(args: argparse.Namespace) -> None:
     """Building, shifting to targets, reverting and realigning under each pattern."""
     codes = random_codes(args, args.frames[0])
-    for name in patterns.NAMES:
-        p = patterns.make(name, codes.shape[2], args.K).to(args.device)
+    for name in patterns.PATTERNS:
+        p = patterns.make_pattern(name, codes.shape[2], args.K).to(args.device)
         seq, logits = p.build(codes, args.card), torch.randn(args.batch_size, args.K, p.S_valid, args.card, device=args.device)
         calls = [lambda: p.build(codes, args.card), lambda: p.targets(codes), lambda: p.revert(seq, -1), lambda: p.revert_logits(logits)]
         names = ("build", "targets", "revert", "revert_logits")
@@ -351,7 +351,7 @@ def bench_scaling(args: argparse.Namespace) -> None:
     """A table: one thing at a time is changed; `growth` is the cost over the first row's, `linear` what a proportional cost would be."""
     base = argparse.Namespace(**vars(args) | dict(frames=args.frames[:1]))
     cases = {"frames": [[250], [500], [1000], [1500], [3000]], "num_layers": [2, 4, 8, 16], "batch_size": [1, 2, 4, 8], "K": [1, 2, 4, 8],
-             "pattern": list(patterns.NAMES)}
+             "pattern": list(patterns.PATTERNS)}
     print(f"{'changed':<12}{'to':>10}{'ms a step':>12}{'growth':>9}{'linear':>9}")
     for name, values in cases.items():
         first = None
@@ -381,7 +381,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden_scale", type=int, default=4, help="feed-forward width over dim (default 4)")
     parser.add_argument("--K", type=int, default=4, help="codebooks (default 4)")
     parser.add_argument("--card", type=int, default=2048, help="codes in a codebook (default 2048)")
-    parser.add_argument("--pattern", choices=patterns.NAMES, default="delay")
+    parser.add_argument("--pattern", choices=patterns.PATTERNS, default="delay")
     parser.add_argument("--tokens", type=int, default=16, help="condition tokens that are attended to (default 16)")
     parser.add_argument("--frames", type=int, nargs="+", help="frames (default 500; generate 250 and 1500, memory 1500)")
     parser.add_argument("--batch_size", type=int, help="samples (default 2; generate 1, memory 4)")
