@@ -1,14 +1,16 @@
-"""EnCodec in the formats of Hugging Face and audiocraft, in and out: a codec's plain config and its tensors by our names.
+"""EnCodec in the formats of Hugging Face and audiocraft, in and out: its plain config and its tensors.
 
-A folder may hold a codec alone or a whole MusicGen. Our names are those of the `encodec` package and of audiocraft:
+A folder may hold a codec alone or a whole MusicGen. Our names of the tensors are those of the `encodec`
+package and of audiocraft:
 
-    ours                                                transformers'
-    encoder.model.3.conv.conv.weight                    encoder.layers.3.conv.weight       (its weight norm put back)
-    decoder.model.3.convtr.convtr.weight                decoder.layers.3.conv.weight       (same)
-    quantizer.vq.layers.0._codebook.embed               quantizer.layers.0.codebook.embed
+    ours                                          transformers'
+    encoder.model.3.conv.conv.weight              encoder.layers.3.conv.weight
+    decoder.model.3.convtr.convtr.weight          decoder.layers.3.conv.weight
+    quantizer.vq.layers.0._codebook.embed         quantizer.layers.0.codebook.embed
 
-A weight norm (Salimans & Kingma 2016) keeps a weight as its direction and its length, under one of two pairs of names. It
-is folded on the way in, which computes the same, and written anew on the way out.
+Convolutions have a weight norm there (Salimans & Kingma 2016): a weight is kept as its direction and its
+length, under one of two pairs of names. It is folded on the way in, which computes the same, and made anew on
+the way out.
 """
 
 import math
@@ -33,17 +35,17 @@ ENCODEC_24KHZ_URL = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7c
 CONVOLUTIONS = (".conv.conv.weight", ".convtr.convtr.weight")
 SEANET_DEFAULTS = dict(                        # of the encodec package: a config may leave them out
     channels=1, dimension=128, n_filters=32, n_residual_layers=1, ratios=[8, 5, 4, 2], activation="ELU",
-    activation_params={"alpha": 1.0}, kernel_size=7, last_kernel_size=7, residual_kernel_size=3, dilation_base=2,
-    causal=False, pad_mode="reflect", true_skip=False, compress=2, lstm=2)
-HF_DEFAULTS = dict(                            # of transformers' EncodecConfig: config.json may leave them out
+    activation_params={"alpha": 1.0}, kernel_size=7, last_kernel_size=7, residual_kernel_size=3,
+    dilation_base=2, causal=False, pad_mode="reflect", true_skip=False, compress=2, lstm=2)
+HF_DEFAULTS = dict(                            # of transformers' EncodecConfig: the same of config.json
     target_bandwidths=[1.5, 3.0, 6.0, 12.0, 24.0], sampling_rate=24_000, audio_channels=1, normalize=False,
-    chunk_length_s=None, hidden_size=128, num_filters=32, num_residual_layers=1, upsampling_ratios=[8, 5, 4, 2],
-    norm_type="weight_norm", kernel_size=7, last_kernel_size=7, residual_kernel_size=3, dilation_growth_rate=2,
-    use_causal_conv=True, pad_mode="reflect", compress=2, num_lstm_layers=2, trim_right_ratio=1.0, codebook_size=1024,
-    use_conv_shortcut=True)
+    chunk_length_s=None, hidden_size=128, num_filters=32, num_residual_layers=1,
+    upsampling_ratios=[8, 5, 4, 2], norm_type="weight_norm", kernel_size=7, last_kernel_size=7,
+    residual_kernel_size=3, dilation_growth_rate=2, use_causal_conv=True, pad_mode="reflect", compress=2,
+    num_lstm_layers=2, trim_right_ratio=1.0, codebook_size=1024, use_conv_shortcut=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # in
 
 
@@ -62,8 +64,9 @@ def is_codec_folder(path: str | Path) -> bool:
 def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
     """(plain config of tokenizer.build_networks, {our name: tensor}) of the codec in a folder.
 
-    The tensors are those of the networks without TRAINING_BUFFERS, weight norms folded. Whether they are all there and of
-    the config's shapes is for the caller to check. Errors: ValueError, one line with what was expected."""
+    The tensors are those of the networks without TRAINING_BUFFERS, weight norms folded. The caller checks
+    that they are all there and of the shapes that config asks for. Errors: ValueError with what was
+    expected."""
     config, tensors, prefix = open_codec_folder(path)
     return config, _read_state(tensors, prefix, path)
 
@@ -71,42 +74,51 @@ def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
 def read_encodec_24khz() -> tuple[dict, dict]:
     """(plain config, {our name: tensor}) of the public 24 kHz EnCodec, which is downloaded once.
 
-    It lies where torch.hub keeps its files. Errors: ValueError says which file goes where, if there is no network."""
+    It lies where torch.hub keeps its files. Errors: ValueError says which file goes where, if there is no
+    network."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_24KHZ_URL.rsplit("/", 1)[1]
     if not path.exists():
         timeout = socket.getdefaulttimeout()
         try:
             socket.setdefaulttimeout(20)                 # seconds; without one a dead network hangs
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(ENCODEC_24KHZ_URL, str(path), "d7cc33bc", progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(ENCODEC_24KHZ_URL, str(path), "d7cc33bc",
+                                           progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"encodec_24khz: no download ({error}): put {ENCODEC_24KHZ_URL} at {path}") from None
+            raise ValueError(
+                f"encodec_24khz: no download ({error}): put {ENCODEC_24KHZ_URL} at {path}") from None
         finally:
             socket.setdefaulttimeout(timeout)
     try:
         state = _read_state(TensorFiles([path]), "", path)
     except ValueError:
         raise ValueError(f"{path}: not the weights of encodec_24khz: put {ENCODEC_24KHZ_URL} there") from None
-    return dict(sample_rate=24_000, seanet=dict(causal=True), rvq=dict(dimension=128, n_q=32, bins=1024)), state
+    return dict(sample_rate=24_000, seanet=dict(causal=True),
+                rvq=dict(dimension=128, n_q=32, bins=1024)), state
 
 
 def _read_state(tensors: TensorFiles, prefix: str, where) -> dict:
-    """{our name: tensor} of the tensors that begin with `prefix`, weight norms folded, TRAINING_BUFFERS left out."""
-    names = [name for name in tensors.shapes if name.startswith(prefix) and not name.endswith(TRAINING_BUFFERS)]
-    layers = [re.match(r"decoder\.(?:layers|model)\.(\d+)\.", name.removeprefix(prefix)) for name in names]
+    """{our name: tensor} of the tensors that begin with `prefix`, without TRAINING_BUFFERS, weight norms
+    folded."""
+    shapes = {}
+    for name, shape in tensors.shapes.items():
+        if name.startswith(prefix) and not name.endswith(TRAINING_BUFFERS):
+            shapes[name.removeprefix(prefix)] = shape
+    layers = [re.match(r"decoder\.(?:layers|model)\.(\d+)\.", name) for name in shapes]
     last = max((int(match[1]) for match in layers if match), default=0)
-    pairs = {direction: length for length, direction in WEIGHT_NORMS}
     state = {}
-    for name in names:
-        stem, end = next(((name.removesuffix(end), end) for end in pairs if name.endswith(end)), (name, None))
-        if end is not None:
-            length = stem + pairs[end]
-            if tensors.shapes.get(length) != [tensors.shapes[name][0], 1, 1]:
-                raise ValueError(f"{where}: {name} needs its length {length}, which is {tensors.shapes.get(length)}")
-            ours = our_name(stem.removeprefix(prefix) + ".weight", last)
-            state[ours] = torch._weight_norm(tensors[name], tensors[length], 0)
-        elif not name.endswith(tuple(pairs.values())):
-            state[our_name(name.removeprefix(prefix), last)] = tensors[name]
+    for name in shapes:
+        length_end, direction_end = next(
+            (pair for pair in WEIGHT_NORMS if name.endswith(pair)), (None, None))
+        if length_end is None:
+            state[our_codec_name(name, last)] = tensors[prefix + name]
+        elif name.endswith(direction_end):
+            stem = name.removesuffix(direction_end)
+            length = stem + length_end
+            if shapes.get(length) != [shapes[name][0], 1, 1]:
+                raise ValueError(f"{where}: {name} needs its length {length}, which is {shapes.get(length)}")
+            weight = torch._weight_norm(tensors[prefix + name], tensors[prefix + length], 0)
+            state[our_codec_name(stem + ".weight", last)] = weight
     return state
 
 
@@ -114,8 +126,8 @@ def open_codec_folder(path: str | Path) -> CodecFolder:
     """The codec in a folder, its tensors not yet read. Errors: ValueError."""
     folder, kind = Path(path), folder_kind(path)
     if kind is None:
-        raise ValueError(f"{path}: no codec in this folder: config.json with {HF_FILES[0]}, or {PACKAGE_FILES[1]}, "
-                         "was expected")
+        expected = f"config.json with {HF_FILES[0]}, or {PACKAGE_FILES[1]}"
+        raise ValueError(f"{path}: no codec in this folder: {expected}, was expected")
     if kind == "hf":
         config = common.read_json(folder / "config.json")
         prefix = "audio_encoder." if "audio_encoder" in config else ""
@@ -149,12 +161,13 @@ def _from_hf_config(config: dict, where) -> dict:
     levels = _hf_levels(full["target_bandwidths"][-1], full["sampling_rate"], hop, card)
     seanet = dict(
         channels=full["audio_channels"], dimension=dim, n_filters=full["num_filters"],
-        ratios=list(full["upsampling_ratios"]), n_residual_layers=full["num_residual_layers"], activation="ELU",
-        activation_params={"alpha": 1.0}, kernel_size=full["kernel_size"], last_kernel_size=full["last_kernel_size"],
-        residual_kernel_size=full["residual_kernel_size"], dilation_base=full["dilation_growth_rate"],
-        causal=full["use_causal_conv"], pad_mode=full["pad_mode"], true_skip=not full["use_conv_shortcut"],
-        compress=full["compress"], lstm=full["num_lstm_layers"])
-    return dict(sample_rate=full["sampling_rate"], seanet=seanet, rvq=dict(dimension=dim, n_q=levels, bins=card))
+        ratios=list(full["upsampling_ratios"]), n_residual_layers=full["num_residual_layers"],
+        activation="ELU", activation_params={"alpha": 1.0}, kernel_size=full["kernel_size"],
+        last_kernel_size=full["last_kernel_size"], residual_kernel_size=full["residual_kernel_size"],
+        dilation_base=full["dilation_growth_rate"], causal=full["use_causal_conv"], pad_mode=full["pad_mode"],
+        true_skip=not full["use_conv_shortcut"], compress=full["compress"], lstm=full["num_lstm_layers"])
+    rvq = dict(dimension=dim, n_q=levels, bins=card)
+    return dict(sample_rate=full["sampling_rate"], seanet=seanet, rvq=rvq)
 
 
 def _hf_levels(kbps: float, sample_rate: int, hop: int, card: int) -> int:
@@ -168,7 +181,8 @@ def _from_package_settings(settings, where) -> dict:
     if (model := settings.get("compression_model")) != "encodec":
         raise ValueError(f"{where}: its codec is {model!r}, encodec was expected")
     if settings.get("encodec.renormalize", False):
-        raise ValueError(f"{where}: its codec scales every clip by a factor of its own (renormalize), which is lost here")
+        raise ValueError(f"{where}: its codec scales every clip by a factor of its own (renormalize), "
+                         "which is lost here")
     seanet = {name: settings.get(f"seanet.{name}") for name in SEANET_DEFAULTS}
     if lacking := [name for name, value in seanet.items() if value is None]:
         raise ValueError(f"{where}: its xp.cfg lacks seanet.{lacking[0]}")
@@ -176,10 +190,10 @@ def _from_package_settings(settings, where) -> dict:
     return dict(sample_rate=settings.get("sample_rate"), seanet=seanet, rvq=rvq)
 
 
-def our_name(name: str, last: int) -> str:
-    """Our name of a codec's tensor from transformers' (or from audiocraft's, which is the same).
+def our_codec_name(name: str, last: int) -> str:
+    """transformers' name of a codec's tensor -> ours; audiocraft's, which is ours, stays.
 
-    last: number of the decoder's last layer; the convolutions between its first and its last are transposed ones."""
+    last: the decoder's last layer. Its convolutions between the first and the last are transposed ones."""
     name = re.sub(r"^(encoder|decoder)\.layers\.", r"\1.model.", name)
     name = re.sub(r"^quantizer\.layers\.(\d+)\.codebook\.", r"quantizer.vq.layers.\1._codebook.", name)
     if re.search(r"\.conv\.(weight|bias)$", name) and not re.search(r"\.(conv\.conv|convtr\.convtr)\.", name):
@@ -189,15 +203,15 @@ def our_name(name: str, last: int) -> str:
     return name
 
 
-def hf_name(name: str) -> str:
-    """transformers' name of a codec's tensor from ours."""
+def hf_codec_name(name: str) -> str:
+    """Our name of a codec's tensor -> transformers'."""
     for ours, theirs in ((".model.", ".layers."), (".conv.conv.", ".conv."), (".convtr.convtr.", ".conv."),
                          ("quantizer.vq.", "quantizer."), ("._codebook.", ".codebook.")):
         name = name.replace(ours, theirs, 1)
     return name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # out
 
 
@@ -209,8 +223,8 @@ def full_seanet(config: dict) -> dict:
 def codec_to_hf(config: dict, state: dict, levels: int, source: str | Path) -> tuple[dict, dict]:
     """(transformers' EncodecConfig as a dict, {transformers' name: tensor}) of a codec's first `levels`.
 
-    config, state: as `read_codec_folder` gives them; source: the folder it came from, if it did: the tensors of a Hugging
-    Face folder go out as they stand there. Errors: ValueError for what transformers' EnCodec lacks."""
+    config, state: as `read_codec_folder` gives them; source: where the codec came from: the tensors of a
+    Hugging Face folder go out as they are. Errors: ValueError for what transformers' EnCodec lacks."""
     hf_config = _to_hf_config(config, levels)
     if folder_kind(source) == "hf":
         found = open_codec_folder(source)
@@ -218,12 +232,12 @@ def codec_to_hf(config: dict, state: dict, levels: int, source: str | Path) -> t
             names = [name for name in found.tensors.shapes if name.startswith(found.prefix)]
             return hf_config, {name.removeprefix(found.prefix): found.tensors[name] for name in names}
 
-    # transformers' EnCodec always has an LSTM beside a skip connection. Where ours has none it gets one of zeros, which
-    # adds exactly nothing, and the layers behind it move up by one.
+    # transformers' EnCodec always has an LSTM beside a skip connection. Where ours has none it gets one of
+    # zeros, which adds exactly nothing, and the layers behind it move up by one.
     seanet, tensors = full_seanet(config), {}
     shift = 0 if seanet["lstm"] else 1
-    last = max(int(name.split(".")[2]) for name in state if name.startswith("encoder."))      # its last convolution
-    if shift:
+    last = max(int(name.split(".")[2]) for name in state if name.startswith("encoder."))
+    if shift:                                            # in front of the encoder's last convolution
         width = seanet["n_filters"] * 2 ** len(seanet["ratios"])
         for name, x in torch.nn.LSTM(width, width).state_dict().items():
             tensors[f"encoder.layers.{last - 1}.lstm.{name}"] = torch.zeros_like(x)
@@ -235,7 +249,7 @@ def codec_to_hf(config: dict, state: dict, levels: int, source: str | Path) -> t
             number, _, leaf = rest.partition(".")
             behind = int(number) == last if side == "encoder" else int(number) > 0
             name = f"{side}.model.{int(number) + shift * behind}.{leaf}"
-        theirs = hf_name(name)
+        theirs = hf_codec_name(name)
         if name.endswith(CONVOLUTIONS):
             length, direction = (theirs.removesuffix(".weight") + end for end in WEIGHT_NORMS[1])
             tensors |= {length: _lengths(x), direction: x.contiguous()}
@@ -261,12 +275,12 @@ def _to_hf_config(config: dict, levels: int) -> dict:
         model_type="encodec", target_bandwidths=[kbps], sampling_rate=rate, audio_channels=seanet["channels"],
         normalize=False, chunk_length_s=None, overlap=None, hidden_size=seanet["dimension"],
         codebook_dim=seanet["dimension"], num_filters=seanet["n_filters"],
-        num_residual_layers=seanet["n_residual_layers"], upsampling_ratios=seanet["ratios"], norm_type="weight_norm",
-        kernel_size=seanet["kernel_size"], last_kernel_size=seanet["last_kernel_size"],
-        residual_kernel_size=seanet["residual_kernel_size"], dilation_growth_rate=seanet["dilation_base"],
-        use_causal_conv=seanet["causal"], pad_mode=seanet["pad_mode"], compress=seanet["compress"],
-        num_lstm_layers=seanet["lstm"] or 1, trim_right_ratio=1.0, codebook_size=card,
-        use_conv_shortcut=not seanet["true_skip"])
+        num_residual_layers=seanet["n_residual_layers"], upsampling_ratios=seanet["ratios"],
+        norm_type="weight_norm", kernel_size=seanet["kernel_size"],
+        last_kernel_size=seanet["last_kernel_size"], residual_kernel_size=seanet["residual_kernel_size"],
+        dilation_growth_rate=seanet["dilation_base"], use_causal_conv=seanet["causal"],
+        pad_mode=seanet["pad_mode"], compress=seanet["compress"], num_lstm_layers=seanet["lstm"] or 1,
+        trim_right_ratio=1.0, codebook_size=card, use_conv_shortcut=not seanet["true_skip"])
 
 
 def codec_to_package(config: dict, state: dict, levels: int) -> tuple[dict, dict]:
@@ -283,10 +297,11 @@ def codec_to_package(config: dict, state: dict, levels: int) -> tuple[dict, dict
     channels = seanet["channels"]
     settings = dict(
         sample_rate=rate, channels=channels, compression_model="encodec",
-        encodec=dict(autoencoder="seanet", quantizer="rvq", sample_rate=rate, channels=channels, causal=seanet["causal"],
-                     renormalize=False),
-        seanet={**seanet, "norm": "weight_norm", "norm_params": {}, "disable_norm_outer_blocks": 0, "encoder": {},
-                "decoder": dict(trim_right_ratio=1.0, final_activation=None, final_activation_params=None)},
+        encodec=dict(autoencoder="seanet", quantizer="rvq", sample_rate=rate, channels=channels,
+                     causal=seanet["causal"], renormalize=False),
+        seanet=seanet | dict(
+            norm="weight_norm", norm_params={}, disable_norm_outer_blocks=0, encoder={},
+            decoder=dict(trim_right_ratio=1.0, final_activation=None, final_activation_params=None)),
         rvq=dict(n_q=levels, bins=config["rvq"]["bins"], q_dropout=False, kmeans_init=False, decay=0.99))
     return settings, tensors
 

@@ -1,7 +1,7 @@
 """One file of an audiocraft package: its tensors, and its settings, which are YAML in a string.
 
-    {"best_state": {name: tensor}, "xp.cfg": "sample_rate: 32000\\nchannels: 1\\n..", "version": .., "exported": True}
-    {"pretrained": "facebook/encodec_32khz"}             the codec's file of some: only the name of another folder
+    {"best_state": {name: tensor}, "xp.cfg": "sample_rate: 32000\\nchannels: 1\\n..", "version": .., ..}
+    {"pretrained": "facebook/encodec_32khz"}             the codec's file of some: the name of another folder
 
 The settings are OmegaConf's: nested, and a value such as ${encodec.causal} stands for another one.
 """
@@ -34,8 +34,9 @@ class PackageSettings:
 
 
 def read_package(path: Path) -> tuple[PackageSettings, TensorFiles | None]:
-    """(settings, tensors) of one file of a package; tensors None where it only points to a published codec ("pretrained").
+    """(settings, tensors) of one file of a package.
 
+    tensors is None where the file only points to a published codec: the setting "pretrained".
     Errors: ValueError naming the file and what was expected."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, a package of audiocraft was expected")
@@ -50,7 +51,7 @@ def read_package(path: Path) -> tuple[PackageSettings, TensorFiles | None]:
 
 def _read_settings(text: str, path: Path) -> dict:
     """xp.cfg as a nested dict; empty where it is none."""
-    if text.lstrip().startswith("{"):                    # as we write it: JSON is YAML too, and needs no package
+    if text.lstrip().startswith("{"):          # as we write it: JSON is YAML too, and needs no package
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -1,11 +1,11 @@
-"""Files of other projects as tensors by name: Hugging Face folders, one file or in shards, and torch's own pickles.
+"""Files of other projects as tensors by name.
 
-    folder/config.json + model.safetensors            Hugging Face (pytorch_model.bin: older)
-    folder/model.safetensors.index.json               the same in shards: which tensor lies in which file
-    folder/state_dict.bin, compression_state_dict.bin    audiocraft's package, see package.py
+    folder/config.json + model.safetensors                 Hugging Face (pytorch_model.bin: older)
+    folder/config.json + model.safetensors.index.json      the same in shards: which tensor lies in which file
+    folder/state_dict.bin + compression_state_dict.bin     audiocraft's package, see package.py
 
-Names and shapes are known before anything is built. One file is open at a time and a tensor is read when it is asked for,
-so a large model does not need twice its size. No pickle is executed.
+Names and shapes are known before anything is built. One file is open at a time and a tensor is read when it
+is asked for, so a large model does not need twice its size. No code of a pickle runs.
 """
 
 import re
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from support import common
 
-HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+            "pytorch_model.bin.index.json")
 PACKAGE_FILES = ("state_dict.bin", "compression_state_dict.bin")     # audiocraft's: language model and codec
 
 
 def folder_kind(path: str | Path) -> str | None:
-    """"hf" or "audiocraft" for a folder that one of them has written, by its files; None for anything else."""
+    """Who has written a folder, by its files: "hf" (Hugging Face), "audiocraft", or None."""
     folder = Path(path)
     ours = (folder / "best.pt").exists() or (folder / "log.jsonl").exists()     # a run may hold a config.json
     if (folder / "config.json").is_file() and not ours:
@@ -81,7 +82,8 @@ def _open_safetensors(path: Path):
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ValueError(f"{path}: reading it needs the safetensors package: pip install safetensors") from None
+        problem = "reading it needs the safetensors package: pip install safetensors"
+        raise ValueError(f"{path}: {problem}") from None
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -98,10 +100,11 @@ def _open_pickle(path: Path) -> dict:
 
 
 def open_hf_folder(folder: Path) -> TensorFiles:
-    """The tensors of a Hugging Face folder. Errors: ValueError says which file was expected, or what is wrong with it."""
+    """The tensors of a Hugging Face folder. Errors: ValueError saying which file is missing or wrong."""
     name = next((name for name in HF_FILES if (folder / name).is_file()), None)
     if name is None:
-        raise ValueError(f"{folder}: config.json is there, but no weights: one of {', '.join(HF_FILES)} was expected")
+        raise ValueError(f"{folder}: config.json is there, but no weights: "
+                         f"one of {', '.join(HF_FILES)} was expected")
     path = folder / name
     if not name.endswith(".index.json"):
         return TensorFiles([path])
@@ -120,8 +123,8 @@ def _is_file_name(file) -> bool:
 def check_shapes(where, found: dict, wanted: dict, ignored: str = r"(?!)") -> None:
     """Compares {name: shape} of a file with what its configuration asks for.
 
-    ignored: pattern of names that may be there or not. Errors: ValueError lists what is missing, unexpected and of another
-    shape."""
+    ignored: pattern of names that may be there or not. Errors: ValueError listing what is missing, unexpected
+    and of another shape."""
     found = {name: list(shape) for name, shape in found.items() if not re.search(ignored, name)}
     wanted = {name: list(shape) for name, shape in wanted.items()}
     both = sorted(wanted.keys() & found.keys())

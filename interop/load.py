@@ -1,0 +1,162 @@
+"""Any model by its name: a run folder, its best.pt, or a folder of Hugging Face's or audiocraft's tools.
+
+    runs/NAME, runs/NAME/best.pt         of this project
+    musicgen-small                       config.json + model.safetensors, as published
+    facebook/musicgen-small              the same, downloaded if need be
+    package                              state_dict.bin + compression_state_dict.bin, as audiocraft keeps it
+
+Whatever it is, `read_model` gives what best.pt holds, and train, generate and evaluate see no difference:
+
+    format, model {name: tensor}, model_config, conditioner_config, assets {name: uint8 tensor}, codec,
+    sampling, segment_frames, metrics, step, args
+"""
+
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import tokenizer
+from conditioning import Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
+from interop import t5
+from interop.audiocraft import read_package_config, read_package_weights
+from interop.huggingface import PublishedModel, read_hf_config, read_hf_weights
+from interop.tensors import folder_kind
+from model import ModelConfig, MusicGen
+from support import chroma, common
+
+SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
+
+
+def locate(name: str | Path) -> Path:
+    """The path of a model. A published one, facebook/NAME, is downloaded where huggingface_hub can.
+
+    Errors: ValueError with the command that gets it."""
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"facebook/[\w.-]+", str(name)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "spiece.model"]))
+    except ImportError:
+        problem = "huggingface_hub is not installed"
+    except Exception as error:                 # it has errors of a dozen libraries
+        problem = common.describe_error(error)
+    raise ValueError(f"{name}: no such path, and no download ({problem}). Where there is a network: "
+                     f"pip install huggingface_hub && hf download {name} --local-dir {path.name}; "
+                     f"then give {path.name}")
+
+
+def read_model(name: str | Path) -> dict:
+    """The content of a run's best.pt, or the same of a folder that others have written.
+
+    Errors: ValueError says what is missing or wrong."""
+    path = locate(name)
+    if folder_kind(path):
+        return read_published(path)
+    path = path / "best.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{name}: no best.pt there; give the folder of a run that has finished an epoch, "
+                         "or one with published weights")
+    data = common.read_torch_dict(path, common.MODEL_FILE)
+    if data.get("format") != common.FORMAT:
+        raise ValueError(f"{path}: not {common.MODEL_FILE}: "
+                         f"its format is {data.get('format')!r}, not {common.FORMAT!r}")
+    return data
+
+
+def read_conditioner_config(flat: dict | None) -> ConditionerConfig | None:
+    """A conditioner's config from the flat dict that files hold; None of a model without conditions."""
+    return None if flat is None else ConditionerConfig(**flat)
+
+
+def skeleton(config: ModelConfig, conditioner: ConditionerConfig | None, assets: dict) -> MusicGen:
+    """A model without storage (on the meta device): names and shapes, to compare or to give tensors to."""
+    with torch.device("meta"):
+        return MusicGen(config, None if conditioner is None else Conditioner(conditioner, config.dim, assets))
+
+
+def build_model(data: dict) -> MusicGen:
+    """The model of what `read_model` gives, in eval mode on the CPU.
+
+    It takes the tensors themselves, so that nothing is there twice. Errors: any, for a damaged file."""
+    assets = {name: unpack(tensor) for name, tensor in data["assets"].items()}
+    conditioner = read_conditioner_config(data["conditioner_config"])
+    model = skeleton(ModelConfig(**data["model_config"]), conditioner, assets)
+    model.load_state_dict(data["model"], assign=True)
+    return model.float().eval()
+
+
+class ModelShapes(NamedTuple):
+    """What `peek` sees of a model."""
+    model: ModelConfig
+    conditioner: ConditionerConfig | None
+    published: PublishedModel | None           # what else is known of a published model; None of ours
+
+
+def peek(name: str | Path) -> ModelShapes | None:
+    """The shapes of a model without its weights. None where there is none to read: `read_model` says why.
+
+    Errors: ValueError for a published one whose configuration is not that of a MusicGen."""
+    path = locate(name)
+    if folder_kind(path):
+        found = read_published_config(path)
+        return ModelShapes(ModelConfig(**found.model), read_conditioner_config(found.conditioner), found)
+    path = path / "best.pt" if path.is_dir() else path
+    try:
+        data = common.read_torch_dict(path, common.MODEL_FILE, mapped=True)      # its weights are not read
+        conditioner = read_conditioner_config(data["conditioner_config"] or None)
+        return ModelShapes(ModelConfig(**data["model_config"]), conditioner, None)
+    except (ValueError, TypeError, LookupError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# published models
+
+
+def read_published_config(path: Path, t5_folder: str | Path | None = None) -> PublishedModel:
+    """What the configuration of a published model says. t5_folder: a package's T5. Errors: ValueError."""
+    return read_hf_config(path) if folder_kind(path) == "hf" else read_package_config(path, t5_folder)
+
+
+def read_published(path: str | Path, t5_folder: str | Path | None = None, codec: str | None = None) -> dict:
+    """A published model as what best.pt holds, from a Hugging Face folder or an audiocraft package.
+
+    t5_folder: with the latter's T5; codec: where its codec lies, if it does not lie there.
+    Errors: ValueError, one line with what was expected and what was found."""
+    folder, is_package = Path(path), folder_kind(path) == "audiocraft"
+    found = read_published_config(folder, t5_folder)
+    pieces = t5.read_vocabulary(Path(t5_folder) if is_package else folder)
+    if vocabulary_size(pieces) > found.conditioner["text_vocab"]:
+        raise ValueError(f"{path}: its vocabulary has {vocabulary_size(pieces)} pieces, its text encoder "
+                         f"{found.conditioner['text_vocab']}")
+
+    # the language model and its conditioners, by our names
+    try:
+        config = ModelConfig(**found.model)
+        model = skeleton(config, read_conditioner_config(found.conditioner), {"text": pieces})
+        shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
+    except Exception as error:                 # a foreign config can fail in any way
+        problem = common.describe_error(error)
+        raise ValueError(f"{path}: its configuration makes no model ({problem})") from None
+    if is_package:
+        state = read_package_weights(folder, Path(t5_folder), shapes)
+    else:
+        state = read_hf_weights(folder, shapes, projected=found.conditioner["text_dim"] != config.dim)
+
+    # its codec stays where it is and is named by its folder; it says how long a frame is
+    codec = tokenizer.load_codec(str(codec or path), config.K // found.channels, "cpu", found.channels)
+    if (codec.K, codec.card) != (config.K, config.card):
+        raise ValueError(f"{path}: its model makes {config.K} x {config.card} codes, "
+                         f"its codec has {codec.K} x {codec.card}")
+    melody_rate = codec.hop / chroma.hop_length(codec.sample_rate)   # chroma frames a code frame
+    conditioner = read_conditioner_config({**found.conditioner, "melody_rate": melody_rate})
+    return dict(
+        format=common.FORMAT, model=state, model_config=asdict(config),
+        conditioner_config=asdict(conditioner), assets={"text": pack(pieces)}, codec=codec.reference,
+        sampling={**SAMPLING, **found.sampling},
+        segment_frames=math.ceil(found.segment_seconds * codec.frame_rate), metrics={}, step=0, args={})
