@@ -41,7 +41,7 @@ from tqdm import tqdm
 from support import audio, chroma, common
 import tokenizer
 from conditioning import clean_text, excerpt, melody_window
-from interop.convert import build_model, read_deployment
+from interop.load import build_model, read_model
 from model import Cache, Conditions, MusicGen
 
 
@@ -200,7 +200,7 @@ class MusicGenerator:
     def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype: torch.dtype = torch.float32):
         """From a run folder, a best.pt, or a folder with published weights. codec: where its codec lies now, if not where it was in
         training."""
-        data = read_deployment(run)
+        data = read_model(run)
         try:
             model, window, sampling = build_model(data), data["segment_frames"], Sampling(**data["sampling"])
             stored = dict(channels=1, levels=data["codec"]["K"]) | data["codec"]         # older files: mono

@@ -33,6 +33,7 @@ import conditioning
 import data
 import generate
 from evaluate import board, page
+from interop import load
 from support import distributed
 import tokenizer
 from support.build import build, model_config, read_start
@@ -284,7 +285,7 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
 
 def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> None:
     """A stage of the run in --out with its best weights; prints a line a figure. History, log and checkpoints stay as they are."""
-    out, best = Path(args.out), generate.read_deployment(args.out)
+    out, best = Path(args.out), load.read_model(args.out)
     found = args.dataset if args.cache or args.dataset == "toy" else scan_dataset(args.dataset)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     if codec.fingerprint != best["codec"]["fingerprint"]:

@@ -18,6 +18,7 @@ import conditioning
 import data
 from evaluate import adherence, analyser, board, distances, listen
 import generate
+from interop import load
 from evaluate import page
 import toy
 from support.flags import segment_frames, style_frames
@@ -129,7 +130,7 @@ def valid_stage(run: Run) -> dict:
 def best_music(run: Run) -> generate.MusicGenerator:
     """The best weights as a whole model on every rank, with the run's sampling settings. All ranks call it."""
     content = deployment(run)
-    return generate.MusicGenerator(generate.build_model(content).to(run.ranks.device), run.codec, content["segment_frames"],
+    return generate.MusicGenerator(load.build_model(content).to(run.ranks.device), run.codec, content["segment_frames"],
                                    generate.Sampling(**content["sampling"]), run.dtype)
 
 

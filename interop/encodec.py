@@ -65,8 +65,7 @@ def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
     """(plain config of tokenizer.build_networks, {our name: tensor}) of the codec in a folder.
 
     The tensors are those of the networks without TRAINING_BUFFERS, weight norms folded. The caller checks
-    that they are all there and of the shapes that config asks for. Errors: ValueError with what was
-    expected."""
+    that they are all there and of the right shapes. Errors: ValueError with what was expected."""
     config, tensors, prefix = open_codec_folder(path)
     return config, _read_state(tensors, prefix, path)
 
@@ -74,32 +73,30 @@ def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
 def read_encodec_24khz() -> tuple[dict, dict]:
     """(plain config, {our name: tensor}) of the public 24 kHz EnCodec, which is downloaded once.
 
-    It lies where torch.hub keeps its files. Errors: ValueError says which file goes where, if there is no
-    network."""
+    It lies where torch.hub keeps its files. Errors: ValueError saying how to get it without a network."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_24KHZ_URL.rsplit("/", 1)[1]
     if not path.exists():
         timeout = socket.getdefaulttimeout()
         try:
             socket.setdefaulttimeout(20)                 # seconds; without one a dead network hangs
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(ENCODEC_24KHZ_URL, str(path), "d7cc33bc",
-                                           progress=sys.stderr.isatty())
+            progress = sys.stderr.isatty()
+            torch.hub.download_url_to_file(ENCODEC_24KHZ_URL, str(path), "d7cc33bc", progress=progress)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"encodec_24khz: no download ({error}): put {ENCODEC_24KHZ_URL} at {path}") from None
+            raise ValueError(f"encodec_24khz: no download ({error}): "
+                             f"put {ENCODEC_24KHZ_URL} at {path}") from None
         finally:
             socket.setdefaulttimeout(timeout)
     try:
         state = _read_state(TensorFiles([path]), "", path)
     except ValueError:
         raise ValueError(f"{path}: not the weights of encodec_24khz: put {ENCODEC_24KHZ_URL} there") from None
-    return dict(sample_rate=24_000, seanet=dict(causal=True),
-                rvq=dict(dimension=128, n_q=32, bins=1024)), state
+    rvq = dict(dimension=128, n_q=32, bins=1024)
+    return dict(sample_rate=24_000, seanet=dict(causal=True), rvq=rvq), state
 
 
 def _read_state(tensors: TensorFiles, prefix: str, where) -> dict:
-    """{our name: tensor} of the tensors that begin with `prefix`, without TRAINING_BUFFERS, weight norms
-    folded."""
+    """{our name: tensor} of those that begin with `prefix`, weight norms folded, without TRAINING_BUFFERS."""
     shapes = {}
     for name, shape in tensors.shapes.items():
         if name.startswith(prefix) and not name.endswith(TRAINING_BUFFERS):

@@ -14,8 +14,8 @@ import torch
 
 from support import chroma, common
 import conditioning
+from interop import load
 import data
-import generate
 from support import distributed
 import toy
 from support.checkpoint import checkpoint_errors
@@ -155,7 +155,7 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> dict | N
     not have ("added") begin anew. Errors: ValueError naming what differs, there and here."""
     if args.init_from is None:
         return None
-    start = generate.read_deployment(args.init_from)
+    start = load.read_model(args.init_from)
     try:
         theirs = fixed_shape(ModelConfig(**start["model_config"]), (start["conditioner_config"] or {}).get("fuse"))
         stored = dict(channels=1) | start["codec"]                   # older files: mono

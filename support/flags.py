@@ -19,7 +19,7 @@ import torch
 
 from support import chroma, common
 import conditioning
-from interop import convert
+from interop import load
 import generate
 import toy
 from conditioning import ConditionerConfig
@@ -180,7 +180,7 @@ def derive(args: argparse.Namespace, world: int) -> list:
 
 def start_defaults(args: argparse.Namespace) -> dict:
     """Flags that follow from what --init_from names: its size, and how its conditions enter; published weights also bring their codec."""
-    found = convert.peek(args.init_from) if args.init_from else None
+    found = load.peek(args.init_from) if args.init_from else None
     if found is None:
         return dict(mask_padding=True, freeze_text_encoder=False)
     config, conditioner, published = found
@@ -190,7 +190,7 @@ def start_defaults(args: argparse.Namespace) -> dict:
                  fuse=[f"{k}={v}" for k, v in (conditioner.fuse if conditioner else {}).items() if k in args.conditions])
     if published is None:
         return flags
-    return flags | dict(codec=str(convert.locate(args.init_from)), num_codebooks=config.K // published["channels"])
+    return flags | dict(codec=str(load.locate(args.init_from)), num_codebooks=config.K // published.channels)
 
 
 def parse_size(size: str) -> dict:
@@ -293,7 +293,7 @@ def of_the_run(argv: list | None, out: str | None) -> argparse.Namespace:
     """The flags of the run in a folder, for --only; those given now win. Errors: ValueError."""
     if out is None:
         raise ValueError("--only: of which run? Give --out, the folder of a run that has finished an epoch")
-    parser, stored = build_parser(), generate.read_deployment(out).get("args")
+    parser, stored = build_parser(), load.read_model(out).get("args")
     if not isinstance(stored, dict):
         raise ValueError(f"{out}: its best.pt does not say how it was trained")
     parser.set_defaults(**{k: v for k, v in stored.items() if k not in HERE_ONLY and k in parser.parse_args([])})

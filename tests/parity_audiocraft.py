@@ -1,15 +1,14 @@
-"""Compares with audiocraft's own classes, which load what convert.py writes. Not run by pytest: its release asks for old packages.
+"""Compares with audiocraft's own classes, which load what interop writes.
+
+Not run by pytest: its release asks for old packages.
 
     python -m venv aside && aside/bin/pip install -r requirements.txt transformers==4.57.1 wheel
     aside/bin/pip install --no-deps --no-build-isolation audiocraft==1.3.0 omegaconf antlr4-python3-runtime==4.9.3 julius
     aside/bin/python tests/parity_audiocraft.py
 
-What audiocraft imports and does not need for this (xformers, spacy, av ..) is replaced by empty modules: see peers.py. Two it would need for a
-melody are replaced too: demucs, so that the whole audio is heard, and librosa's filterbank by transformers', which has the same numbers.
-
-Release 1.3.0 has no style conditioner. It has what the later one is made of (StreamingTransformer, ResidualVectorQuantizer): these, with
-nn.BatchNorm1d, are put together here as the public code does, and compared; the later class itself was not run.
-"""
+What audiocraft imports and does not need for this (xformers, spacy, av ..) is replaced by empty modules: see
+tools/peers.py. Two it would need for a melody are replaced too: demucs, so that the whole audio is heard, and
+librosa's filterbank by transformers', which has the same numbers. """
 
 import itertools
 import sys
@@ -33,70 +32,33 @@ def main() -> None:
     import transformers
     from audiocraft.models.builders import get_wrapped_compression_model
 
-    from interop import convert
-    import test_convert as made
+    import published as made
+    from interop import convert, load, t5
     from generate import MusicGenerator
     conditioners.T5Conditioner.MODELS.append("t5-tiny")
     conditioners.T5Conditioner.MODELS_DIMS["t5-tiny"] = 24
-    convert.T5_NAMES[24, 2, 3, 8, 40, 80] = "t5-tiny"
+    t5.PUBLISHED_T5[24, 2, 3, 8, 40, 80] = "t5-tiny"
     demucs.pretrained.get_model().to().sources = ["drums", "bass", "other", "vocals"]
     conditioners.ChromaStemConditioner._get_stemmed_wav = lambda self, wav, sample_rate: wav
     audiocraft.modules.chroma.filters.chroma = lambda sr, n_fft, tuning, n_chroma: transformers.audio_utils.chroma_filter_bank(
         n_fft, n_chroma, sr, tuning=tuning).astype("float32")
     for channels, melody in itertools.product((1, 2), (False, True)):
         folder = Path(tempfile.mkdtemp())
-        package, t5 = made.package_of(made.published(channels, melody=melody), folder / "package")
-        pieces = transformers.T5Tokenizer.from_pretrained(t5, extra_ids=0, legacy=True)
+        package, t5_folder = made.package_of(made.published(channels, melody=melody), folder / "package")
+        pieces = transformers.T5Tokenizer.from_pretrained(t5_folder, extra_ids=0, legacy=True)
         encoder = made.published(channels, melody=melody).text_encoder
         conditioners.T5Tokenizer = SimpleNamespace(from_pretrained=lambda name, pieces=pieces: pieces)
         conditioners.T5EncoderModel = SimpleNamespace(from_pretrained=lambda name, encoder=encoder: encoder)
-        data = convert.read(package, t5)
-        convert.write_out(data, "nano", folder / "nano")
-        convert.write_out(data, "audiocraft", folder / "ours")
+        data = load.read_published(package, t5_folder)
+        convert.write_model(data, "nano", folder / "nano")
+        convert.write_model(data, "audiocraft", folder / "ours")
         theirs = loaders.load_lm_model(str(folder / "ours"), device="cpu")
-        their_codec = get_wrapped_compression_model(loaders.load_compression_model(str(folder / "ours"), device="cpu"), theirs.cfg)
-        if melody:                                                   # as their MusicGen sets it for every model of this kind
+        their_codec = get_wrapped_compression_model(loaders.load_compression_model(str(folder / "ours"),
+                                                                                   device="cpu"), theirs.cfg)
+        if melody:  # as their MusicGen sets it for every model of this kind
             theirs.condition_provider.conditioners["self_wav"]._use_masking = False
-        compare(MusicGenerator.load(folder / "nano"), theirs, their_codec, made.WORDS, made.tune if melody else None)
-    style(folder, made, convert)
-
-
-class Style(torch.nn.Module):
-    """The parts of audiocraft's style conditioner, under its names: codes [B,n,L] -> [B, L/every, D]."""
-
-    def __init__(self, dim: int, heads: int, layers: int, card: int, codebooks: int, levels: int, bins: int, D: int):
-        super().__init__()
-        from audiocraft.modules.transformer import StreamingTransformer
-        from audiocraft.quantization import ResidualVectorQuantizer
-        self.embed = torch.nn.ModuleList(torch.nn.Embedding(card, dim) for _ in range(codebooks))
-        self.transformer = StreamingTransformer(d_model=dim, num_heads=heads, num_layers=layers, dim_feedforward=4 * dim, norm_first=True,
-                                                memory_efficient=True, activation="gelu", causal=False, bias_ff=False, bias_attn=False)
-        self.batch_norm = torch.nn.BatchNorm1d(dim, affine=False)
-        self.rvq = ResidualVectorQuantizer(dim, n_q=levels, q_dropout=True, bins=bins, kmeans_init=False)
-        self.output_proj = torch.nn.Linear(dim, D)
-
-    def forward(self, codes: torch.Tensor, levels: int, every: int) -> torch.Tensor:
-        x = self.transformer(sum(table(row) for table, row in zip(self.embed, codes.unbind(1))))
-        self.rvq.set_num_codebooks(levels)
-        return self.output_proj(self.rvq(self.batch_norm(x.transpose(1, 2)), frame_rate=1).x.transpose(1, 2)[:, ::every])
-
-
-@torch.no_grad()
-def style(folder: Path, made, convert) -> None:
-    """Prints and asserts: the tokens of a style, of a package with the tensors of these parts."""
-    torch.manual_seed(0)
-    theirs = Style(256, 8, 4, card=32, codebooks=3, levels=6, bins=16, D=32).eval()
-    made.randomise(theirs)
-    theirs.batch_norm.running_var.uniform_(0.5, 1.5)
-    package, t5 = made.style_package_of(theirs.state_dict(), folder / "style")
-    part = convert.build_model(convert.read(package, t5)).conditioner.parts["style"]
-    codes = torch.randint(0, 32, (3, 4, 40), generator=torch.Generator().manual_seed(0))
-    found, mask = part(*part.prepare([*codes, None]))
-    wanted, apart = theirs(codes[:, :3], levels=3, every=15), theirs(codes[:, :3], levels=4, every=15)
-    difference = float((found[:3] - wanted).abs().max())
-    print(f"style: {difference:.1e} of values up to {wanted.abs().max():.1f}; with a level more they differ by "
-          f"{(wanted - apart).abs().max():.1f}")
-    assert found[3].eq(0).all() and mask[:3].all() and wanted.std() > 0.1 and difference < 1e-4
+        compare(MusicGenerator.load(folder / "nano"), theirs, their_codec, made.WORDS,
+                made.tune if melody else None)
 
 
 def asked(texts: list, wavs: list, rate: int) -> list:
@@ -106,16 +68,18 @@ def asked(texts: list, wavs: list, rate: int) -> list:
     def condition(wav):
         mono = torch.zeros(1, 1, 1) if wav is None else wav.mean(0)[None, None]
         return WavCondition(mono, torch.tensor([0 if wav is None else wav.shape[1]]), [rate], [None])
-    return [ConditioningAttributes(text={"description": text}, wav={"self_wav": condition(wav)}) for text, wav in zip(texts, wavs)]
+    return [ConditioningAttributes(text={"description": text}, wav={"self_wav": condition(wav)}) for text,
+            wav in zip(texts, wavs)]
 
 
 @torch.no_grad()
 def compare(ours, theirs, their_codec, words: list, tune) -> None:
-    """Prints and asserts: logits, delayed sequences, greedy codes with guidance, codes and audio of the codec. ours: a MusicGenerator;
-    tune(seconds, seed): audio to follow, or None."""
+    """Prints and asserts: logits, delayed sequences, greedy codes with guidance, codes and audio of the
+    codec. ours: a MusicGenerator; tune(seconds, seed): audio to follow, or None."""
     from generate import Sampling, at_window, generate_codes
     model, codec, texts = ours.model, ours.codec, words + [None]
-    codes = torch.randint(0, model.config.card, (5, model.config.K, 60), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(0, model.config.card, (5, model.config.K, 60),
+                          generator=torch.Generator().manual_seed(0))
     wavs = [tune and tune(2.5, seed).expand(codec.channels, -1) for seed in range(4)]
     rows = (texts, [None] + wavs) if tune else (texts, [None] * 5)   # a text alone, a melody alone, both
     wanted = theirs.compute_predictions(codes, asked(*rows, codec.sample_rate))
@@ -123,17 +87,22 @@ def compare(ours, theirs, their_codec, words: list, tune) -> None:
     found, mask = model.predict(codes, model.conditioner(model.conditioner.prepare(attributes)))
     assert torch.equal(wanted.mask[0], mask)
     logits = float((wanted.logits - found)[wanted.mask].abs().max())
-    sequence = theirs.pattern_provider.get_pattern(60).build_pattern_sequence(codes, theirs.special_token_id)[0]
-    same_sequence = torch.equal(sequence, model.config.layout(60).build(codes, model.special, valid_only=False))
-    greedy = theirs.generate(None, asked(words, wavs, codec.sample_rate), max_gen_len=100, use_sampling=False, cfg_coef=3.0)
-    same_greedy = torch.equal(greedy, generate_codes(model, at_window(model, ours.attributes(words, wavs), 0), 100,
-                                                     Sampling(cfg=3, temperature=0)))
+    sequence = theirs.pattern_provider.get_pattern(60).build_pattern_sequence(codes,
+                                                                              theirs.special_token_id)[0]
+    same_sequence = torch.equal(sequence,
+                                model.config.layout(60).build(codes, model.special, valid_only=False))
+    greedy = theirs.generate(None, asked(words, wavs, codec.sample_rate), max_gen_len=100, use_sampling=False,
+                             cfg_coef=3.0)
+    same_greedy = torch.equal(greedy, generate_codes(model, at_window(model, ours.attributes(words, wavs), 0),
+                                                     100, Sampling(cfg=3, temperature=0)))
     wav = torch.randn(3, codec.channels, 5000, generator=torch.Generator().manual_seed(0)) * 0.3
     encoded = their_codec.encode(wav)[0]
     audio = float((their_codec.decode(encoded) - codec.decode(encoded)).abs().max())
-    print(f"channels {codec.channels}, {' and '.join(model.conditioner.names)}: logits {logits:.1e}, sequences equal {same_sequence}, "
-          f"greedy codes equal {same_greedy}, codec's codes equal {torch.equal(encoded, codec.encode(wav))}, audio {audio:.1e}")
-    assert logits < 1e-4 and audio < 1e-4 and same_sequence and same_greedy and torch.equal(encoded, codec.encode(wav))
+    print(f"channels {codec.channels}, {' and '.join(model.conditioner.names)}: logits {logits:.1e}, "
+          f"sequences equal {same_sequence}, greedy codes equal {same_greedy}, codec's codes equal "
+          f"{torch.equal(encoded, codec.encode(wav))}, audio {audio:.1e}")
+    assert logits < 1e-4 and audio < 1e-4 and same_sequence and same_greedy and torch.equal(encoded,
+                                                                                            codec.encode(wav))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import data
 from support import audio, flags
 from support.scan import scan_dataset
 import generate
+from interop import load
 import patterns
 import tokenizer
 import toy
@@ -239,7 +240,7 @@ def test_continuing(channels, runs, tmp_path, stereo):
 
 
 def test_runs_of_before_are_mono(runs, tmp_path):
-    old = generate.read_deployment(runs / "mono")
+    old = load.read_model(runs / "mono")
     old["codec"] = {name: old["codec"][name] for name in ("name", "K", "fingerprint")}
     torch.save(old, tmp_path / "best.pt")
     music = generate.MusicGenerator.load(tmp_path)
@@ -292,7 +293,7 @@ def test_a_mono_start_gives_the_same_audio_in_both_channels(runs, tmp_path, monk
     seen = {}
     monkeypatch.setattr(train, "run_epochs", lambda run: seen.update(run=run))
     assert run(tmp_path, "--channels", "2", "--init_from", str(runs / "mono")) == 0
-    model, source = seen["run"].model.eval(), generate.build_model(generate.read_deployment(runs / "mono"))
+    model, source = seen["run"].model.eval(), load.build_model(load.read_model(runs / "mono"))
     assert model.conditioner.assets == source.conditioner.assets
     greedy = generate.Sampling(cfg=1, temperature=0)
     texts = [{"text": "a slow organ tune"}, {"text": None}]
@@ -313,7 +314,7 @@ def test_a_start_with_the_same_channels(runs, tmp_path):
         flags = ["--channels", "1" if name == "mono" else "2", "--init_from", str(runs / name / "best.pt"),
                  "--epochs", "1", "--updates_per_epoch", "1", "--lr", "1e-9", "--text_lr", "1e-9"]
         assert run(tmp_path / name, *flags) == 0
-        before, after = generate.read_deployment(runs / name)["model"], part(saved(tmp_path / name), "model")
+        before, after = load.read_model(runs / name)["model"], part(saved(tmp_path / name), "model")
         assert before.keys() == after.keys()
         assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-6
 

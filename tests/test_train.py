@@ -13,6 +13,7 @@ import torch
 
 from support import build
 import generate
+from interop import load
 import model
 from evaluate import listen
 import train
@@ -306,7 +307,7 @@ def test_ema_sequence():
 
 def test_the_text_encoder_has_its_own_learning_rate(finished):
     """Two groups of each kind; every parameter stands in exactly one of them."""
-    model = generate.build_model(generate.read_deployment(finished))
+    model = load.build_model(load.read_model(finished))
     args = train.build_parser().parse_args(["--lr", "8e-3", "--text_lr", "2e-3"])
     groups = build.optimizer_groups(model, args)
     assert sorted((g["lr_scale"], g["weight_decay"]) for g in groups) == [(0.25, 0.0), (0.25, 0.1), (1.0, 0.0), (1.0, 0.1)]
