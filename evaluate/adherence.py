@@ -120,9 +120,12 @@ def condition_combinations(names: list) -> list:
 def measure_conditions(music, n: int, seed: int, *, batch: int = 64, ranks=None) -> dict:
     """How far a model's clips follow toy clips of which it is given some conditions, all or none.
 
-    {"text+melody": {attribute: accuracy, "tune", "chroma", "shuffled"}, .., "codec": the clips themselves
-    through the codec} tune: share of beats with the right pitch class; chroma: cosine similarity with the
-    clip's own; shuffled: with another's."""
+    {"text+melody": {attribute: accuracy, "tune", "chroma", "shuffled"}, .., "codec": the same}
+
+        tune        share of beats with the right pitch class
+        chroma      cosine similarity of the melody with the clip's own
+        shuffled    the same with another clip's
+        codec       of the clips themselves through the codec: the ceiling"""
     codec, rate = music.codec, music.codec.sample_rate
     drawn = [toy.draw_clip(seed, 0, FIRST_CLIP + i, "valid") for i in range(n)]
     clips = [clip for clip, _ in drawn]
@@ -179,8 +182,7 @@ def rows_table(result: dict, title: str) -> str:
 
 
 def untrained_copy(music, seed: int) -> generate.MusicGenerator:
-    """A model of the same shape, vocabulary and sampling settings whose weights are as they are drawn before
-    training."""
+    """A model of the same shape, vocabulary and sampling settings, with the weights of before training."""
     old = music.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -191,8 +193,7 @@ def untrained_copy(music, seed: int) -> generate.MusicGenerator:
 
 
 def compare_toy_sets(music, n: int, seed: int, split: str = "valid", batch: int = 64) -> dict:
-    """Sets of n clips for the same toy captions, beside n other real clips: {set: {attribute: accuracy,
-    "fad_codec", "fad_mel", "kl"}}.
+    """Sets of n clips for the same toy captions: {set: {attribute: accuracy, "fad_codec", "fad_mel", "kl"}}.
 
         real         rendered as asked
         codec        these through the codec
@@ -200,7 +201,7 @@ def compare_toy_sets(music, n: int, seed: int, split: str = "valid", batch: int 
         untrained    of the model before training
         shuffled     of the model, against the captions of other clips; its distances are those of "trained"
 
-    kl is the mean over the attributes. The other clips are the reference of every row: what is due to the
+    kl is the mean over the attributes. The reference of every row are n other real clips: what is due to the
     number of clips is in each row, and alone in that of real ones. Errors: ValueError without text."""
     if not has_text(music):
         raise ValueError("this model was trained without text, so there are no captions to follow")
@@ -253,8 +254,9 @@ def compare_toy_sets(music, n: int, seed: int, split: str = "valid", batch: int 
 
 
 def out_of_order(rows: dict) -> list:
-    """Pairs of `compare_toy_sets` not in the order real, codec, trained, then untrained and shuffled:
-    [(figure, the set that should be better, the set that should be worse)]."""
+    """What of `compare_toy_sets` is not in the order real, codec, trained, then untrained and shuffled.
+
+    [(figure, the set that should be better, the set that should be worse)]"""
     order = (("real", "codec"), ("codec", "trained"), ("trained", "untrained"), ("trained", "shuffled"))
     found = []
     for name in rows["real"]:

@@ -55,11 +55,10 @@ def square_root(matrix: Tensor) -> Tensor:
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """The Frechet distance (squared 2-Wasserstein) of the Gaussians with the moments of two sets: 0 or more,
-    also where covariances are singular.
+    """The Frechet distance (squared 2-Wasserstein) of the Gaussians with the moments of two sets.
 
-    The trace of (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2, so no root of a product
-    is needed."""
+    It is 0 or more, also where covariances are singular. The trace of (A^1/2 B A^1/2)^1/2 is the sum of the
+    singular values of A^1/2 B^1/2, so no root of a product is needed."""
     assert a.total.shape == b.total.shape, f"samples of {len(a.total)} and of {len(b.total)} numbers"
     A, B = a.covariance, b.covariance
     overlap = torch.linalg.svdvals(square_root(A) @ square_root(B)).sum()
@@ -67,8 +66,8 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def frechet_inf(reference: Moments, parts: list, points: int = 15, draws: int = 4) -> float:
-    """The Frechet distance extrapolated to infinitely many clips of a set given in `parts` (Moments of groups
-    of clips).
+    """The Frechet distance extrapolated to infinitely many clips of a set: `parts` are Moments of groups of
+    it.
 
     A line is fitted through the distances of random subsets over 1/clips, and read at 0. The reference set
     stays as it is: its own bias is in every number that is compared with it. Errors: ValueError for fewer
@@ -219,8 +218,9 @@ def compare_sets(sets: dict, labels: dict | None = None, extrapolate: bool = Fal
 
 
 def make_in_batches(make: Callable, n: int, batch: int, ranks=None) -> list:
-    """The lists make(0), make(batch), .. as one of n. ranks: a distributed.Ranks that shares them out; each
-    gets all."""
+    """The lists make(0), make(batch), .. as one list of n.
+
+    ranks: a distributed.Ranks; its processes share the batches out, and each gets the whole list."""
     rank, world = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     mine = [(i, make(i)) for i in range(rank * batch, n, batch * world)]
     gathered = ranks.gather(mine) if ranks else [mine]

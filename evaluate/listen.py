@@ -17,7 +17,6 @@ import math
 import re
 from pathlib import Path
 
-import torch
 import torchaudio
 from torch import Tensor
 from torch.nn import functional as F
