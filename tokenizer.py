@@ -39,7 +39,7 @@ from support import audio, common
 from support.quality import describe_quality, round_trip_quality
 
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
-FORMAT = "nanomusicgen codec 1"                # of a codec file
+CODEC_FORMAT = "nanomusicgen codec 1"          # of a codec file
 ENCODEC_24KHZ_CODEBOOKS = (2, 4, 8, 16, 32)    # 1.5, 3, 6, 12, 24 kbit/s
 
 
@@ -224,7 +224,7 @@ def read_codec_file(path: Path) -> tuple[dict, dict]:
     """(plain config, {name: tensor}) of a file of tools/fit_codec.py. Errors: ValueError naming the file."""
     what = "a codec file made by `python -m tools.fit_codec`"
     stored = common.read_torch_dict(path, what)
-    if stored.get("format") != FORMAT:
+    if stored.get("format") != CODEC_FORMAT:
         raise ValueError(f"{path}: not {what}: its format is {stored.get('format')!r}")
     if missing := sorted({"config", "state"} - stored.keys()):
         raise ValueError(f"{path}: not {what}, or damaged: it lacks {' and '.join(missing)}")

@@ -48,7 +48,7 @@ def test_embedded_codec_is_what_the_design_says(codec):
     assert codec.frame_rate == 50 and codec.name == "toy"
     assert tokenizer.TOY_FILE.stat().st_size <= 4e6
     stored = torch.load(tokenizer.TOY_FILE, weights_only=True)
-    assert stored["format"] == tokenizer.FORMAT and stored["config"]["seanet"]["causal"] is False
+    assert stored["format"] == tokenizer.CODEC_FORMAT and stored["config"]["seanet"]["causal"] is False
 
 
 def test_embedded_codec_keeps_the_music(codec):
@@ -186,7 +186,7 @@ def test_refused_names_and_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such file"):
         tokenizer.load_codec("missing.pt")
     Path("pickle.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
-    torch.save({"format": tokenizer.FORMAT, "config": Evil()}, "object.pt")
+    torch.save({"format": tokenizer.CODEC_FORMAT, "config": Evil()}, "object.pt")
     torch.save({"model": torch.zeros(1)}, "other.pt")
     Path("short.pt").write_bytes(tokenizer.TOY_FILE.read_bytes()[:1000])
     stored = torch.load(tokenizer.TOY_FILE, weights_only=True)

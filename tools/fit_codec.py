@@ -488,7 +488,7 @@ def fit_codec(args: argparse.Namespace) -> None:
     state = {name: x.detach().cpu().half() for name, x in run.codec.state_dict().items()
              if not name.endswith(tokenizer.TRAINING_BUFFERS)}
     common.write_torch(out, {
-        "format": tokenizer.FORMAT, "config": config, "state": state,
+        "format": tokenizer.CODEC_FORMAT, "config": config, "state": state,
         "metrics": {**measured, "dataset": args.dataset, "steps": args.steps, "seed": args.seed}})
     checkpoint.unlink(missing_ok=True)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB): {describe_quality(measured)}", flush=True)
