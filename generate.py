@@ -42,7 +42,9 @@ from support import audio, chroma, common
 import tokenizer
 from conditioning import clean_text, excerpt, melody_window
 from interop.load import build_model, read_model
-from model import Cache, Conditions, MusicGen
+from model import Conditions, MusicGen
+from support.compiled import compile_step
+from support.kernels import packed_weights
 
 
 @dataclass
@@ -105,15 +107,17 @@ def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling
         rows = 1 + guided + (beta is not None)                       # of each sample
         conditions = encode_conditions(model, attributes, guided, beta is not None)
         P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
-        cache = Cache(model.config, B * rows, P + pattern.S, device, dtype, model.compiled)
+        cache = model.cache_class(model.config, B * rows, P + pattern.S, device, dtype)
+    packing = packed_weights(0 if model.compiled else B * rows)  # a compiled step packs its weights itself
+    with autocast, packing:
         first = pattern.first_step(T_prompt)
         for s in range(first, pattern.S):
             which = heads[s] if 0 < len(heads[s]) < K else None      # None: all
             if s == first:
                 x = model.hidden(seq[..., :s].repeat(rows, 1, 1), conditions, cache)                    # [rows*B, s, D]
-                logits = model.heads(x[:, -1:], which, cache.packs)                                     # [rows*B, k, 1, card]
+                logits = model.heads(x[:, -1:], which)  # [rows*B, k, 1, card]
             else:
-                logits = model.next(seq[..., s - 1:s].repeat(rows, 1, 1), cache, which)
+                logits = model.decode_step(seq[..., s - 1:s].repeat(rows, 1, 1), cache, which)
             if heads[s]:
                 logits = logits[:, :, 0].float()
                 full, *others = logits.chunk(rows)
@@ -402,7 +406,7 @@ def serve(args: argparse.Namespace) -> None:
     music = MusicGenerator.load(args.run, args.device, args.codec)
     music.sampling = chosen_sampling(args, music)
     if args.compile:
-        music.model.compile_step()
+        compile_step(music.model)
     demo.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
 
 
@@ -423,7 +427,7 @@ def run(args: argparse.Namespace) -> None:
         music.model.conditioner.config.melody_stems = True
     attributes = read_conditions(music, requests)
     if args.compile:
-        music.model.compile_step()
+        compile_step(music.model)
     out = common.output_folder(args.out)  # before the work, not after it
     bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
     codes = music.codes(attributes, seconds, args.seed, sampling, args.stride,

@@ -22,7 +22,8 @@ from support.checkpoint import checkpoint_errors
 from support.signals import Stop
 from conditioning import Conditioner, ConditionerConfig
 from support.flags import fuses, parse_size, style_frames
-from model import ModelConfig, MusicGen, add_lora, decay_groups
+from model import ModelConfig, MusicGen, decay_groups
+from support.lora import add_lora
 from support.distributed import Ranks
 from support.run import Ema, Run
 from support.scan import Scan, skip_lines

@@ -23,8 +23,9 @@ from interop import load
 import generate
 import toy
 from conditioning import ConditionerConfig
-from support.kernels import linear
-from model import LOGITS, SIZES, ModelConfig, count_parameters, flops_per_step, require_compiler
+from support.kernels import LOGITS_AT_ONCE, linear
+from model import SIZES, ModelConfig, count_parameters, flops_per_step
+from support.compiled import require_compiler
 
 PRESETS = {                                                          # defaults that depend on what is trained on
     "toy": dict(size="tiny", fuse=["text=cross+sum"], codec="toy", segment_seconds=toy.CLIP_SECONDS, batch_size=16, epochs=12,
@@ -333,7 +334,7 @@ def plan(args: argparse.Namespace, config: ModelConfig, T: int, world: int, spee
                   EMA=4 * (learnt + sharded * (N + added)) / share,  # sharded, the best weights stay on the device too
                   gathered=sharded * bytes_each * N * (1 if args.zero == 2 else 2 / config.num_layers),
                   casts=(bytes_each < 4) * (not sharded) * bytes_each * N / (config.num_layers if added and args.checkpointing else 1),
-                  activations=B * S * kept * bytes_each + 3 * 4 * LOGITS + (not added) * 4 * config.K * config.card * config.dim)
+                  activations=B * S * kept * bytes_each + 3 * 4 * LOGITS_AT_ONCE + (not added) * 4 * config.K * config.card * config.dim)
     passes = (2 if added else 3) + args.checkpointing
     flops = passes * flops_per_step(config, S, 16) * args.batch_size / world
     return Plan(N, {k: v / 2**30 for k, v in memory.items() if v}, flops, flops / (0.5 * speed) * args.epochs * args.updates_per_epoch)

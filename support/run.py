@@ -30,7 +30,8 @@ from evaluate import board
 from support import distributed
 from support.signals import Stop
 from support.flags import NEUTRAL, segment_frames
-from model import MusicGen, merge_lora
+from model import MusicGen
+from support.lora import merge_lora
 from support.distributed import Ranks
 
 CHECKPOINT = {"format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce", "best_values",

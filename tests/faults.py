@@ -391,13 +391,13 @@ def restarts(args: argparse.Namespace) -> None:
 
 def poison_loss(rank: int) -> None:
     """In rank 1, the loss of the third update's second codebook is not a number."""
-    loss, calls = model.HeadLoss.apply, [0]
+    loss, calls = model.head_loss, [0]
 
     def poisoned(*rest):
         calls[0] += 1
         return loss(*rest) * (float("nan") if calls[0] == 10 and rank == 1 else 1)
 
-    model.HeadLoss = SimpleNamespace(apply=poisoned)
+    model.head_loss = poisoned
 
 
 def poison_weight(rank: int) -> None:

@@ -119,7 +119,7 @@ def test_bad_input(argv, says, capsys):
 
 def test_flops_of_an_update_are_those_of_its_matrix_products(monkeypatch):
     """PyTorch's own count of its products; attention, which it does not count on a CPU, comes on top."""
-    monkeypatch.setattr(linear, "HERE", False)                       # nor does it count oneDNN's
+    monkeypatch.setattr(linear, "HAS_ONEDNN", False)                       # nor does it count oneDNN's
     args = parsed(*SMALL)
     side, = bench.build_sides(args, ["ours"])
     with FlopCounterMode(display=False) as counter:

@@ -12,6 +12,7 @@ import train
 from conditioning import Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long, sample_codes
 from model import ModelConfig, MusicGen
+from support.compiled import compile_step
 
 PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
 GREEDY = Sampling(cfg=1, temperature=0)
@@ -61,7 +62,7 @@ def test_compiled_generation_is_the_same():
     one, three = texts("slow organ"), texts("slow organ", "fast bells", None)
     for asked, seed in ((one, 1), (one, 2), (three, 1)):
         plain, fast, greedy = tiny(seed=seed), tiny(seed=seed), Sampling(cfg=3, temperature=0)
-        fast.compile_step()
+        compile_step(fast)
         wanted, found = (generate_codes(m, asked, 40, greedy) for m in (plain, fast))
         assert torch.equal(found, wanted)
     for head in fast.linears:
@@ -72,7 +73,7 @@ def test_compiled_generation_is_the_same():
 def test_compiling_without_a_compiler(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="C\\+\\+ compiler"):
-        tiny().compile_step()
+        compile_step(tiny())
     assert bench.main(["train", "--compile"]) == 2
     assert train.main(["--dataset", "toy", "--out", str(tmp_path / "run"), "--compile"]) == 2
     assert capsys.readouterr().err.count("C++ compiler") == 2

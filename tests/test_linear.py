@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support import kernels as lin
+from support import kernels
 from model import ModelConfig, Transformer, init_transformer
 
-here = pytest.mark.skipif(not lin.HERE, reason="no oneDNN for this processor: PyTorch's own products are used")
+here = pytest.mark.skipif(not kernels.HAS_ONEDNN, reason="no oneDNN for this processor: PyTorch's own products are used")
 
 
 def close(found, expected):
@@ -20,19 +20,19 @@ def close(found, expected):
 @pytest.mark.parametrize("wide", [True, False])
 def test_values_and_gradients(shape, rows, wide, monkeypatch):
     """Also of rows of a weight, and where only one of the two wants a gradient. `F.linear` is not called."""
-    monkeypatch.setattr(lin, "WIDE", wide)
+    monkeypatch.setattr(kernels, "HAS_AVX512", wide)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(48, 64, requires_grad=True)
     expected = F.linear(x, weight[rows])
     dy = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (x, weight), dy)
     monkeypatch.setattr(F, "linear", None)
-    close(lin.linear(x, weight[rows]), expected)
-    for found, reference in zip(torch.autograd.grad(lin.linear(x, weight[rows]), (x, weight), dy), gradients):
+    close(kernels.linear(x, weight[rows]), expected)
+    for found, reference in zip(torch.autograd.grad(kernels.linear(x, weight[rows]), (x, weight), dy), gradients):
         close(found, reference)
-    close(*torch.autograd.grad(lin.linear(x.detach(), weight[rows]), weight, dy), gradients[1])
-    close(*torch.autograd.grad(lin.linear(x, weight.detach()[rows]), x, dy), gradients[0])
+    close(*torch.autograd.grad(kernels.linear(x.detach(), weight[rows]), weight, dy), gradients[1])
+    close(*torch.autograd.grad(kernels.linear(x, weight.detach()[rows]), x, dy), gradients[0])
     with torch.no_grad():
-        found = lin.linear(x, weight[rows])
+        found = kernels.linear(x, weight[rows])
         close(found, expected.detach())
         assert found.is_contiguous()                                 # attention wants it, and the next product
 
@@ -42,9 +42,9 @@ def test_recomputing_stops_before_the_last_product(monkeypatch):
     """A layer has four products and eight of gradients. With its feed-forward's activations recomputed no product comes twice; with all of
     the layer's, those before the last."""
     products = []
-    product = lin.product
-    monkeypatch.setattr(lin, "product", lambda x, weight: products.append(weight.shape) or product(x, weight))
-    monkeypatch.setattr(lin, "WIDE", True)
+    product = kernels.product
+    monkeypatch.setattr(kernels, "product", lambda x, weight: products.append(weight.shape) or product(x, weight))
+    monkeypatch.setattr(kernels, "HAS_AVX512", True)
     stack = Transformer(ModelConfig(dim=64, num_layers=1, num_heads=2, cross_attention=False))
     init_transformer(stack)
     for stack.checkpointing, count in ((False, 12), (True, 15)):
@@ -56,25 +56,29 @@ def test_recomputing_stops_before_the_last_product(monkeypatch):
 @here
 def test_packed_once_and_the_same():
     """Rows of one weight that are a weight of their own have a pack of their own."""
-    weight, packs = torch.randn(96, 64), lin.Packs()
-    with torch.inference_mode():
+    weight = torch.randn(96, 64)
+    with torch.inference_mode(), kernels.packed_weights(rows=16):
         for step in range(3):
             x = torch.randn(16, 1, 64)
-            close(lin.linear(x, weight, packs), F.linear(x, weight))
-            close(lin.linear(x, weight[:32], packs), F.linear(x, weight[:32]))
-            assert len(packs) == 2
+            close(kernels.linear(x, weight), F.linear(x, weight))
+            close(kernels.linear(x, weight[:32]), F.linear(x, weight[:32]))
+            close(kernels.linear(x, weight[32:], pack=False), F.linear(x, weight[32:]))
+            assert len(kernels.PACKS.get()) == 2
+    assert kernels.PACKS.get() is None
+    with kernels.packed_weights(rows=8):
+        assert kernels.PACKS.get() is None, "few rows are as fast without"
 
 
 def test_other_types_are_left_to_pytorch(monkeypatch):
     """Autocast and bfloat16 choose for themselves; what is empty has no product."""
-    monkeypatch.setattr(lin, "product", None)
+    monkeypatch.setattr(kernels, "product", None)
     x, weight = torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert lin.linear(x, weight).dtype == torch.bfloat16
-    assert lin.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
-    assert lin.linear(x[:0], weight).shape == (0, 5)
-    monkeypatch.setattr(lin, "HERE", False)
-    assert lin.linear(x, weight).equal(F.linear(x, weight))
+        assert kernels.linear(x, weight).dtype == torch.bfloat16
+    assert kernels.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    assert kernels.linear(x[:0], weight).shape == (0, 5)
+    monkeypatch.setattr(kernels, "HAS_ONEDNN", False)
+    assert kernels.linear(x, weight).equal(F.linear(x, weight))
 
 
 def test_the_compiler_is_left_to_choose():
@@ -87,11 +91,11 @@ def test_the_compiler_is_left_to_choose():
 
     torch._dynamo.reset()
     x, weight = torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)
-    found = torch.compile(lin.linear, backend=backend, fullgraph=True)(x, weight)
+    found = torch.compile(kernels.linear, backend=backend, fullgraph=True)(x, weight)
     assert found.equal(F.linear(x, weight)) and any("linear" in name for name in seen)
     assert not any("mkldnn" in name or "autograd_function" in name for name in seen)
 
 
 def test_layer_with_a_bias():
-    layer, x = lin.Linear(8, 5), torch.randn(2, 3, 8)
+    layer, x = kernels.Linear(8, 5), torch.randn(2, 3, 8)
     close(layer(x), F.linear(x, layer.weight, layer.bias))

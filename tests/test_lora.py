@@ -11,7 +11,8 @@ from interop import convert
 from support import flags
 import generate
 import train
-from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, add_lora, count_parameters, merge_lora
+from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, count_parameters
+from support.lora import add_lora, merge_lora
 from support.run import Ema
 from test_train import HERE, SMALL, lines, part, run, saved
 
@@ -57,7 +58,7 @@ def test_merged_weights_compute_the_same():
     torch.testing.assert_close(plain.logits(seq, conditions), wanted, atol=1e-5, rtol=0)
     cache = Cache(CONFIG, 2, 7, "cpu")
     first = added.heads(added.hidden(seq[..., :1], conditions, cache))
-    found = torch.cat([first] + [added.next(seq[..., s:s + 1], cache) for s in range(1, 7)], 2)
+    found = torch.cat([first] + [added.decode_step(seq[..., s:s + 1], cache) for s in range(1, 7)], 2)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 

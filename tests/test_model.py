@@ -1,7 +1,6 @@
 """The transformer: causality, cached decoding, conditions, initialisation, loss by hand."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,10 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 import model as lm
-from model import Cache, Conditions, ModelConfig, MusicGen, dropout
+from model import Cache, Conditions, ModelConfig, MusicGen
+from support import kernels
+from support.compiled import FixedCache, GrowingCache, compile_step
+from support.kernels import Dropout, head_loss
 
 PATTERNS = ("delay", "parallel", "unrolled")
 
@@ -52,39 +54,40 @@ def test_cached_decode_equals_full_forward(pattern, which):
     full = m.logits(seq, keep)
     P = 3 if keep.prefix is not None else 0
     cache = Cache(m.config, 2, layout.S + P, "cpu")
-    parts = [m.heads(m.hidden(seq[..., :4], keep, cache))] + [m.next(seq[..., s:s + 1], cache) for s in range(4, layout.S)]
+    parts = [m.heads(m.hidden(seq[..., :4], keep, cache))] + [m.decode_step(seq[..., s:s + 1], cache) for s in range(4, layout.S)]
     assert torch.allclose(torch.cat(parts, 2), full, atol=1e-5)
     if which != "none":
         assert not torch.allclose(full, m.logits(seq), atol=1e-3)
 
 
-@pytest.mark.parametrize("graphed", (False, True))
+@pytest.mark.parametrize("cache_class", (GrowingCache, FixedCache))
 @pytest.mark.parametrize("which", ("cross", "prefix", "summed", "all"))
-def test_compiled_step_equals_the_plain_one(which, graphed, monkeypatch):
-    """To the last step there is room for, for a second cache and for some of the codebooks too: compiled once, and not once more; as for
-    a CUDA graph, whose room doubles from 8 to 64, once more, for the second room and all that follow."""
-    monkeypatch.setattr(Cache, "LEAST", 8)
-    monkeypatch.setattr(Cache, "GRAPHED", ("cpu",) if graphed else ())
+def test_compiled_step_equals_the_plain_one(which, cache_class, monkeypatch):
+    """Also for the last step that there is room for, for a second cache and for some of the codebooks.
+
+    It is compiled once. With the cache of a CUDA graph, whose room doubles from 8 to 64, it is compiled once more, for
+    the second room and all that follow."""
+    monkeypatch.setattr(FixedCache, "FIRST_ROOM", 8)
     torch._dynamo.reset()
-    m, c = tiny().eval(), conditions()
-    keep = c if which == "all" else replace(Conditions(), **{name: x for name, x in vars(c).items() if name.startswith(which)})
+    m, fast, c, backend = tiny(), tiny(), conditions(), CompileCounter()
+    compile_step(fast, backend=backend)
+    keep = c
+    if which != "all":
+        keep = Conditions(**{name: x for name, x in vars(c).items() if name.startswith(which)})
     P = 0 if keep.prefix is None else keep.prefix.shape[1]
-    step, backend = m.step, CompileCounter()
-    fast = torch.compile(step, backend=backend, fullgraph=True)
     for S in (40, 50):
         seq = torch.randint(0, 11, (2, 3, S))
         with torch.inference_mode():
-            plain, cache = (Cache(m.config, 2, P + S, "cpu", compiled=compiled) for compiled in (False, True))
-            assert torch.allclose(m.hidden(seq[..., :2], keep, cache), m.hidden(seq[..., :2], keep, plain), atol=1e-6)
+            plain, cache = Cache(m.config, 2, P + S, "cpu"), cache_class(m.config, 2, P + S, "cpu")
+            begin = m.hidden(seq[..., :2], keep, plain)
+            assert torch.allclose(fast.hidden(seq[..., :2], keep, cache), begin, atol=1e-6)
             for s in range(2, S):
                 asked = [2, 0] if s % 3 else None                    # of the codebooks
-                m.step, m.compiled = fast, True
-                found = m.next(seq[..., s:s + 1].contiguous(), cache, asked)
-                m.step, m.compiled = step, False
-                assert torch.allclose(found, m.next(seq[..., s:s + 1], plain, asked), atol=1e-5), s
+                found = fast.decode_step(seq[..., s:s + 1].contiguous(), cache, asked)
+                assert torch.allclose(found, m.decode_step(seq[..., s:s + 1], plain, asked), atol=1e-5), s
         assert plain.length == cache.length == int(cache.position) == P + S
-        assert cache.kv[0].shape[3] == (64 if graphed else P + S + 1)
-        assert backend.frame_count == (2 if graphed else 1)
+        assert cache.kv[0].shape[3] == (64 if cache_class is FixedCache else P + S + 1)
+        assert backend.frame_count == (2 if cache_class is FixedCache else 1)
 
 
 def test_padding_of_conditions_changes_nothing():
@@ -209,25 +212,25 @@ def test_what_training_keeps():
 @pytest.mark.parametrize("frozen", [None, "x", "weight"])
 def test_the_loss_of_a_head(logits, frozen, monkeypatch):
     """In chunks of all 16 rows, 3 and 1: the loss and the gradients of `F.cross_entropy`, scaled by what comes after; and without gradients."""
-    monkeypatch.setattr(lm, "LOGITS", logits)
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", logits)
     x, weight = torch.randn(16, 8, requires_grad=frozen != "x"), torch.randn(11, 8, requires_grad=frozen != "weight")
     target = torch.randint(0, 11, (16,))
-    target[[3, 4, 5, 15]] = lm.IGNORE
+    target[[3, 4, 5, 15]] = kernels.IGNORE
     wanted = [t for t in (x, weight) if t.requires_grad]
     expected = F.cross_entropy(x @ weight.T, target, reduction="sum")
-    found = lm.HeadLoss.apply(x, weight, target, True)
+    found = head_loss(x, weight, target)
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found / 7, wanted), torch.autograd.grad(expected / 7, wanted)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(lm.HeadLoss.apply(x, weight, target, False), expected.detach())
+        torch.testing.assert_close(head_loss(x, weight, target), expected.detach())
 
 
 def test_the_loss_of_a_head_in_bfloat16():
     """Under autocast the products are bfloat16's, the softmax is not; gradients come in the type of the weights."""
     x, weight, target = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True), torch.randint(0, 50, (64,))
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = lm.HeadLoss.apply(x, weight, target, True), F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")
+        found, expected = head_loss(x, weight, target), F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     for a, b in zip(torch.autograd.grad(found, (x, weight)), torch.autograd.grad(expected, (x, weight))):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.01 * b.norm()
@@ -236,15 +239,15 @@ def test_the_loss_of_a_head_in_bfloat16():
 def test_dropout_is_a_function_of_the_sample():
     """Frequency, scale, and independence: of other samples, of the place, of how a batch is split."""
     x, keys = torch.ones(6, 50, 64), torch.tensor([3, 4, 3, 2**31 - 1, 0, 99], dtype=torch.int32)
-    y = dropout(x, 0.25, keys, 5)
+    y = Dropout(0.25, keys, 1)(x, 1)
     kept = y > 0
     assert torch.equal(y[kept], torch.full_like(y[kept], 1 / 0.75)) and abs(kept.float().mean() - 0.75) < 0.01
     assert torch.equal(y[0], y[2])                                   # the same key drops the same
-    assert torch.equal(torch.cat([dropout(x[i:i + 1], 0.25, keys[i:i + 1], 5) for i in range(6)]), y)
-    flat = torch.cat([kept[[0, 1, 3, 4, 5]].flatten(1), (dropout(x[:1], 0.25, keys[:1], 6) > 0).flatten(1)]).float()
+    assert torch.equal(torch.cat([Dropout(0.25, keys[i:i + 1], 1)(x[i:i + 1], 1) for i in range(6)]), y)
+    flat = torch.cat([kept[[0, 1, 3, 4, 5]].flatten(1), (Dropout(0.25, keys[:1], 1)(x[:1], 2) > 0).flatten(1)]).float()
     assert (torch.corrcoef(flat) - torch.eye(6)).abs().max() < 0.08  # 3,200 places: a standard error of 0.018
     assert abs(torch.corrcoef(torch.stack([flat[:, :-1].flatten(), flat[:, 1:].flatten()]))[0, 1]) < 0.04
-    assert dropout(x, 0.25, None, 5) is x and dropout(x, 0.0, keys, 5) is x
+    assert Dropout(0.25, None, 1)(x, 1) is x and Dropout(0.0, keys, 1)(x, 1) is x
 
 
 def test_dropout_in_the_model():
@@ -282,6 +285,20 @@ def test_compiled_layers_are_not_compiled_again():
                 m.eval()(codes[:3], mask[:3], Conditions(cross=c.cross[:3], cross_mask=c.cross_mask[:3]))
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[3] <= 4 and set(graphs[3:]) == {graphs[3]} and not counters["graph_break"]
+
+
+def test_compiled_layers_drop_the_same_when_recomputed():
+    """A layer's number must not be a constant of what is compiled: the backward pass would run another graph."""
+    torch._dynamo.reset()
+    codes, keys, grads = torch.randint(0, 11, (2, 3, 9)), torch.arange(2, dtype=torch.int32), []
+    for compiled in (False, True):
+        m = tiny(num_layers=3, dropout=0.3).train()
+        m.transformer.checkpointing = True
+        for layer in m.transformer.layers if compiled else ():
+            layer.compile(backend="aot_eager")
+        m(codes, keys=keys).sum().backward()
+        grads.append([p.grad for name, p in m.named_parameters() if "cross" not in name])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
 def test_decay_on_matrices_only():

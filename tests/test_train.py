@@ -280,13 +280,13 @@ def test_a_weight_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys)
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
     """One poisoned update among good ones: said, skipped, and gone on."""
-    loss, calls = model.HeadLoss.apply, [0]
+    loss, calls = model.head_loss, [0]
 
     def poison(*rest):
         calls[0] += 1
         return loss(*rest) * (float("inf") if calls[0] == 6 else 1)                          # update 2, codebook 2
 
-    monkeypatch.setattr(model, "HeadLoss", SimpleNamespace(apply=poison))
+    monkeypatch.setattr(model, "head_loss", poison)
     assert run(tmp_path) == 0
     assert "step 2: gradients not finite; first in loss of codebook 2 (rank 0)" in capsys.readouterr().out
     assert [r["skipped"] for r in lines(tmp_path) if r["kind"] == "step"] == [0, 1, 1, 1, 1, 1]

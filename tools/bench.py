@@ -41,7 +41,8 @@ from generate import Sampling, generate_codes
 from support import common
 from support.cache import CachedEntry, shard_path, write_array
 from support.kernels import linear
-from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step, require_compiler
+from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step
+from support.compiled import compile_step, require_compiler
 from tools.peers import INSTALL, PEERS, Peer
 from support.distributed import keep_freed_memory
 
@@ -76,7 +77,7 @@ def ours(args: argparse.Namespace, config: ModelConfig) -> Peer:
     model = MusicGen(config, Given(torch.randn(1, args.tokens, config.dim))).to(args.device)
     model.transformer.checkpointing = args.checkpointing
     if args.compile and args.command == "generate":
-        model.compile_step()
+        compile_step(model)
     elif args.compile:
         for layer in model.transformer.layers:                       # as train.py does
             layer.compile()
