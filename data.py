@@ -174,7 +174,7 @@ class CacheDataset(SegmentDataset):
 
         That of live audio differs: its frames begin with the segment, here up to half a frame beside it. Its
         first and last mirror the segment's edges, where these have heard what comes before and after."""
-        feature, (offset, stored) = self.features[name], entry.features[name]
+        feature, (offset, stored) = self.features[name], entry.features.get(name, (0, 0))
         first = round(start_frame * self.hop / feature.hop_length(self.sample_rate))
         count = min(feature.count_frames(self.samples, self.sample_rate), stored - first)
         if count <= 0:

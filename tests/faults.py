@@ -1,16 +1,17 @@
-"""The fault campaign: runs are killed at random moments, and must end with the weights of the run that was left alone.
+"""The fault campaign: runs killed at random moments must end with the weights of the run that was left alone.
 
-    python tests/faults.py kills [--kills 100] [--terms 20]      kill -9 and SIGTERM, one process and one rank of two
-    python tests/faults.py equal                                 one process, DDP, FSDP, micro-batches, bfloat16: the same numbers
-    python tests/faults.py worlds                                saved with one number of ranks, gone on with another
-    python tests/faults.py starts [--tries 20]                   ranks of one start never take those of another for their own
-    python tests/faults.py restarts [--tries 20]                 torchrun --max-restarts brings a killed rank's job to its end
-    python tests/faults.py nan                                   not finite on one rank of two: which step, tensor and rank
-    python tests/faults.py hang                                  a rank that stands still ends the job within --timeout
-    python tests/faults.py disk                                  a full disk (a small tmpfs, needs root)
+    python tests/faults.py WHAT, where WHAT is
+    kills [--kills 100] [--terms 20]   kill -9 and SIGTERM, one process and one rank of two
+    equal                              one process, DDP, FSDP, micro-batches, bfloat16: the same numbers
+    worlds                             saved with one number of ranks, gone on with another
+    starts [--tries 20]                ranks of one start never take those of another for their own
+    restarts [--tries 20]              torchrun --max-restarts brings a killed rank's job to its end
+    nan                                not finite on one rank of two: which step, tensor and rank
+    hang                               a rank that stands still ends the job within --timeout
+    disk                               a full disk (a small tmpfs, needs root)
 
-Runs are forked from this process, which has everything imported: a start takes a second, and a killed child is as dead as
-any. tests/test_faults.py does all this in short.
+Runs are forked from this process, which has everything imported: a start takes a second, and a killed child
+is as dead as any. tests/test_faults.py does all this in short.
 """
 
 import argparse
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import torch._dynamo                                                 # 260 modules that every forked training would import by itself
+import torch._dynamo  # 260 modules that every forked training would import by itself
 
 from support import build
 from support import checkpoint
@@ -42,19 +43,21 @@ from support import distributed
 import train
 
 torch.set_num_threads(1)
-TINY = ("--size debug --epochs 2 --updates_per_epoch 10 --batch_size 4 --segment_seconds 0.5 --valid_samples 4 --eval_samples 2 "
-        "--generate_samples 1 --generate_every 1 --dropout 0.1 --log_every 3 --timeout 1 --device cpu "
+TINY = ("--size debug --epochs 2 --updates_per_epoch 10 --batch_size 4 --segment_seconds 0.5 "
+        "--valid_samples 4 --eval_samples 2 --generate_samples 1 --generate_every 1 "
+        "--dropout 0.1 --log_every 3 --timeout 1 --device cpu "
         "--conditions text melody style --text_dropout 0.2 --melody_dropout 0.2 --style_dropout 0.2").split()
-SHORT = ["--updates_per_epoch", "4"]                                 # as many stages and saves at every step, fewer steps
+SHORT = ["--updates_per_epoch", "4"]  # as many stages and saves at every step, fewer steps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # processes
 
 
 def remember_captions() -> None:
-    """The toy set's captions and their vocabulary, a function of the seed, are made once for all trainings of this process and those
-    forked from it: a third of what a tiny one takes. Any other captions are fitted each time."""
+    """Makes the toy set's captions and their vocabulary, functions of the seed, once for all forks.
+
+    They are a third of what a tiny training takes. Any other captions are fitted each time."""
     draw, fit, captions, pieces = build.sample_captions, conditioning.fit_sentencepiece, {}, {}
 
     def sample_captions(args, *rest):
@@ -85,18 +88,18 @@ def free_port() -> int:
 
 
 def launch(flags: list, world: int, log: Path, before=None) -> list:
-    """Forks the ranks of a training -> their process ids. What they print goes to `log`; `before(rank)` is called first."""
+    """Forks the ranks of a training -> process ids. They print to `log`; `before(rank)` is called first."""
     port, pids = free_port(), []
     for rank in range(world):
         if (pid := os.fork()) == 0:
-            os.setpgid(0, 0)                                         # with its loaders a group of its own, as torchrun makes it
+            os.setpgid(0, 0)  # with its loaders a group of its own, as torchrun makes it
             if world > 1:
-                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                                   MASTER_PORT=str(port))
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
-            code = 3                                                 # a traceback
+            code = 3  # a traceback
             try:
                 if before:
                     before(rank)
@@ -133,14 +136,15 @@ def complete(flags: list, world: int, log: Path) -> None:
     assert set(codes) == {0}, f"exit codes {codes}: {log.read_text()[-2000:]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # comparing runs
 
 
 def state(out: Path) -> dict:
     """All tensors of a run's last checkpoint (unless they lie in shards), and of best.pt."""
     found = dict(checkpoint.read_checkpoint_file(out / "last.pt")["tensors"] or {})
-    return found | {f"best.pt/{k}": v for k, v in torch.load(out / "best.pt", weights_only=True)["model"].items()}
+    best = torch.load(out / "best.pt", weights_only=True)["model"]
+    return found | {f"best.pt/{name}": x for name, x in best.items()}
 
 
 def largest_difference(a: dict, b: dict, prefix: str = "") -> float:
@@ -152,7 +156,14 @@ def largest_difference(a: dict, b: dict, prefix: str = "") -> float:
 def curve(out: Path) -> list:
     """The records of log.jsonl without what is timed."""
     timed = ("seconds", "frames_per_second", "folder")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (out / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in timed} for record in records]
+
+
+def largest_loss_difference(a: Path, b: Path) -> float:
+    """Largest difference of the losses that the steps of two runs logged."""
+    pairs = zip(curve(a), curve(b))
+    return max(abs(x["ce"] - y["ce"]) for x, y in pairs if x["kind"] == "step")
 
 
 def assert_same_run(out: Path, reference: Path, log_too: bool = True) -> None:
@@ -176,13 +187,14 @@ def saved_step(out: Path) -> int:
     return steps[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # kills
 
 
 def campaign(folder: Path, flags: list, world: int, kills: int, number: int, rng: random.Random) -> dict:
-    """Kills runs `kills` times (with signal `number`, one rank of several at random) until so many have hit; every run is
-    finished and compared. -> figures for the table."""
+    """Kills runs with signal `number`, one rank of several at random, until `kills` have hit.
+
+    Every run is finished and compared. -> numbers for the table."""
     tally, runs, reference = Counter(), 0, folder / "reference"
     began = time.monotonic()
     complete(flags + ["--out", str(reference)], world, folder / "reference.log")
@@ -197,7 +209,8 @@ def campaign(folder: Path, flags: list, world: int, kills: int, number: int, rng
                 tally["writing"] += strike(pids, out, world, number, rng, tally)
             codes = wait(pids)
             assert 3 not in codes, f"traceback in {log}: {log.read_text()[-3000:]}"
-            assert number == signal.SIGKILL or set(codes) <= {0, -signal.SIGTERM}, (codes, log.read_text()[-3000:])
+            ended = number == signal.SIGKILL or set(codes) <= {0, -signal.SIGTERM}
+            assert ended, (codes, log.read_text()[-3000:])
             after = saved_step(out)
             tally["lost"] += after < before
             before = after
@@ -209,7 +222,7 @@ def campaign(folder: Path, flags: list, world: int, kills: int, number: int, rng
 
 
 def strike(pids: list, out: Path, world: int, number: int, rng: random.Random, tally: Counter) -> bool:
-    """Signals one rank (SIGTERM: all, as torchrun does) if it still runs; whether a checkpoint was just being written."""
+    """Signals one rank (SIGTERM: all, as torchrun does) if it runs -> whether it was writing a checkpoint."""
     chosen = pids if number == signal.SIGTERM else [rng.choice(pids)]
     alive = [pid for pid in chosen if Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"]
     writing = (out / "last.pt.tmp").exists() or (out / "best.pt.tmp").exists()
@@ -222,40 +235,43 @@ def strike(pids: list, out: Path, world: int, number: int, rng: random.Random, t
 def kills(args: argparse.Namespace) -> None:
     """The table of kills."""
     print(f"{'campaign':<34}{'hits':>6}{'in a write':>12}{'runs':>6}{'equal':>7}{'lost':>6}", flush=True)
-    every = ["--save_minutes", "0"]
+    every, never = ["--save_minutes", "0"], ["--save_minutes", "60", "--workers", "1"]
+    fsdp, sharded = ["--parallel", "fsdp"], ["--parallel", "fsdp", "--sharded_checkpoint"]
     cases = [("kill -9, one process", every, 1, args.kills * 6 // 10, signal.SIGKILL),
              ("kill -9, one rank of two, DDP", every, 2, args.kills * 3 // 10, signal.SIGKILL),
-             ("kill -9, one rank of two, FSDP", every + ["--parallel", "fsdp"], 2, args.kills // 10, signal.SIGKILL),
-             ("kill -9, one rank of two, shards", every + ["--parallel", "fsdp", "--sharded_checkpoint"], 2, args.kills // 10,
-              signal.SIGKILL),
-             ("SIGTERM, one process", ["--save_minutes", "60", "--workers", "1"], 1, args.terms * 3 // 4, signal.SIGTERM),
-             ("SIGTERM, two ranks, DDP", ["--save_minutes", "60", "--workers", "1"], 2, args.terms // 4, signal.SIGTERM)]
+             ("kill -9, one rank of two, FSDP", every + fsdp, 2, args.kills // 10, signal.SIGKILL),
+             ("kill -9, one rank of two, shards", every + sharded, 2, args.kills // 10, signal.SIGKILL),
+             ("SIGTERM, one process", never, 1, args.terms * 3 // 4, signal.SIGTERM),
+             ("SIGTERM, two ranks, DDP", never, 2, args.terms // 4, signal.SIGTERM)]
     for i, (title, flags, world, hits, number) in enumerate(cases):
         if hits == 0:
             continue
+        flags = TINY + (SHORT if args.short else []) + flags
         with tempfile.TemporaryDirectory() as folder:
-            result = campaign(Path(folder), TINY + (SHORT if args.short else []) + flags, world, hits, number, random.Random(args.seed + i))
-        print(f"{title:<34}" + "".join(f"{result.get(k, 0):>{w}}" for k, w in (
-            ("kills", 6), ("writing", 12), ("runs", 6), ("equal", 7), ("lost", 6))), flush=True)
+            result = campaign(Path(folder), flags, world, hits, number, random.Random(args.seed + i))
+        columns = ("kills", 6), ("writing", 12), ("runs", 6), ("equal", 7), ("lost", 6)
+        print(f"{title:<34}" + "".join(f"{result.get(k, 0):>{width}}" for k, width in columns), flush=True)
         assert result["equal"] == result["runs"] and not result.get("lost"), result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the same numbers
 
 
 LAYOUTS = (("one process", 1, []), ("one process, micro-batches of 1", 1, ["--micro_batch_size", "1"]),
            ("DDP x2", 2, []), ("DDP x2, micro-batches of 1", 2, ["--micro_batch_size", "1"]),
-           ("FSDP x2, ZeRO-3", 2, ["--parallel", "fsdp"]), ("FSDP x2, ZeRO-2", 2, ["--parallel", "fsdp", "--zero", "2"]),
+           ("FSDP x2, ZeRO-3", 2, ["--parallel", "fsdp"]),
+           ("FSDP x2, ZeRO-2", 2, ["--parallel", "fsdp", "--zero", "2"]),
            ("FSDP x2, micro-batches of 1", 2, ["--parallel", "fsdp", "--micro_batch_size", "1"]),
            ("FSDP x2, checkpointing", 2, ["--parallel", "fsdp", "--checkpointing"]))
 
 
 def equal(args: argparse.Namespace) -> None:
     """The table of layouts, each beside one process with the whole batch in the same precision."""
-    flags = TINY + ["--epochs", "2", "--updates_per_epoch", str(args.updates // 2), "--batch_size", "8", "--log_every", "1",
-                    "--generate_samples", "0", "--lr", "2e-3"]
-    print(f"{'after ' + str(args.updates) + ' updates, dropout 0.1':<40}{'loss, largest':>15}{'weight, largest':>17}{'mean':>10}")
+    flags = TINY + ["--epochs", "2", "--updates_per_epoch", str(args.updates // 2), "--batch_size", "8",
+                    "--log_every", "1", "--generate_samples", "0", "--lr", "2e-3"]
+    title = f"after {args.updates} updates, dropout 0.1"
+    print(f"{title:<40}{'loss, largest':>15}{'weight, largest':>17}{'mean':>10}")
     layouts = [LAYOUTS[i] for i in (0, 3, 5, 6)] if args.short else LAYOUTS
     for dtype in ("float32",) if args.short else ("float32", "bfloat16"):
         with tempfile.TemporaryDirectory() as folder:
@@ -265,14 +281,16 @@ def equal(args: argparse.Namespace) -> None:
                 complete(flags + more + ["--dtype", dtype, "--out", str(out)], world, Path(folder, "log"))
                 first = first or out
                 a, b = ({k: v for k, v in state(o).items() if k.startswith("model/")} for o in (out, first))
-                losses = max(abs(x["ce"] - y["ce"]) for x, y in zip(curve(out), curve(first)) if x["kind"] == "step")
+                losses = largest_loss_difference(out, first)
                 mean = sum(float((a[k] - b[k]).abs().sum()) for k in a) / sum(x.numel() for x in a.values())
-                print(f"{dtype + ', ' + title:<40}{losses:>15.1e}{largest_difference(a, b):>17.1e}{mean:>10.1e}", flush=True)
-                assert losses < (1e-4 if dtype == "float32" else 0.1) and mean < (1e-5 if dtype == "float32" else 1e-3)
+                weights = largest_difference(a, b)
+                print(f"{dtype + ', ' + title:<40}{losses:>15.1e}{weights:>17.1e}{mean:>10.1e}", flush=True)
+                assert losses < (1e-4 if dtype == "float32" else 0.1)
+                assert mean < (1e-5 if dtype == "float32" else 1e-3)
 
 
 def worlds(args: argparse.Namespace) -> None:
-    """Runs stopped after their first epoch with one layout and gone on with in another, beside one process all the way."""
+    """Runs stopped after their first epoch in one layout go on in another, beside one process all the way."""
     layouts = dict(single=(1, []), ddp=(2, ["--parallel", "ddp"]), fsdp=(2, ["--parallel", "fsdp"]),
                    sharded=(2, ["--parallel", "fsdp", "--sharded_checkpoint"]))
     tiny, half = TINY + (SHORT if args.short else []), 4 if args.short else 10
@@ -280,18 +298,19 @@ def worlds(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log, reference = Path(folder, "log"), Path(folder, "reference")
         complete(tiny + ["--out", str(reference)], 1, log)
-        pairs = (("fsdp", "single"), ("single", "ddp"), ("sharded", "single"), ("single", "fsdp"), ("ddp", "fsdp"), ("sharded", "ddp"),
-                 ("single", "sharded"))
+        pairs = (("fsdp", "single"), ("single", "ddp"), ("sharded", "single"), ("single", "fsdp"),
+                 ("ddp", "fsdp"), ("sharded", "ddp"), ("single", "sharded"))
         for i, (before, after) in enumerate(pairs[:3] if args.short else pairs):
             out = Path(folder, str(i))
             world, more = layouts[before]
             stop_after(tiny + more + ["--save_minutes", "60", "--out", str(out)], world, log, out, half)
             world, more = layouts[after]
-            flags = [f for f in more if f != "--sharded_checkpoint"]           # so that the last checkpoint can be compared
+            flags = [f for f in more if f != "--sharded_checkpoint"]  # so that last.pt can be compared
             complete(tiny + flags + ["--out", str(out)], world, log)
-            losses = max(abs(x["ce"] - y["ce"]) for x, y in zip(curve(out), curve(reference)) if x["kind"] == "step")
+            losses = largest_loss_difference(out, reference)
             assert losses < 1e-4, losses
-            print(f"{before:<12}{after:<14}{losses:>15.1e}{largest_difference(state(out), state(reference), 'model/'):>17.1e}", flush=True)
+            weights = largest_difference(state(out), state(reference), "model/")
+            print(f"{before:<12}{after:<14}{losses:>15.1e}{weights:>17.1e}", flush=True)
 
 
 def stop_after(flags: list, world: int, log: Path, out: Path, step: int) -> None:
@@ -306,15 +325,16 @@ def stop_after(flags: list, world: int, log: Path, out: Path, step: int) -> None
     assert set(codes := wait(pids)) == {0}, f"exit codes {codes}: {log.read_text()[-2000:]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # torchrun, and a rank that stands still
 
 
 def starts(args: argparse.Namespace) -> None:
-    """Starts two ranks again and again on one store, as torchrun does; one of them is late, or dead before the others have met it."""
-    server, rng = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), random.Random(args.seed)
-    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
-    tally = Counter()
+    """Starts two ranks many times on one store, as torchrun does; one is late, or dies before they meet."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port), WORLD_SIZE="2",
+                  TORCHELASTIC_USE_AGENT_STORE="True")
+    rng, tally = random.Random(args.seed), Counter()
     for i in range(args.tries):
         late, dies = rng.randrange(2), i % 4 == 1
         pids = []
@@ -325,8 +345,9 @@ def starts(args: argparse.Namespace) -> None:
                 if dies and rank == late:
                     os._exit(9)
                 code = 1
-                try:                                                 # 0.6 s is the time-out that a dead rank is waited for
-                    code = 10 * int(distributed.join_process_group("cpu", 0.01 if dies else 0.1).sum(torch.ones(1)).item())
+                try:  # 0.6 s is the time-out that a dead rank is waited for
+                    ranks = distributed.join_process_group("cpu", 0.01 if dies else 0.1)
+                    code = 10 * int(ranks.sum(torch.ones(1)).item())
                 except RuntimeError as error:
                     code = 2 if "did not come" in str(error) else 1
                 finally:
@@ -336,21 +357,26 @@ def starts(args: argparse.Namespace) -> None:
         codes = wait(pids)
         assert codes == expected, f"start {i + 1}: exit codes {codes}, not {expected}"
         tally["dead" if dies else f"rank {late}"] += 1
-    print(f"{args.tries} of {args.tries} starts on one store: {tally['rank 0']} with rank 0 late, {tally['rank 1']} with rank 1; "
-          f"{tally['dead']} with a rank dead, which the other says within the time-out")
+    print(f"{args.tries} of {args.tries} starts on one store: {tally['rank 0']} with rank 0 late, "
+          f"{tally['rank 1']} with rank 1; {tally['dead']} with a rank dead, "
+          "which the other says within the time-out")
 
 
 def torchrun(out: Path, logs: Path) -> tuple[subprocess.Popen, dict]:
-    """Starts a job of two ranks that may restart three times -> (torchrun, {rank: process id}). Each start has a folder in `logs`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=3", "--redirects=3",
-               f"--log-dir={logs}", "train.py", *TINY, "--save_minutes", "0", "--out", str(out)]
+    """Starts a job of two ranks that may restart three times -> (torchrun, {rank: process id}).
+
+    Each start has a folder in `logs`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               "--max-restarts=3", "--redirects=3", f"--log-dir={logs}",
+               "train.py", *TINY, "--save_minutes", "0", "--out", str(out)]
     logs.mkdir()
     with open(logs / "torchrun.log", "w") as printed:
         job = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=printed, stderr=printed)
     found = {}
     while len(found) < 2:
         assert job.poll() is None, everything(logs)
-        for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split():
+        children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout
+        for pid in children.split():
             environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
             found |= {rank: int(pid) for rank in (0, 1) if f"RANK={rank}" in environment}
     return job, found
@@ -358,18 +384,21 @@ def torchrun(out: Path, logs: Path) -> tuple[subprocess.Popen, dict]:
 
 def everything(logs: Path) -> str:
     """The end of what torchrun and each rank of each start printed."""
-    return "\n".join(f"--- {p.relative_to(logs)}\n{p.read_text()[-2000:]}" for p in sorted(logs.rglob("*.log")))
+    files = sorted(logs.rglob("*.log"))
+    return "\n".join(f"--- {path.relative_to(logs)}\n{path.read_text()[-2000:]}" for path in files)
 
 
 def restarts(args: argparse.Namespace) -> None:
-    """Kills a random rank of torchrun jobs at random moments, the start included; each job must restart by itself and end as if
-    nothing had been. What was printed is kept where one does not."""
+    """Kills a random rank of torchrun jobs at random moments, the start included.
+
+    Each job must restart by itself and end as if nothing had been. What one that does not printed is kept."""
     rng, tally, folder = random.Random(args.seed), Counter(), Path(tempfile.mkdtemp())
     job, _ = torchrun(folder / "reference", folder / "logs")
     began = time.monotonic()
     assert job.wait(300) == 0, everything(folder / "logs")
     length = time.monotonic() - began
-    print(f"{'tries':>5}{'rank 0 killed':>15}{'rank 1 killed':>15}{'restarts':>10}{'equal':>7}{'seconds a try':>15}")
+    columns = dict(tries=5, rank_0_killed=15, rank_1_killed=15, restarts=10, equal=7, seconds_a_try=15)
+    print("".join(f"{name.replace('_', ' '):>{width}}" for name, width in columns.items()))
     while tally["equal"] < args.tries:
         out, logs = folder / f"run{tally['jobs']}", folder / f"logs{tally['jobs']}"
         tally["jobs"] += 1
@@ -381,10 +410,11 @@ def restarts(args: argparse.Namespace) -> None:
         assert (code := job.wait(600)) == 0, f"exit code {code}, see {folder}\n{everything(logs)}"
         assert_same_run(out, folder / "reference", log_too=False)
         starts = len(list(logs.glob("*/attempt_*")))
-        if starts > 1:                                               # else the rank had ended before it was killed: no try
-            tally.update({f"rank {rank}": 1, "restarts": starts - 1, "equal": 1, "seconds": time.monotonic() - began})
-            print(f"{tally['equal']:>5}{tally['rank 0']:>15}{tally['rank 1']:>15}{tally['restarts']:>10}{tally['equal']:>7}"
-                  f"{tally['seconds'] / tally['equal']:>15.1f}", flush=True)
+        if starts > 1:  # else the rank had ended before it was killed: no try
+            seconds = time.monotonic() - began
+            tally.update({f"rank {rank}": 1, "restarts": starts - 1, "equal": 1, "seconds": seconds})
+            print(f"{tally['equal']:>5}{tally['rank 0']:>15}{tally['rank 1']:>15}{tally['restarts']:>10}"
+                  f"{tally['equal']:>7}{tally['seconds'] / tally['equal']:>15.1f}", flush=True)
     shutil.rmtree(folder)
 
 
@@ -413,12 +443,13 @@ def poison_weight(rank: int) -> None:
 
 
 def nan(args: argparse.Namespace) -> None:
-    """Not-finite numbers of one rank of two: both ranks skip the same update, or stop, and say where it began."""
-    short = TINY + ["--epochs", "1", "--updates_per_epoch", "4"]
-    for title, flags, poison, code, says in (
-            ("loss, DDP", [], poison_loss, 0, "step 3: gradients not finite; first in loss of codebook 2 (rank 1)"),
-            ("loss, FSDP", ["--parallel", "fsdp"], poison_loss, 0, "step 3: gradients not finite; first in loss of codebook 2 (rank 1)"),
-            ("weight, FSDP", ["--parallel", "fsdp"], poison_weight, 1, "step 1: weights not finite; first in linears.1.weight (rank 1)")):
+    """Numbers not finite on one rank of two: both skip the same update, or stop, and say where it began."""
+    short, fsdp = TINY + ["--epochs", "1", "--updates_per_epoch", "4"], ["--parallel", "fsdp"]
+    of_loss = "step 3: gradients not finite; first in loss of codebook 2 (rank 1)"
+    of_weight = "step 1: weights not finite; first in linears.1.weight (rank 1)"
+    for title, flags, poison, code, says in (("loss, DDP", [], poison_loss, 0, of_loss),
+                                             ("loss, FSDP", fsdp, poison_loss, 0, of_loss),
+                                             ("weight, FSDP", fsdp, poison_weight, 1, of_weight)):
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder, "log")
             codes = wait(launch(short + flags + ["--out", str(Path(folder, "run"))], 2, log, poison))
@@ -442,15 +473,16 @@ def hang(args: argparse.Namespace) -> None:
         wait(pids[1:])
         line = next(line for line in log.read_text().splitlines() if "lost the other ranks" in line)
         assert code == 1 and seconds < 30, (code, seconds)
-        print(f"a rank that stands still: exit code {code} after {seconds:.1f} s of a time-out of 6 s\n  {line[:150]}")
+        print(f"a rank that stands still: exit code {code} after {seconds:.1f} s of a time-out of 6 s")
+        print(f"  {line[:150]}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a full disk
 
 
 def disk(args: argparse.Namespace) -> None:
-    """A run in a tmpfs too small for its second checkpoint; then the room is made and the same command goes on."""
+    """A run in a tmpfs too small for its second checkpoint; with room made, the same command goes on."""
     folder = Path(tempfile.mkdtemp())
     full = folder / "small"
     full.mkdir()
@@ -460,14 +492,16 @@ def disk(args: argparse.Namespace) -> None:
     try:
         code = wait(launch(TINY + ["--out", str(full / "run")], 1, folder / "full.log"))[0]
         print((folder / "full.log").read_text())
-        print(f"full disk: exit code {code}; kept: {sorted(p.name for p in (full / 'run').iterdir())}, step {saved_step(full / 'run')}")
+        kept = sorted(path.name for path in (full / "run").iterdir())
+        print(f"full disk: exit code {code}; kept: {kept}, step {saved_step(full / 'run')}")
         subprocess.run(["mount", "-o", f"remount,size={10 * size}", full], check=True)
         complete(TINY + ["--out", str(full / "run")], 1, folder / "log")
         assert_same_run(full / "run", folder / "reference", log_too=False)
         print("room made, same command: the weights of the run that was left alone")
         subprocess.run(["mount", "-o", "remount,ro", full], check=True)
         for out in ("run", "new"):
-            code = wait(launch(TINY + ["--epochs", "3", "--out", str(full / out)], 1, folder / f"{out}.log"))[0]
+            flags = TINY + ["--epochs", "3", "--out", str(full / out)]
+            code = wait(launch(flags, 1, folder / f"{out}.log"))[0]
             assert code == 2, code
             print(f"read-only: exit code {code}: {(folder / f'{out}.log').read_text().splitlines()[-1]}")
     finally:
@@ -476,17 +510,19 @@ def disk(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kills trainings and compares what they end with.")
-    whats = dict(kills=kills, equal=equal, worlds=worlds, starts=starts, restarts=restarts, nan=nan, hang=hang, disk=disk)
-    parser.add_argument("what", choices=whats)
+    campaigns = dict(kills=kills, equal=equal, worlds=worlds, starts=starts, restarts=restarts, nan=nan,
+                     hang=hang, disk=disk)
+    parser.add_argument("what", choices=campaigns)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)
     parser.add_argument("--tries", type=int, default=1)
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--short", action="store_true", help="equal, worlds: the cases that differ most; kills, worlds: fewer steps")
+    parser.add_argument("--short", action="store_true",
+                        help="equal, worlds: the cases that differ most; kills, worlds: fewer steps")
     args = parser.parse_args()
     remember_captions()
-    whats[args.what](args)
+    campaigns[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fault campaign in short: kills, signals, restarts, other numbers of ranks, equal numbers. tests/faults.py has all of it."""
+"""The fault campaign in short: kills, signals, restarts, numbers of ranks. tests/faults.py has all of it."""
 
 import subprocess
 import sys
@@ -20,5 +20,6 @@ FAULTS = Path(__file__).parent / "faults.py"
 ])
 def test_campaign(command, says):
     """Each asserts by itself and prints its table."""
-    done = subprocess.run([sys.executable, str(FAULTS), *command.split()], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(FAULTS), *command.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and says in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
