@@ -251,8 +251,8 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank: int = 0, world_size: int = 1,
-            workers: int = 0) -> Iterator[list[Example]]:
+def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank: int = 0,
+            world_size: int = 1, workers: int = 0) -> Iterator[list[Example]]:
     """This rank's examples of updates start..stop-1 of an epoch. None depends on ranks, workers or the start.
 
     Errors: ValueError, also where too many files in a row cannot be read."""
@@ -309,7 +309,8 @@ def main(argv: list | None = None) -> int:
         feature.add_flags(cache)
     args = parser.parse_args(argv)
     if args.command == "check" and args.dataset == "toy":
-        print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {toy.draw_clip(0, 0, 0)[1]!r}")
+        caption = toy.draw_clip(0, 0, 0)[1]
+        print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {caption!r}")
     elif args.command == "check":
         found = scan_dataset(args.dataset, headers=True)
         print_report(args.dataset, found, *split_entries(found.entries, args.valid))

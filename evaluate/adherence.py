@@ -130,14 +130,14 @@ def measure_conditions(music, n: int, seed: int, *, batch: int = 64, ranks=None)
     drawn = [toy.draw_clip(seed, 0, FIRST_CLIP + i, "valid") for i in range(n)]
     clips = [clip for clip, _ in drawn]
     real = torch.cat([render_clips(clips[i:i + batch], codec) for i in range(0, n, batch)])       # [n, C, N]
-    tunes = [chroma.chroma(wav, rate) for wav in real]
+    tunes = [chroma.chromagram(wav, rate) for wav in real]
 
     def judge(wav: Tensor, i: int) -> list:
         """What clips [b,C,N] that should be clips i.. have of them."""
         mono = torchaudio.functional.resample(wav.float().mean(1), rate, toy.SAMPLE_RATE)         # [b, N]
         judged = []
         for j, heard in enumerate(analyser.hear(wav, rate)):
-            tune = chroma.chroma(wav[j], rate)
+            tune = chroma.chromagram(wav[j], rate)
             judged.append(dict(heard=heard, tune=analyser.tune_accuracy(mono[j], clips[i + j]),
                                chroma=chroma.similarity(tune, tunes[i + j]),
                                shuffled=chroma.similarity(tune, tunes[(i + j + 1) % n])))

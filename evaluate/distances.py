@@ -151,7 +151,7 @@ class ClipSet:
         if self.hear is not None:
             self.heard += self.hear(wav[None], sample_rate)
         if self.tunes is not None:
-            self.tunes.append(chroma.chroma(wav, sample_rate))
+            self.tunes.append(chroma.chromagram(wav, sample_rate))
         self.clips += 1
 
     def moments(self, embedding) -> Moments:

@@ -57,7 +57,7 @@ def filterbank(sample_rate: int, n_fft: int) -> Tensor:
     return weights.roll(-3, 0)[:, :n_fft // 2 + 1].float()  # from C, not from A
 
 
-def chroma(wav: Tensor, sample_rate: int) -> Tensor:
+def chromagram(wav: Tensor, sample_rate: int) -> Tensor:
     """wav [N] or [C,N] (mixed to mono) -> chroma [F, 12] float32: a frame's maximum is 1, that of silence 0.
 
     Frame f is centered on sample f * hop; beyond the ends the waveform is mirrored."""
@@ -99,7 +99,7 @@ def part_of_file(wav: Tensor, first_sample: int, start: int, stop: int | None, s
     first = (first_sample + skipped) // hop  # frame 0 of the piece within the file
     if skipped >= wav.shape[-1]:
         return torch.zeros(0, 12)
-    frames = chroma(wav[:, skipped:], sample_rate)[:1 + (wav.shape[-1] - skipped) // hop]
+    frames = chromagram(wav[:, skipped:], sample_rate)[:1 + (wav.shape[-1] - skipped) // hop]
     end = None if stop is None else math.ceil(stop / hop) - first
     return frames[math.ceil(start / hop) - first:end]
 
@@ -142,7 +142,7 @@ def without_rhythm(wav: Tensor, sample_rate: int) -> Tensor:
 
 def melody_chroma(wav: Tensor, sample_rate: int, stems: bool = False) -> Tensor:
     """wav [C,N] -> chroma [F, 12]; stems: without its drums and bass. Errors: ValueError without demucs."""
-    return chroma(without_rhythm(wav, sample_rate) if stems else wav, sample_rate)
+    return chromagram(without_rhythm(wav, sample_rate) if stems else wav, sample_rate)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def draw_chroma(x: Tensor, columns: int = 96) -> str:
 
 def print_chroma(path: str) -> None:
     """Prints the chroma of an audio file. Errors: ValueError naming the file."""
-    print(draw_chroma(chroma(audio.read_audio(path), audio.audio_info(path).sample_rate)))
+    print(draw_chroma(chromagram(audio.read_audio(path), audio.audio_info(path).sample_rate)))
 
 
 @command("chroma.py")

@@ -52,22 +52,22 @@ def style(seed: int, length: int = 6) -> torch.Tensor:
 def test_chroma_of_a_tone_is_its_class_and_of_silence_nothing(rate):
     assert 4 * chroma.hop_length(rate) / rate == pytest.approx(0.512, abs=1e-4) and chroma.count_frames(30 * rate, rate) == 235
     for midi in (48, 60, 69, 82):
-        found = chroma.chroma(tone(midi, rate), rate)
+        found = chroma.chromagram(tone(midi, rate), rate)
         assert found.shape == (chroma.count_frames(2 * rate, rate), 12) and found.amax(1).eq(1).all()
         assert (found.argmax(1) == midi % 12).all()
-    assert chroma.chroma(torch.zeros(2, 2 * rate), rate).abs().max() == 0
-    assert chroma.chroma(1e-6 * tone(60, rate), rate).abs().max() == 0                         # 120 dB below full scale
+    assert chroma.chromagram(torch.zeros(2, 2 * rate), rate).abs().max() == 0
+    assert chroma.chromagram(1e-6 * tone(60, rate), rate).abs().max() == 0                         # 120 dB below full scale
 
 
 def test_silent_frames_are_no_class():
     """Half silence, half a tone: an argmax alone would hear a C in the silence."""
-    found = chroma.strongest(chroma.chroma(torch.cat([torch.zeros(2 * RATE), tone(62)]), RATE))
+    found = chroma.strongest(chroma.chromagram(torch.cat([torch.zeros(2 * RATE), tone(62)]), RATE))
     assert found[:12].abs().max() == 0 and torch.equal(found[-12:], F12[[2] * 12])
 
 
 def test_short_audio_is_padded_to_a_window():
     for samples in (1, 500, 4 * 4096 - 1, 4 * 4096):
-        assert chroma.chroma(tone(60)[:samples], RATE).shape == (chroma.count_frames(samples, RATE), 12) == (5, 12)
+        assert chroma.chromagram(tone(60)[:samples], RATE).shape == (chroma.count_frames(samples, RATE), 12) == (5, 12)
 
 
 def test_chroma_against_librosa():
@@ -79,14 +79,14 @@ def test_chroma_against_librosa():
     wav = np.random.default_rng(0).normal(size=3 * RATE).astype(np.float32) / 5
     power = np.abs(librosa.stft(wav, n_fft=16384, hop_length=4096, pad_mode="reflect")) ** 2
     theirs = librosa.util.normalize(librosa.filters.chroma(sr=RATE, n_fft=16384, tuning=0) @ power, norm=np.inf, axis=0)
-    assert np.abs(chroma.chroma(torch.from_numpy(wav), RATE).numpy().T - theirs).max() < 1e-4
+    assert np.abs(chroma.chromagram(torch.from_numpy(wav), RATE).numpy().T - theirs).max() < 1e-4
 
 
 @pytest.mark.parametrize("pieces", ([0, 10, 20, 33], [0, 16, 33]))
 def test_chroma_in_pieces_is_that_of_the_whole_file(pieces):
     """With two seconds on both sides, as the token cache reads them."""
     wav = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 33 * 16_000)).astype(np.float32))
-    whole, found = chroma.chroma(wav, 16_000), []
+    whole, found = chroma.chromagram(wav, 16_000), []
     for start, stop in zip(pieces, pieces[1:]):
         left, last = min(start, 2), stop == pieces[-1]
         piece = wav[:, (start - left) * 16_000:(stop + 2) * 16_000]
