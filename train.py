@@ -31,7 +31,6 @@ from tqdm import tqdm
 from support import checkpoint, common
 import conditioning
 import data
-import generate
 from evaluate import board, page
 from interop import load
 from support import distributed

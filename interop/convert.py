@@ -26,8 +26,8 @@ from model import ModelConfig
 from support import chroma, common
 
 TARGETS = ("hf", "audiocraft", "nano")
-MASKS_PADDING = {"hf": True, "audiocraft": False}        # whether padded text is hidden from the model there
-PADDING_NOTES = {                                        # what differs where a model of ours does not
+MASKS_PADDING = {"hf": True, "audiocraft": False}        # whether padded text is hidden from a model there
+PADDING_NOTES = {                                        # for a model of ours that does otherwise
     "hf": "note: this model attends to padded text, transformers hides it: a batch of texts of several "
           "lengths gives other numbers",
     "audiocraft": "note: this model hides padded text, audiocraft attends to it: a batch of texts of several "

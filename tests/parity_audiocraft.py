@@ -3,12 +3,14 @@
 Not run by pytest: its release asks for old packages.
 
     python -m venv aside && aside/bin/pip install -r requirements.txt transformers==4.57.1 wheel
-    aside/bin/pip install --no-deps --no-build-isolation audiocraft==1.3.0 omegaconf antlr4-python3-runtime==4.9.3 julius
+    aside/bin/pip install --no-deps --no-build-isolation audiocraft==1.3.0 omegaconf julius \\
+        antlr4-python3-runtime==4.9.3
     aside/bin/python tests/parity_audiocraft.py
 
 What audiocraft imports and does not need for this (xformers, spacy, av ..) is replaced by empty modules: see
 tools/peers.py. Two it would need for a melody are replaced too: demucs, so that the whole audio is heard, and
-librosa's filterbank by transformers', which has the same numbers. """
+librosa's filterbank by transformers', which has the same numbers.
+"""
 
 import itertools
 import sys
@@ -19,7 +21,7 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tools import peers                                                         # after the path
+from tools import peers  # after the path
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     import transformers
     from audiocraft.models.builders import get_wrapped_compression_model
 
-    import published as made
+    import foreign as made
     from interop import convert, load, t5
     from generate import MusicGenerator
     conditioners.T5Conditioner.MODELS.append("t5-tiny")
@@ -40,8 +42,12 @@ def main() -> None:
     t5.PUBLISHED_T5[24, 2, 3, 8, 40, 80] = "t5-tiny"
     demucs.pretrained.get_model().to().sources = ["drums", "bass", "other", "vocals"]
     conditioners.ChromaStemConditioner._get_stemmed_wav = lambda self, wav, sample_rate: wav
-    audiocraft.modules.chroma.filters.chroma = lambda sr, n_fft, tuning, n_chroma: transformers.audio_utils.chroma_filter_bank(
-        n_fft, n_chroma, sr, tuning=tuning).astype("float32")
+
+    def filterbank(sr, n_fft, tuning, n_chroma):
+        bank = transformers.audio_utils.chroma_filter_bank(n_fft, n_chroma, sr, tuning=tuning)
+        return bank.astype("float32")
+
+    audiocraft.modules.chroma.filters.chroma = filterbank
     for channels, melody in itertools.product((1, 2), (False, True)):
         folder = Path(tempfile.mkdtemp())
         package, t5_folder = made.package_of(made.published(channels, melody=melody), folder / "package")
@@ -53,12 +59,12 @@ def main() -> None:
         convert.write_model(data, "nano", folder / "nano")
         convert.write_model(data, "audiocraft", folder / "ours")
         theirs = loaders.load_lm_model(str(folder / "ours"), device="cpu")
-        their_codec = get_wrapped_compression_model(loaders.load_compression_model(str(folder / "ours"),
-                                                                                   device="cpu"), theirs.cfg)
+        their_codec = loaders.load_compression_model(str(folder / "ours"), device="cpu")
+        their_codec = get_wrapped_compression_model(their_codec, theirs.cfg)
         if melody:  # as their MusicGen sets it for every model of this kind
             theirs.condition_provider.conditioners["self_wav"]._use_masking = False
-        compare(MusicGenerator.load(folder / "nano"), theirs, their_codec, made.WORDS,
-                made.tune if melody else None)
+        tune = made.tune if melody else None
+        compare(MusicGenerator.load(folder / "nano"), theirs, their_codec, made.WORDS, tune)
 
 
 def asked(texts: list, wavs: list, rate: int) -> list:
@@ -68,18 +74,19 @@ def asked(texts: list, wavs: list, rate: int) -> list:
     def condition(wav):
         mono = torch.zeros(1, 1, 1) if wav is None else wav.mean(0)[None, None]
         return WavCondition(mono, torch.tensor([0 if wav is None else wav.shape[1]]), [rate], [None])
-    return [ConditioningAttributes(text={"description": text}, wav={"self_wav": condition(wav)}) for text,
-            wav in zip(texts, wavs)]
+    return [ConditioningAttributes(text={"description": text}, wav={"self_wav": condition(wav)})
+            for text, wav in zip(texts, wavs)]
 
 
 @torch.no_grad()
 def compare(ours, theirs, their_codec, words: list, tune) -> None:
-    """Prints and asserts: logits, delayed sequences, greedy codes with guidance, codes and audio of the
-    codec. ours: a MusicGenerator; tune(seconds, seed): audio to follow, or None."""
+    """Prints and asserts: logits, sequences, greedy codes with guidance, codes and audio of the codec.
+
+    ours: a MusicGenerator; tune(seconds, seed): audio to follow, or None."""
     from generate import Sampling, at_window, generate_codes
     model, codec, texts = ours.model, ours.codec, words + [None]
-    codes = torch.randint(0, model.config.card, (5, model.config.K, 60),
-                          generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, model.config.card, (5, model.config.K, 60), generator=generator)
     wavs = [tune and tune(2.5, seed).expand(codec.channels, -1) for seed in range(4)]
     rows = (texts, [None] + wavs) if tune else (texts, [None] * 5)   # a text alone, a melody alone, both
     wanted = theirs.compute_predictions(codes, asked(*rows, codec.sample_rate))
@@ -87,22 +94,21 @@ def compare(ours, theirs, their_codec, words: list, tune) -> None:
     found, mask = model.predict(codes, model.conditioner(model.conditioner.prepare(attributes)))
     assert torch.equal(wanted.mask[0], mask)
     logits = float((wanted.logits - found)[wanted.mask].abs().max())
-    sequence = theirs.pattern_provider.get_pattern(60).build_pattern_sequence(codes,
-                                                                              theirs.special_token_id)[0]
-    same_sequence = torch.equal(sequence,
-                                model.config.layout(60).build(codes, model.special, valid_only=False))
+    their_pattern, our_pattern = theirs.pattern_provider.get_pattern(60), model.config.layout(60)
+    sequence = their_pattern.build_pattern_sequence(codes, theirs.special_token_id)[0]
+    same_sequence = torch.equal(sequence, our_pattern.build(codes, model.special, valid_only=False))
     greedy = theirs.generate(None, asked(words, wavs, codec.sample_rate), max_gen_len=100, use_sampling=False,
                              cfg_coef=3.0)
-    same_greedy = torch.equal(greedy, generate_codes(model, at_window(model, ours.attributes(words, wavs), 0),
-                                                     100, Sampling(cfg=3, temperature=0)))
+    attributes = at_window(model, ours.attributes(words, wavs), 0)
+    same_greedy = torch.equal(greedy, generate_codes(model, attributes, 100, Sampling(cfg=3, temperature=0)))
     wav = torch.randn(3, codec.channels, 5000, generator=torch.Generator().manual_seed(0)) * 0.3
     encoded = their_codec.encode(wav)[0]
     audio = float((their_codec.decode(encoded) - codec.decode(encoded)).abs().max())
+    same_codes = torch.equal(encoded, codec.encode(wav))
     print(f"channels {codec.channels}, {' and '.join(model.conditioner.names)}: logits {logits:.1e}, "
-          f"sequences equal {same_sequence}, greedy codes equal {same_greedy}, codec's codes equal "
-          f"{torch.equal(encoded, codec.encode(wav))}, audio {audio:.1e}")
-    assert logits < 1e-4 and audio < 1e-4 and same_sequence and same_greedy and torch.equal(encoded,
-                                                                                            codec.encode(wav))
+          f"sequences equal {same_sequence}, greedy codes equal {same_greedy}, "
+          f"codec's codes equal {same_codes}, audio {audio:.1e}")
+    assert logits < 1e-4 and audio < 1e-4 and same_sequence and same_greedy and same_codes
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from interop import convert, load
 from interop.package import read_package
 from interop.t5 import PUBLISHED_T5
 from interop.tensors import PACKAGE_FILES
-from published import CODEC_CFG, XP_CFG, needs_transformers, package_of, published, save, write
+from foreign import CODEC_CFG, XP_CFG, needs_transformers, package_of, published, save, write
 
 STYLE_CFG = """\
   self_wav:
@@ -66,8 +66,9 @@ def test_yaml_needs_a_package_that_the_error_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize("melody", [False, True], ids=["text", "melody"])
 @pytest.mark.parametrize("channels", [1, 2], ids=["mono", "stereo"])
 def test_package_in_and_out(channels, melody, tmp_path, capsys, monkeypatch):
-    """The same tensors as from the Hugging Face folder, in and out again; padded text is attended to, as
-    audiocraft has it."""
+    """The same tensors as from the Hugging Face folder, in and out again.
+
+    Padded text is attended to, as audiocraft has it."""
     theirs = published(channels, melody=melody)
     folder, (package, t5) = save(theirs, tmp_path / "hf"), package_of(theirs, tmp_path / "package")
     wanted, found = load.read_published(folder), load.read_published(package, t5)
@@ -80,9 +81,8 @@ def test_package_in_and_out(channels, melody, tmp_path, capsys, monkeypatch):
     assert generate.main(["--model", str(package), "--prompt", "x"]) == 2
     assert "--t5 T5_FOLDER --to nano" in capsys.readouterr().err
     write(package, "nano", tmp_path / "nano", capsys, "--t5", str(t5))
-    command = ["--model", str(tmp_path / "nano"), "--prompt", "slow organ", "--seconds", "0.2", "--out",
-               str(tmp_path / "g")]
-    assert generate.main(command) == 0
+    command = ["--model", str(tmp_path / "nano"), "--prompt", "slow organ", "--seconds", "0.2"]
+    assert generate.main([*command, "--out", str(tmp_path / "g")]) == 0
     capsys.readouterr()
     assert convert.main([str(tmp_path / "nano"), "--to", "audiocraft", "--out", str(tmp_path / "no")]) == 2
     assert "fetches by name" in capsys.readouterr().err
@@ -95,12 +95,11 @@ def test_package_in_and_out(channels, melody, tmp_path, capsys, monkeypatch):
         assert before.shapes == after.shapes
         if name == "state_dict.bin":
             assert all(torch.equal(before[n], after[n]) for n in before.shapes)
-    # the weight norms are written anew
     a, b = (tokenizer.load_codec(str(f)) for f in (package, tmp_path / "out"))
     wav = torch.randn(1, 1, 4000) * 0.3
-    assert torch.equal(a.encode(wav),
-                       b.encode(wav)) and (a.decode(a.encode(wav)) - b.decode(a.encode(wav))).abs().max(
-                           ) < 1e-5
+    codes = a.encode(wav)
+    assert torch.equal(codes, b.encode(wav))
+    assert (a.decode(codes) - b.decode(codes)).abs().max() < 1e-5    # its weight norms are written anew
 
 
 @needs_transformers

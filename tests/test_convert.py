@@ -1,6 +1,6 @@
-"""Published models generate, are tuned and go out again; runs of ours go out, or are refused with every
-reason."""
+"""Published models generate, are tuned and go out again; runs of ours go out, or are refused with reasons."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,13 @@ import train
 from generate import MusicGenerator, Sampling, generate_codes
 from interop import convert, load
 from interop.tensors import open_hf_folder
-from published import TINY, greedy, needs_transformers, pair, published, save, transformers, tune, tuned, write
-from support import audio
+from foreign import TINY, greedy, needs_transformers, pair, published, save, transformers, tune, tuned, write
+from support import audio, common
 
 
 def test_a_published_name_says_how_to_get_it(monkeypatch):
     """Without huggingface_hub, one line with the command."""
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="hf download facebook/musicgen-small --local-dir musicgen-small"):
         load.locate("facebook/musicgen-small")
 
@@ -26,15 +26,15 @@ def test_a_published_name_says_how_to_get_it(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 # commands
 
+
 @needs_transformers
 def test_generate_and_round_trip_from_a_folder(pair, tmp_path, capsys):
     _, ours, folder = pair
-    assert generate.main(["--model", str(folder), "--prompt", "slow organ", "--seconds", "0.4", "--out",
-                          str(tmp_path / "g")]) == 0
-    wav = audio.read_audio(tmp_path / "g" / "000.wav")
-    assert wav.shape == (ours.codec.channels, 6400)
-    assert tokenizer.main([str(tmp_path / "g" / "000.wav"), str(tmp_path / "back.wav"), "--codec",
-                           str(folder)]) == 0
+    command = ["--model", str(folder), "--prompt", "slow organ", "--seconds", "0.4"]
+    assert generate.main([*command, "--out", str(tmp_path / "g")]) == 0
+    made = tmp_path / "g" / "000.wav"
+    assert audio.read_audio(made).shape == (ours.codec.channels, 6400)
+    assert tokenizer.main([str(made), str(tmp_path / "back.wav"), "--codec", str(folder)]) == 0
     assert "4 x 32 codes" in capsys.readouterr().out
 
 
@@ -45,18 +45,19 @@ def test_generate_from_a_melody_folder(tuned, tmp_path, capsys):
     audio.write_audio(tmp_path / "in.wav", tune(1.5, rate=22_050), 22_050)
     audio.write_audio(tmp_path / "short.wav", tune(0.4), 16_000)
     command = ["--model", str(folder), "--seconds", "0.4", "--out", str(tmp_path / "g"), "--melody"]
-    assert generate.main([*command, str(tmp_path / "in.wav"), "--prompt",
-                          "slow organ"]) == 0, capsys.readouterr().err
+    with_text = [*command, str(tmp_path / "in.wav"), "--prompt", "slow organ"]
+    assert generate.main(with_text) == 0, capsys.readouterr().err
     assert generate.main([*command, str(tmp_path / "in.wav")]) == 0
     assert audio.read_audio(tmp_path / "g" / "001.wav").shape == (ours.codec.channels, 6400)
-    assert generate.main([*command,
-                          str(tmp_path / "short.wav")]) == 2 and "at least 0.512 s" in capsys.readouterr().err
+    assert generate.main([*command, str(tmp_path / "short.wav")]) == 2
+    assert "at least 0.512 s" in capsys.readouterr().err
 
 
 @needs_transformers
 def test_fine_tuning_changes_what_is_trainable_alone(tmp_path, capsys):
-    """A run from a folder: T5 stays bit for bit and out of the optimiser; it is resumed, and another starts
-    from it."""
+    """A run from a folder: T5 stays bit for bit and out of the optimizer.
+
+    The run is resumed, and another starts from it."""
     folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
     before = load.read_published(folder)["model"]
     command = [*TINY, "--init_from", str(folder), "--out", str(out)]
@@ -79,8 +80,8 @@ def test_fine_tuning_changes_what_is_trainable_alone(tmp_path, capsys):
 def test_fine_tuning_t5_as_well(tmp_path, capsys):
     folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
     before = load.read_published(folder)["model"]
-    assert train.main([*TINY, "--init_from", str(folder), "--out", str(out),
-                       "--no-freeze_text_encoder"]) == 0, capsys.readouterr().err
+    command = [*TINY, "--init_from", str(folder), "--out", str(out), "--no-freeze_text_encoder"]
+    assert train.main(command) == 0, capsys.readouterr().err
     data = load.read_model(out)
     assert not data["conditioner_config"]["text_frozen"]
     assert not any(torch.equal(x, before[name]) for name, x in data["model"].items())
@@ -89,17 +90,17 @@ def test_fine_tuning_t5_as_well(tmp_path, capsys):
 @needs_transformers
 def test_stereo_fine_tuning_from_mono(tmp_path, capsys):
     folder, out = save(published(), tmp_path / "hf"), tmp_path / "run"
-    assert train.main([*TINY, "--init_from", str(folder), "--out", str(out), "--channels",
-                       "2"]) == 0, capsys.readouterr().err
+    command = [*TINY, "--init_from", str(folder), "--out", str(out), "--channels", "2"]
+    assert train.main(command) == 0, capsys.readouterr().err
     assert load.read_model(out)["model_config"]["K"] == 8
 
 
 # ----------------------------------------------------------------------------------------------------------
 # out
 
+
 def test_in_and_out_is_the_identity(pair, tmp_path, capsys):
-    """On every tensor of the folder: names, shapes and values; and the configuration that transformers reads
-    is the same."""
+    """On every tensor of the folder: names, shapes and values. transformers reads the same configuration."""
     theirs, _, folder = pair
     assert "note" not in check_identity(theirs, folder, tmp_path, capsys)
 
@@ -123,21 +124,20 @@ def check_identity(theirs, folder, tmp_path, capsys) -> str:
         free = {"_name_or_path", "dtype", "torch_dtype", "architectures", "dropout", "dropout_rate",
                 "decoder_start_token_id", "use_cache", "initializer_factor", "is_encoder_decoder",
                 "transformers_version"}
-        assert {k: v for k, v in ours.items() if k not in free} == {k: v for k,
-                                                                    v in wanted.items() if k not in free}
+        ours, wanted = ({k: v for k, v in c.items() if k not in free} for c in (ours, wanted))
+        assert ours == wanted
     write(folder, "nano", tmp_path / "nano", capsys)
     write(tmp_path / "nano", "hf", tmp_path / "again", capsys)
     again = open_hf_folder(tmp_path / "again")
-    assert again.shapes == before.shapes and all(torch.equal(before[name], again[name])
-                                                 for name in before.shapes)
+    assert again.shapes == before.shapes
+    assert all(torch.equal(before[name], again[name]) for name in before.shapes)
     return printed
 
 
 @needs_transformers
 @pytest.mark.parametrize("conditions", [["text"], ["text", "melody"]], ids=["text", "melody"])
 def test_in_one_step_and_out_changes_exactly_what_is_trainable(tmp_path, capsys, conditions):
-    """Every tensor of the folder but T5's and the codec's, which are the same bit for bit; and the run goes
-    on."""
+    """Every tensor but T5's and the codec's, which are the same bit for bit. The run goes on."""
     folder, run = save(published(melody="melody" in conditions), tmp_path / "hf"), tmp_path / "run"
     command = [*TINY, "--init_from", str(folder), "--conditions", *conditions, "--updates_per_epoch", "1",
                "--out", str(run)]
@@ -146,8 +146,8 @@ def test_in_one_step_and_out_changes_exactly_what_is_trainable(tmp_path, capsys,
     before, after = (open_hf_folder(f) for f in (folder, tmp_path / "out"))
     assert before.shapes == after.shapes
     changed = {name for name in before.shapes if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before.shapes
-                       if not name.startswith(("text_encoder.", "audio_encoder."))}
+    frozen = ("text_encoder.", "audio_encoder.")
+    assert changed == {name for name in before.shapes if not name.startswith(frozen)}
     assert {"enc_to_dec_proj.bias", "decoder.lm_heads.3.weight"} < changed
     assert ("audio_enc_to_dec_proj.weight" in changed) == ("melody" in conditions)
     assert train.main([*command, "--epochs", "2"]) == 0 and "going on from step 1" in capsys.readouterr().out
@@ -156,31 +156,30 @@ def test_in_one_step_and_out_changes_exactly_what_is_trainable(tmp_path, capsys,
 @needs_transformers
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_trained_run_generates_the_same_in_transformers(tmp_path, capsys, channels):
-    """A toy run with its own vocabulary and the toy codec, whose graph has no LSTM: text, tokens, codes and
-    audio."""
+    """Text, tokens, codes and audio of a run with its own vocabulary and the toy codec, which has no LSTM."""
     out = tmp_path / "run"
-    assert train.main([*TINY, "--size", "debug", "--fuse", "text=cross", "--out", str(out), "--channels",
-                       str(channels)]) == 0
+    command = [*TINY, "--size", "debug", "--fuse", "text=cross", "--channels", str(channels)]
+    assert train.main([*command, "--out", str(out)]) == 0
     write(out, "hf", tmp_path / "hf", capsys)
-    theirs, info = transformers.MusicgenForConditionalGeneration.from_pretrained(tmp_path / "hf",
-                                                                                 output_loading_info=True)
+    kind = transformers.MusicgenForConditionalGeneration
+    theirs, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     music, texts = MusicGenerator.load(out), ["a slow deep organ tune in D major with drums", "bells, fast"]
-    tokens = transformers.T5Tokenizer.from_pretrained(tmp_path / "hf")(texts, padding=True,
-                                                                       return_tensors="pt")
+    words = transformers.T5Tokenizer.from_pretrained(tmp_path / "hf")
+    tokens = words(texts, padding=True, return_tensors="pt")
     ids, mask = music.model.conditioner.parts["text"].prepare(texts)
     assert torch.equal(tokens.input_ids, ids) and torch.equal(tokens.attention_mask.bool(), mask)
     codes = generate_codes(music.model, [{"text": t} for t in texts], 60, Sampling(cfg=3, temperature=0))
     assert torch.equal(greedy(theirs.eval(), ids, mask, 60), codes)
     with torch.no_grad():
         mono = tokenizer.load_codec("toy")
-        audio = torch.randn(2, 1, 8000) * 0.2
-        assert torch.equal(theirs.audio_encoder.encode(audio).audio_codes[0], mono.encode(audio))
+        noise = torch.randn(2, 1, 8000) * 0.2
+        assert torch.equal(theirs.audio_encoder.encode(noise).audio_codes[0], mono.encode(noise))
         sound = theirs.audio_encoder.decode(codes[None, :, ::channels], [None])[0]
         assert (sound - mono.decode(codes[:, ::channels])).abs().max() < 1e-4
     settings = theirs.generation_config
-    # 1.6 s and the delays
-    assert settings.top_k == 50 and settings.guidance_scale == 1.0 and settings.max_length == 84
+    assert settings.top_k == 50 and settings.guidance_scale == 1.0
+    assert settings.max_length == 84      # 1.6 s and the delays
 
 
 def melody_run(out, *more) -> Path:
@@ -196,8 +195,8 @@ def test_a_trained_melody_run_generates_the_same_in_transformers(tmp_path, capsy
     """Their processor reads text and audio from the folder; its own settings of generation hear both."""
     out = melody_run(tmp_path / "run", "--no-mask_padding")
     write(out, "hf", tmp_path / "hf", capsys)
-    theirs, info = transformers.MusicgenMelodyForConditionalGeneration.from_pretrained(tmp_path / "hf",
-                                                                                       output_loading_info=True)
+    kind = transformers.MusicgenMelodyForConditionalGeneration
+    theirs, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     features = transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "hf")
     words = transformers.T5Tokenizer.from_pretrained(tmp_path / "hf")
@@ -207,11 +206,10 @@ def test_a_trained_melody_run_generates_the_same_in_transformers(tmp_path, capsy
         given = words(texts, padding=True, return_tensors="pt")
         heard = features([w[0].numpy() for w in wavs], sampling_rate=16_000, return_tensors="pt")
         wanted = greedy(theirs.eval(), given.input_ids, given.attention_mask, 60, **heard)
-        found = music.codes(music.attributes(texts, wavs), 60 / 50, sampling=Sampling(cfg=3, temperature=0))
-        assert torch.equal(found, wanted)
-        assert not torch.equal(found,
-                               music.codes(music.attributes(texts, wavs[::-1]), 60 / 50,
-                                           sampling=Sampling(cfg=3, temperature=0)))
+        sampling = Sampling(cfg=3, temperature=0)
+        assert torch.equal(wanted, music.codes(music.attributes(texts, wavs), 60 / 50, sampling=sampling))
+        swapped = music.codes(music.attributes(texts, wavs[::-1]), 60 / 50, sampling=sampling)
+        assert not torch.equal(wanted, swapped)
 
 
 def test_a_melody_run_that_cannot_be_written(tmp_path, capsys):
@@ -232,12 +230,30 @@ def test_what_cannot_be_written_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert convert.main([str(out), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
     error = capsys.readouterr().err
-    assert "text=cross+sum" in error and "parallel" in error and error.count("\n") == 1 and not (
-        tmp_path / "hf").exists()
-    assert convert.main([str(out), "--to", "hf", "--out",
-                         str(out)]) == 2 and "is there already" in capsys.readouterr().err
+    assert "text=cross+sum" in error and "parallel" in error and error.count("\n") == 1
+    assert not (tmp_path / "hf").exists()
+    assert convert.main([str(out), "--to", "hf", "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
     assert convert.main([str(tmp_path / "none"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
     assert "no best.pt" in capsys.readouterr().err
-    assert convert.main([str(out), "--to", "hf", "--out", str(tmp_path / "hf"), "--codec",
-                         str(tmp_path / "gone.pt")]) == 2
+    gone = ["--codec", str(tmp_path / "gone.pt")]
+    assert convert.main([str(out), "--to", "hf", "--out", str(tmp_path / "hf"), *gone]) == 2
     assert "gone.pt" in capsys.readouterr().err
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--size", "debug", "--fuse", "text=cross", "--out", str(out)]) == 0
+    pytest.importorskip("safetensors")
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(common, "write_json", full)
+    assert convert.main([str(out), "--to", "hf", "--out", str(tmp_path / "new")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    monkeypatch.undo()
+    (tmp_path / "new").mkdir()            # an empty folder may be there
+    assert "wrote" in write(out, "hf", tmp_path / "new", capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "run"]

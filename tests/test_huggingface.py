@@ -19,10 +19,11 @@ import tokenizer
 import toy
 from conditioning import ConditionerConfig
 from generate import MusicGenerator, Sampling, generate_codes
-from interop import convert, huggingface, load, t5
+from interop import convert, load, t5
+from interop.huggingface import MELODY, TEXT, hf_names
 from model import SIZES, ModelConfig
-from published import (PIECES, WORDS, extractor, greedy, needs_transformers, pair, published, save,
-                       transformers, tune, tuned)
+from foreign import PIECES, WORDS, extractor, greedy, needs_transformers, old_weight_norm, pair, published
+from foreign import save, transformers, tune, tuned
 from support import chroma
 
 
@@ -46,8 +47,8 @@ def test_logits_at_every_position(pair):
     seq = torch.randint(0, card + 1, (5, K, 40), generator=torch.Generator().manual_seed(1))
     ids, mask = model.conditioner.parts["text"].prepare(WORDS + [None])
     hidden = theirs.text_encoder(ids, attention_mask=mask.long()).last_hidden_state
-    wanted = theirs(encoder_outputs=(hidden,), attention_mask=mask.long(),
-                    decoder_input_ids=seq.flatten(0, 1)).logits
+    given = dict(attention_mask=mask.long(), decoder_input_ids=seq.flatten(0, 1))
+    wanted = theirs(encoder_outputs=(hidden,), **given).logits
     found = model.logits(seq, model.conditioner({"text": (ids, mask)}))
     assert (found.flatten(0, 1) - wanted).abs().max() < 1e-4 * wanted.abs().max().clamp_min(1)
 
@@ -69,48 +70,50 @@ def test_greedy_generation_with_guidance(pair):
     theirs, ours, _ = pair
     ids, mask = ours.model.conditioner.parts["text"].prepare(WORDS)
     wanted = greedy(theirs, ids, mask, 100)
-    found = generate_codes(ours.model, [{"text": t} for t in WORDS], 100, Sampling(cfg=3, temperature=0))
+    texts = [{"text": t} for t in WORDS]
+    found = generate_codes(ours.model, texts, 100, Sampling(cfg=3, temperature=0))
     assert torch.equal(found, wanted) and len(found.unique()) > 10
-    assert not torch.equal(found, generate_codes(ours.model, [{"text": t} for t in WORDS], 100,
-                                                 Sampling(cfg=1, temperature=0)))
+    assert not torch.equal(found, generate_codes(ours.model, texts, 100, Sampling(cfg=1, temperature=0)))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # melody
 
+
 @needs_transformers
 @pytest.mark.parametrize("rate", [16_000, 24_000, 32_000])
 @pytest.mark.parametrize("seconds", [0.3, 2.7])
 def test_chroma_is_that_of_their_feature_extractor(rate, seconds):
-    """Silent frames are its first class; a frame of less than 94 dB below full scale is silence here, a class
-    of its own there."""
-    part = conditioning.MelodyConditioner(
-        ConditionerConfig(melody_frames=chroma.count_frames(round(seconds * rate), rate),
-                                                            melody_null_bin0=True), 8)
+    """Silent frames are its first class.
+
+    A frame of less than 94 dB below full scale is silence here, a class of its own there."""
+    frames = chroma.count_frames(round(seconds * rate), rate)
+    part = conditioning.MelodyConditioner(ConditionerConfig(melody_frames=frames, melody_null_bin0=True), 8)
     for wav in (tune(seconds, 1, rate), torch.randn(1, round(seconds * rate)) * 0.1, torch.zeros(1, rate)):
         wanted = extractor(rate)(wav[0].numpy(), sampling_rate=rate, return_tensors="pt").input_features
         found, mask = part.prepare([chroma.chromagram(wav, rate)])
         frames = min(wanted.shape[1], found.shape[1])
         assert mask.all() and frames > 4 and torch.equal(found[:, :frames], wanted[:, :frames])
-    # a D
-    quiet = 1e-6 * torch.sin(2 * math.pi * 440 * 2 ** (-7 / 12) * torch.arange(round(seconds * rate)) / rate)
+    a_d = 440 * 2 ** (-7 / 12)     # Hz
+    quiet = 1e-6 * torch.sin(2 * math.pi * a_d * torch.arange(round(seconds * rate)) / rate)
     assert not chroma.chromagram(quiet, rate).any()
-    assert extractor(rate)(quiet.numpy(), sampling_rate=rate, return_tensors="pt").input_features[0,
-                                                                                                  2:-2].argmax(-1).eq(2).all()
+    theirs = extractor(rate)(quiet.numpy(), sampling_rate=rate, return_tensors="pt").input_features
+    assert theirs[0, 2:-2].argmax(-1).eq(2).all()
 
 
 @torch.no_grad()
 def test_logits_with_melody_at_every_position(tuned):
-    """Texts of several lengths and a null one, melodies and a null one: what stands in front of the codes,
-    and the logits."""
+    """What stands in front of the codes, and the logits.
+
+    Texts of several lengths and a null one, melodies and a null one."""
     theirs, ours, _ = tuned
     model, texts = ours.model, WORDS + [None]
     K, card = model.config.K, model.config.card
     generator = torch.Generator().manual_seed(1)
     seq = torch.randint(0, card + 1, (5, K, 40), generator=generator)
     melodies = [torch.rand(20, 12, generator=generator) for _ in range(4)] + [None]
-    features = torch.stack([F.one_hot(torch.zeros(20).long() if m is None else m.argmax(1), 12)
-                            for m in melodies]).float()
+    classes = [torch.zeros(20).long() if m is None else m.argmax(1) for m in melodies]
+    features = torch.stack([F.one_hot(row, 12) for row in classes]).float()
     attributes = [{"text": text, "melody": m} for text, m in zip(texts, melodies[::-1])]
     inputs = model.conditioner.prepare(attributes)
     ids, mask = inputs["text"]
@@ -119,29 +122,26 @@ def test_logits_with_melody_at_every_position(tuned):
     conditions = model.conditioner(inputs)
     assert (conditions.prefix - wanted.encoder_hidden_states).abs().max() < 1e-5
     found, logits = model.logits(seq, conditions), wanted.logits[:, -40:]
-    print(f"largest difference {(found.flatten(0, 1) - logits).abs().max():.1e} of logits up to "
-          f"{logits.abs().max():.1f}")
     assert (found.flatten(0, 1) - logits).abs().max() < 1e-4 * logits.abs().max().clamp_min(1)
     # text alone
-    alone = theirs(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=seq.flatten(0, 1)).logits[:,
-                                                                                                          -40:]
-    found = model.logits(seq,
-                         model.conditioner(model.conditioner.prepare([{"text": text} for text in texts])))
+    alone = theirs(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=seq.flatten(0, 1))
+    alone = alone.logits[:, -40:]
+    inputs = model.conditioner.prepare([{"text": text} for text in texts])
+    found = model.logits(seq, model.conditioner(inputs))
     assert (found.flatten(0, 1) - alone).abs().max() < 1e-4 * alone.abs().max().clamp_min(1)
 
 
 @needs_transformers
 def test_melody_beside_codes_of_another_rate(tmp_path):
-    """75 frames a second over a codec of 24 kHz: 7.8 of them are of the melody, in windows of 12,288
-    samples."""
+    """75 frames a second over a codec of 24 kHz: 7.8 are of the melody, in windows of 12,288 samples."""
     folder = save(published(melody=True), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     config["audio_encoder"] |= dict(sampling_rate=24_000, target_bandwidths=[1.5])
     (folder / "config.json").write_text(json.dumps(config))
     data = load.read_published(folder)
     assert data["conditioner_config"]["melody_rate"] == 320 / 3072 and data["segment_frames"] == 30 * 75
-    with pytest.raises(ValueError, match="windows of 12288 samples, there only in powers of two; its melody "
-                                         "has 20 frames, there 235"):
+    reasons = "windows of 12288 samples, there only in powers of two; its melody has 20 frames, there 235"
+    with pytest.raises(ValueError, match=reasons):
         convert.write_model(data, "audiocraft", tmp_path / "no")
     convert.write_model(data, "hf", tmp_path / "out")
     assert transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "out").n_fft == 12_288
@@ -149,17 +149,18 @@ def test_melody_beside_codes_of_another_rate(tmp_path):
 
 @pytest.mark.parametrize("given", ["text and melody", "text", "melody"])
 def test_greedy_generation_with_melody(tuned, given):
-    """The same tokens over 100 frames, of audio to follow that is shorter than a segment (it begins again)
-    and longer (it is cut)."""
+    """The same tokens over 100 frames.
+
+    The audio to follow is shorter than a segment (it begins again) or longer (it is cut)."""
     theirs, ours, _ = tuned
     texts = [None] * 4 if given == "melody" else WORDS
     ids, mask = ours.model.conditioner.parts["text"].prepare(texts)
     for seconds in (1.5, 4.0):
-        wavs = [None] * 4 if given == "text" else [tune(seconds, seed).expand(ours.codec.channels, -1)
-                                                   for seed in range(4)]
-        features = {} if given == "text" else extractor()([w[0].numpy() for w in wavs], sampling_rate=16_000,
-                                                          return_tensors="pt")
-        # with it 4.57.1 loses all conditions (its issue 45647)
+        wavs, features = [None] * 4, {}
+        if given != "text":
+            wavs = [tune(seconds, seed).expand(ours.codec.channels, -1) for seed in range(4)]
+            features = extractor()([w[0].numpy() for w in wavs], sampling_rate=16_000, return_tensors="pt")
+        # with a cache 4.57.1 loses all conditions (its issue 45647)
         wanted = greedy(theirs, ids, mask, 100, use_cache=False, **features)
         found = ours.codes(ours.attributes(texts, wavs), 2.0, sampling=Sampling(cfg=3, temperature=0))
         assert torch.equal(found, wanted) and len(found.unique()) > 10
@@ -170,10 +171,10 @@ def test_greedy_generation_with_melody(tuned, given):
 # ----------------------------------------------------------------------------------------------------------
 # folders: every way they are written, and what is wrong with them
 
+
 @needs_transformers
 def test_shards_and_pickles_and_old_weight_norms(tmp_path):
-    """One file, several, torch's own format, and the names of before parametrizations give the same
-    tensors."""
+    """One file, shards, torch's own format, and names of before parametrizations give the same tensors."""
     theirs = published()
     whole = load.read_published(save(theirs, tmp_path / "whole"))
     folder = save(theirs, tmp_path / "shards", max_shard_size="60kB")
@@ -181,9 +182,7 @@ def test_shards_and_pickles_and_old_weight_norms(tmp_path):
     pickled = tmp_path / "pickled"
     shutil.copytree(tmp_path / "whole", pickled)
     (pickled / "model.safetensors").unlink()
-    state = {k.replace("parametrizations.weight.original0",
-                       "weight_g").replace("parametrizations.weight.original1", "weight_v"): v
-             for k, v in theirs.state_dict().items()}                # with the copy of T5's embedding
+    state = {old_weight_norm(k): v for k, v in theirs.state_dict().items()}  # with the copy of T5's embedding
     torch.save(state, pickled / "pytorch_model.bin")
     for other in (folder, pickled):
         found = load.read_published(other)
@@ -192,8 +191,8 @@ def test_shards_and_pickles_and_old_weight_norms(tmp_path):
         assert all(torch.equal(x, found["model"][name]) for name, x in whole["model"].items())
     # as before torch 1.6
     torch.save(state, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert torch.equal(load.read_published(pickled)["model"]["out_norm.bias"],
-                       whole["model"]["out_norm.bias"])
+    found = load.read_published(pickled)
+    assert torch.equal(found["model"]["out_norm.bias"], whole["model"]["out_norm.bias"])
 
 
 @needs_transformers
@@ -242,21 +241,22 @@ def unigram(captions) -> tuple[bytes, dict]:
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     end = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    extra = [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
     return out.getvalue(), {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": vocab[i][0], **special} for i in range(3)],
         "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
-        "decoder": space, "post_processor": {"type": "TemplateProcessing", "single": end, "pair": end,
-                           "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
-        "model": {"type": "Unigram", "unk_id": 2,
-                  "vocab": [*vocab, *[(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]]}}
+        "decoder": space,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": end, "pair": end,
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": [*vocab, *extra]}}
 
 
 @needs_transformers
 def test_vocabulary_from_tokenizer_json(tmp_path, capsys):
-    """The same ids as from spiece.model, and as their fast tokenizer gives, on 200 captions and odd
-    characters."""
+    """The ids of spiece.model and of their fast tokenizer, on 200 captions and odd characters."""
     texts = [toy.draw_clip(1, 0, i)[1] for i in range(200)] + ["ﬁne Ｔｅｘｔ ½ é — “x”", "  two   spaces",
                                                                "日本 drums", "Émile ☃"]
     model, content = unigram([toy.draw_clip(0, 0, i)[1] for i in range(2000)] + ["ﬁne Ｔｅｘｔ é"] * 3)
@@ -264,14 +264,14 @@ def test_vocabulary_from_tokenizer_json(tmp_path, capsys):
     (folder / "spiece.model").unlink()
     (folder / "tokenizer.json").write_text(json.dumps(content))
     fast = transformers.T5TokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    ours, wanted = (sentencepiece.SentencePieceProcessor(model_proto=m) for m in (t5.read_vocabulary(folder),
-                                                                                  model))
+    ours = sentencepiece.SentencePieceProcessor(model_proto=t5.read_vocabulary(folder))
+    wanted = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert ours.vocab_size() == wanted.vocab_size() > 100
     for text in texts:
-        assert ours.encode(text) == wanted.encode(text) and [*ours.encode(text),
-                                                             1] == fast(text).input_ids, text
-    # more pieces than its T5 has rows
-    assert convert.main([str(folder)]) == 2 and "vocabulary has" in capsys.readouterr().err
+        assert ours.encode(text) == wanted.encode(text), text
+        assert [*ours.encode(text), 1] == fast(text).input_ids, text
+    assert convert.main([str(folder)]) == 2
+    assert "vocabulary has" in capsys.readouterr().err     # more pieces than its T5 has rows
     for change in (dict(model={**content["model"], "type": "BPE"}), dict(normalizer=None),
                    dict(model={"type": "Unigram"})):
         (folder / "tokenizer.json").write_text(json.dumps({**content, **change}))
@@ -323,6 +323,10 @@ def test_wrong_folders_are_refused_with_one_line(tmp_path, capsys):
         (folder / "model.safetensors").unlink()
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
 
+    def lead_out(folder):
+        (folder / "model.safetensors").rename(folder / "x")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
+
     cases = [
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors, model.safetensors.index.json"),
         (lambda f: (f / "spiece.model").unlink(), "hf download google-t5/t5-base spiece.model --local-dir"),
@@ -351,31 +355,30 @@ def test_wrong_folders_are_refused_with_one_line(tmp_path, capsys):
         (weights_of({**state, "extra": torch.zeros(1)}), "1 unexpected: extra"),
         (weights_of([1, 2]), "not a file of tensors by name"),
         (evil, "not a file of plain tensors"),
-        (lambda f: (f / "model.safetensors").rename(f / "x")
-         and (f / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "../x"}}'), "not an index of shards"),
+        (lead_out, "not an index of shards"),
     ]
     for change, says in cases:
         folder = broken(change)
         assert convert.main([str(folder)]) == 2, says
         error = capsys.readouterr().err
-        assert says in error and error.count("\n") == 1 and error.startswith("interop.convert: "), (says,
-                                                                                                    error)
+        assert says in error and error.count("\n") == 1, (says, error)
+        assert error.startswith("interop.convert: ")
     assert not (tmp_path / "owned").exists()
     assert convert.main([str(source)]) == 0 and "4 x 32 codes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size, fuse, channels, millions", [
-    ("small", huggingface.TEXT, 1, 420), ("medium", huggingface.TEXT, 1, 1839),
-    ("large", huggingface.TEXT, 1, 3257), ("medium", huggingface.MELODY, 1, 1386),
-    ("large", huggingface.MELODY, 1, 2451), ("large", huggingface.TEXT, 2, 3291),
-    ("large", huggingface.MELODY, 2, 2485)])
+    ("small", TEXT, 1, 420), ("medium", TEXT, 1, 1839), ("large", TEXT, 1, 3257),
+    ("medium", MELODY, 1, 1386), ("large", MELODY, 1, 2451),
+    ("large", TEXT, 2, 3291), ("large", MELODY, 2, 2485)])
 def test_full_sizes(size, fuse, channels, millions):
-    """Names and shapes of the published sizes, without allocating them: parameters with T5-base's projection,
-    SPEC L6; stereo has four more pairs of table and head, 4 x 4097 x 2048 = 33.6M."""
+    """Names and shapes of the published sizes, without allocating them.
+
+    Parameters with T5-base's projection, SPEC L6. Stereo has four more pairs of table and head, which are
+    4 x 4097 x 2048 = 33.6M."""
     c = ConditionerConfig(fuse=fuse, text_vocab=32128, text_dim=768, text_layers=12, text_heads=12,
                           text_head_dim=64, text_hidden=3072)
-    text, K = fuse == huggingface.TEXT, 4 * channels
+    text, K = fuse == TEXT, 4 * channels
     model = load.skeleton(ModelConfig(K=K, cross_attention=text, **SIZES[size]), c, {"text": PIECES})
     assert {x.device.type for x in model.parameters()} == {"meta"}
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if ".encoder." not in name}
@@ -395,5 +398,5 @@ def test_full_sizes(size, fuse, channels, millions):
     wanted |= cross if text else {"conditioner.parts.melody.output_proj.weight": (D, 12),
                                   "conditioner.parts.melody.output_proj.bias": (D,)}
     assert wanted.items() <= shapes.items() and any("cross" in name for name in shapes) == text
-    theirs = [n for name in model.state_dict() for n in huggingface.hf_names(name)]
+    theirs = [n for name in model.state_dict() for n in hf_names(name)]
     assert len(set(theirs)) == len(theirs) == len(model.state_dict()) + (4 if text else 2) * layers

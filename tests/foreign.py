@@ -1,5 +1,4 @@
-"""What the tests of interop/ share: published models of small dimensions with random weights, in both
-formats."""
+"""What the tests of interop/ share: models of other projects, of small dimensions with random weights."""
 
 import math
 
@@ -16,14 +15,14 @@ try:
 except ImportError:
     transformers = None
 VERSION = "4.57.1"
-needs_transformers = pytest.mark.skipif(transformers is None, reason="needs transformers: pip install "
-                                                                     f"transformers=={VERSION}")
+MISSING = f"needs transformers: pip install transformers=={VERSION}"
+needs_transformers = pytest.mark.skipif(transformers is None, reason=MISSING)
 WORDS = ["slow organ", "fast bells", "a calm harp with drums", "bright flute in C"]
 PIECES = conditioning.fit_sentencepiece(WORDS * 9, 60)
 
 
 @torch.no_grad()
-def randomise(module: torch.nn.Module) -> None:
+def randomize(module: torch.nn.Module) -> None:
     """Weights large enough for every part to matter; nothing left at 0 or 1."""
     for name, x in list(module.named_parameters()) + list(module.named_buffers()):
         if name.endswith(("norm.weight", "original0", "weight_g")):
@@ -33,8 +32,7 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 def published(channels=1, width=32, melody=False, **t5):
-    """A MusicgenForConditionalGeneration (or MusicgenMelody's, with melodies of 20 frames) of small
-    dimensions with random weights."""
+    """transformers' Musicgen, or its MusicgenMelody with melodies of 20 frames, with random weights."""
     text = transformers.T5Config(vocab_size=80, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
                                  relative_attention_num_buckets=8, relative_attention_max_distance=20, **t5)
     codec = transformers.EncodecConfig(target_bandwidths=[1.0], sampling_rate=16000, hidden_size=16,
@@ -50,7 +48,7 @@ def published(channels=1, width=32, melody=False, **t5):
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     # as beside the public weights
     model.generation_config.update(decoder_start_token_id=32, bos_token_id=32, pad_token_id=32)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -65,7 +63,7 @@ def save(model, folder, **kwargs):
 def pair(request, tmp_path_factory):
     """(theirs, ours as a MusicGenerator, folder)."""
     if transformers is None:
-        pytest.skip(f"needs transformers: pip install transformers=={VERSION}")
+        pytest.skip(MISSING)
     theirs = published(request.param)
     folder = save(theirs, tmp_path_factory.mktemp("hf") / "model")
     return theirs, MusicGenerator.load(folder), folder
@@ -76,7 +74,7 @@ def pair(request, tmp_path_factory):
 def tuned(request, tmp_path_factory):
     """(theirs, ours as a MusicGenerator, folder) with melody and text in front of the codes."""
     if transformers is None:
-        pytest.skip(f"needs transformers: pip install transformers=={VERSION}")
+        pytest.skip(MISSING)
     theirs = published(melody=True, **request.param)
     folder = save(theirs, tmp_path_factory.mktemp("hf") / "model")
     return theirs, MusicGenerator.load(folder), folder
@@ -84,8 +82,9 @@ def tuned(request, tmp_path_factory):
 
 @torch.no_grad()
 def greedy(theirs, ids, mask, T: int, guidance: float = 3.0, **given) -> torch.Tensor:
-    """Codes [B,K,T] that transformers generates. A sequence of T frames has T + levels steps with the first,
-    which is special."""
+    """Codes [B,K,T] that transformers generates.
+
+    A sequence of T frames has T + levels steps with the first, which is special."""
     channels, K = theirs.config.decoder.audio_channels, theirs.config.decoder.num_codebooks
     seen, decode = [], theirs.audio_encoder.decode
     theirs.audio_encoder.decode = lambda codes, **kwargs: seen.append(codes[0]) or decode(codes, **kwargs)
@@ -102,8 +101,8 @@ def tune(seconds, seed=0, rate=16_000) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     pitch = torch.randint(48, 84, (math.ceil(2 * seconds),), generator=generator)
     time = torch.arange(rate // 2) / rate
-    notes = torch.cat([torch.sin(2 * math.pi * 440 * 2 ** ((p - 69) / 12) * time)
-                       for p in pitch])[:round(seconds * rate)]
+    notes = torch.cat([torch.sin(2 * math.pi * 440 * 2 ** ((p - 69) / 12) * time) for p in pitch])
+    notes = notes[:round(seconds * rate)]
     notes += 0.01 * torch.randn(notes.shape, generator=generator)
     notes[rate // 2:rate] = 0
     return 0.3 * notes[None]
@@ -128,6 +127,7 @@ def write(source, to, out, capsys, *more) -> str:
 
 # ----------------------------------------------------------------------------------------------------------
 # audiocraft's packages
+
 
 XP_CFG = """\
 sample_rate: 16000
@@ -228,11 +228,19 @@ rvq:
 """
 
 
+def old_weight_norm(name: str) -> str:
+    """The name of a weight norm's tensor as it was before torch had parametrizations."""
+    name = name.replace("parametrizations.weight.original0", "weight_g")
+    return name.replace("parametrizations.weight.original1", "weight_v")
+
+
 def package_of(theirs, folder):
-    """What audiocraft writes of such a model, by its names (SPEC L7), and a folder with its T5. Its melodies
-    are as long as a segment."""
+    """What audiocraft writes of such a model, by its names (SPEC L7), and a folder with its T5.
+
+    Its melodies are as long as a segment."""
     channels, K = theirs.config.decoder.audio_channels, theirs.config.decoder.num_codebooks
-    state, lm, codec, melody = theirs.state_dict(), {}, {}, hasattr(theirs, "audio_enc_to_dec_proj")
+    state, melody = theirs.state_dict(), hasattr(theirs, "audio_enc_to_dec_proj")
+    lm, codec = {}, {}
     layer = "decoder.model.decoder.layers."
     parts = dict(fc1="linear1", fc2="linear2", self_attn_layer_norm="norm1", final_layer_norm="norm2",
                  encoder_attn_layer_norm="norm_cross")
@@ -243,40 +251,35 @@ def package_of(theirs, folder):
         elif name.endswith("q_proj.weight"):
             number, part = name.removeprefix(layer).split(".")[:2]
             ours = f"transformer.layers.{number}.{'cross_attention' if part == 'encoder_attn' else part}"
-            lm[f"{ours}.in_proj_weight"] = torch.cat([state[name.replace("q_proj", f"{i}_proj")]
-                                                      for i in "qkv"])
+            qkv = [state[name.replace("q_proj", f"{i}_proj")] for i in "qkv"]
+            lm[f"{ours}.in_proj_weight"] = torch.cat(qkv)
             lm[f"{ours}.out_proj.weight"] = state[name.replace("q_proj", "out_proj")]
         elif name.startswith("audio_encoder."):
-            name = name.removeprefix("audio_encoder.").replace("quantizer.layers",
-                                                               "quantizer.vq.layers").replace(".codebook",
-                                                                                              "._codebook")
+            name = name.removeprefix("audio_encoder.")
+            name = name.replace("quantizer.layers", "quantizer.vq.layers").replace(".codebook", "._codebook")
             name = name.replace("coder.layers", "coder.model").replace(".conv.", ".conv.conv.")
-            name = name.replace("parametrizations.weight.original0",
-                                "weight_g").replace("parametrizations.weight.original1", "weight_v")
-            transposed = name.startswith("decoder.model.") and ".block." not in name and name.split(".")[
-                2] in ("3", "6", "9", "12")
+            name = old_weight_norm(name)
+            on_top = name.startswith("decoder.model.") and ".block." not in name
+            transposed = on_top and name.split(".")[2] in ("3", "6", "9", "12")
             codec[name.replace("conv.conv", "convtr.convtr") if transposed else name] = x
     for k in range(K):
-        lm[f"emb.{k}.weight"], lm[f"linears.{k}.weight"] = (state[f"{n}.{k}.weight"] for n in
-                                                            ("decoder.model.decoder.embed_tokens",
-                                                             "decoder.lm_heads"))
+        lm[f"emb.{k}.weight"] = state[f"decoder.model.decoder.embed_tokens.{k}.weight"]
+        lm[f"linears.{k}.weight"] = state[f"decoder.lm_heads.{k}.weight"]
+    conditioners = "condition_provider.conditioners"
     for leaf in ("weight", "bias"):
         lm[f"out_norm.{leaf}"] = state[f"decoder.model.decoder.layer_norm.{leaf}"]
-        lm[f"condition_provider.conditioners.description.output_proj.{leaf}"] = state[
-            f"enc_to_dec_proj.{leaf}"]
+        lm[f"{conditioners}.description.output_proj.{leaf}"] = state[f"enc_to_dec_proj.{leaf}"]
         if melody:
-            lm[f"condition_provider.conditioners.self_wav.output_proj.{leaf}"] = state[
-                f"audio_enc_to_dec_proj.{leaf}"]
-            lm["condition_provider.conditioners.self_wav.chroma.spec.window"] = torch.hann_window(8192)
+            lm[f"{conditioners}.self_wav.output_proj.{leaf}"] = state[f"audio_enc_to_dec_proj.{leaf}"]
+            lm[f"{conditioners}.self_wav.chroma.spec.window"] = torch.hann_window(8192)
     delays = "\n    ".join(f"- {k // channels}" for k in range(K))
     folder.mkdir()
     config = XP_CFG.format(K=K, channels=channels, delays=delays)
     if melody:
         config = config[:config.index("fuser:")] + MELODY_CFG
-    torch.save({"best_state": lm, "xp.cfg": config, "version": "1.3.0", "exported": True},
-               folder / "state_dict.bin")
-    torch.save({"best_state": codec, "xp.cfg": CODEC_CFG, "version": "1.3.0", "exported": True},
-               folder / "compression_state_dict.bin")
+    more = {"version": "1.3.0", "exported": True}
+    torch.save({"best_state": lm, "xp.cfg": config, **more}, folder / "state_dict.bin")
+    torch.save({"best_state": codec, "xp.cfg": CODEC_CFG, **more}, folder / "compression_state_dict.bin")
     theirs.text_encoder.save_pretrained(folder.parent / "t5")
     (folder.parent / "t5" / "spiece.model").write_bytes(PIECES)
     return folder, folder.parent / "t5"
