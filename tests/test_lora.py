@@ -1,4 +1,4 @@
-"""Low-rank fine-tuning: nothing changes at the start, merging changes nothing, and nothing but the additions is trained."""
+"""Low-rank fine-tuning: nothing changes at the start, nor by merging; only the additions are trained."""
 
 import os
 import subprocess
@@ -33,7 +33,12 @@ def models() -> tuple[MusicGen, MusicGen]:
 
 def inputs() -> tuple[torch.Tensor, Conditions]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(12, (2, 3, 7), generator=generator), Conditions(cross=torch.randn(2, 5, CONFIG.dim, generator=generator))
+    seq = torch.randint(12, (2, 3, 7), generator=generator)
+    return seq, Conditions(cross=torch.randn(2, 5, CONFIG.dim, generator=generator))
+
+
+def matrices_of_layers(weights: dict) -> set:
+    return {name for name, x in weights.items() if name.startswith("transformer") and x.dim() == 2}
 
 
 def test_additions_are_nothing_at_the_start():
@@ -51,9 +56,10 @@ def test_merged_weights_compute_the_same():
     seq, conditions = inputs()
     wanted = added.logits(seq, conditions)
     merged = merge_lora(added.state_dict())
-    assert {name: x.shape for name, x in merged.items()} == {name: x.shape for name, x in plain.state_dict().items()}
-    changed = {name for name, x in plain.state_dict().items() if not torch.equal(x, merged[name])}
-    assert changed == {name for name, x in plain.state_dict().items() if name.startswith("transformer") and x.dim() == 2}
+    before = plain.state_dict()
+    assert {name: x.shape for name, x in merged.items()} == {name: x.shape for name, x in before.items()}
+    changed = {name for name, x in before.items() if not torch.equal(x, merged[name])}
+    assert changed == matrices_of_layers(before)
     plain.load_state_dict(merged)
     torch.testing.assert_close(plain.logits(seq, conditions), wanted, atol=1e-5, rtol=0)
     cache = Cache(CONFIG, 2, 7, "cpu")
@@ -70,8 +76,9 @@ def test_only_the_additions_are_trained():
     assert learnt == {name for name, _ in added.named_parameters() if "_lora." in name} != set()
     matrices = sum(isinstance(m, Attention) for m in added.modules()) * 2 + 2 * CONFIG.num_layers
     assert len(learnt) == 2 * matrices
-    assert count_parameters(CONFIG, 2) == sum(p.numel() for name, p in added.named_parameters() if "_lora." in name)
-    D, R = CONFIG.dim, 2                                             # both attentions: q|k|v and out; feed-forward: up and down
+    trained = sum(p.numel() for name, p in added.named_parameters() if "_lora." in name)
+    assert count_parameters(CONFIG, 2) == trained
+    D, R = CONFIG.dim, 2  # both attentions: q|k|v and out; feed-forward: up and down
     assert count_parameters(CONFIG, R) == CONFIG.num_layers * R * (2 * (4 * D + 2 * D) + 2 * 5 * D)
 
 
@@ -101,14 +108,15 @@ def tuned(out, start, *more) -> int:
 
 
 def test_a_run_tunes_resumes_and_deploys(start, tmp_path, monkeypatch):
-    """Best weights are those of a plain model, which starts another run and is exported; resuming is exact."""
+    """Best weights are of a plain model, which starts another run and is exported; resuming is exact."""
     assert tuned(tmp_path / "whole", start) == 0
     first, best = (torch.load(d / "best.pt", weights_only=True) for d in (start, tmp_path / "whole"))
     changed = {name for name, x in first["model"].items() if not torch.equal(x, best["model"][name])}
-    assert changed == {name for name, x in first["model"].items() if name.startswith("transformer") and x.dim() == 2}
+    assert changed == matrices_of_layers(first["model"])
     state = saved(tmp_path / "whole")
     added = {name for name in part(state, "model") if "_lora." in name}
-    assert set(part(state, "ema")) == set(part(state, "best")) == {name.split("/")[1] for name in part(state, "optimizer")} == added != set()
+    optimized = {name.split("/")[1] for name in part(state, "optimizer")}
+    assert set(part(state, "ema")) == set(part(state, "best")) == optimized == added != set()
     commit, seen = train.commit, []
 
     def commit_and_die(run):
@@ -124,7 +132,8 @@ def test_a_run_tunes_resumes_and_deploys(start, tmp_path, monkeypatch):
     assert tuned(tmp_path / "killed", start, "--save_minutes", "0") == 0
     again = saved(tmp_path / "killed")
     assert all(torch.equal(x, again["tensors"][name]) for name, x in state["tensors"].items())
-    assert generate.main(["--run", str(tmp_path / "whole"), "--prompt", "fast bells", "--seconds", "0.5", "--out", str(tmp_path / "wav")]) == 0
+    asked = ["--run", str(tmp_path / "whole"), "--prompt", "fast bells", "--seconds", "0.5"]
+    assert generate.main([*asked, "--out", str(tmp_path / "wav")]) == 0
     assert convert.main([str(tmp_path / "whole")]) == 0
     assert run(tmp_path / "next", "--init_from", str(tmp_path / "whole"), "--epochs", "1") == 0
     assert run(tmp_path / "whole", "--only", "valid") == 0
@@ -132,14 +141,17 @@ def test_a_run_tunes_resumes_and_deploys(start, tmp_path, monkeypatch):
 
 def test_two_ranks_and_shards_tune_as_one(start, tmp_path):
     assert tuned(tmp_path / "one", start, "--epochs", "1") == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
-               str(HERE / "train.py"), *SMALL, "--init_from", str(start), "--lora", "2", "--ema_every", "1", "--epochs", "1",
-               "--parallel", "fsdp", "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    tuning = ["--init_from", str(start), "--lora", "2", "--ema_every", "1", "--epochs", "1"]
+    command = [*torchrun, "--master_port=0", str(HERE / "train.py"), *SMALL, *tuning, "--parallel", "fsdp",
+               "--out", str(tmp_path / "two")]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=one_thread)
     assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("one", "two"))
+    best = [torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("one", "two")]
+    one, two = (state["model"] for state in best)
     for name, x in one.items():
-        torch.testing.assert_close(two[name], x, atol=5e-5, rtol=0)  # Adam makes steps of what is all rounding, too
+        torch.testing.assert_close(two[name], x, atol=5e-5, rtol=0)  # Adam steps even where all is rounding
     assert lines(tmp_path / "one")[0]["ce"] == pytest.approx(lines(tmp_path / "two")[0]["ce"], abs=1e-6)
 
 
@@ -153,11 +165,15 @@ def test_less_memory_is_estimated(start, tmp_path, capsys):
     low, added = flags.plan(args, CONFIG, 100, 1, 1e12), count_parameters(CONFIG, 2)
     assert low.memory["weights"] * 2**30 == 4 * (count_parameters(CONFIG) + added)
     assert low.memory["optimiser"] * 2**30 == 8 * added and low.memory["EMA"] * 2**30 == 4 * added
-    heads = 4 * CONFIG.K * CONFIG.card * CONFIG.dim / 2**30          # whose gradients wait for the backward pass
-    assert low.memory["activations"] == pytest.approx(full.memory["activations"] - heads) and low.flops == full.flops * 2 / 3
+    heads = 4 * CONFIG.K * CONFIG.card * CONFIG.dim / 2**30  # whose gradients wait for the backward pass
+    assert low.memory["activations"] == pytest.approx(full.memory["activations"] - heads)
+    assert low.flops == full.flops * 2 / 3
 
 
-@pytest.mark.parametrize("given, says", [(["--lora", "0"], "--lora 0: at least 1"), (["--lora", "4"], "give them by --init_from")])
+@pytest.mark.parametrize("given, says", [
+    (["--lora", "0"], "--lora 0: at least 1"),
+    (["--lora", "4"], "give them by --init_from"),
+])
 def test_bad_flags(given, says, tmp_path, capsys):
     assert run(tmp_path / "new", *given) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "new").exists()

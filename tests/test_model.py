@@ -18,7 +18,8 @@ PATTERNS = ("delay", "parallel", "unrolled")
 
 def tiny(**changes) -> MusicGen:
     torch.manual_seed(0)
-    return MusicGen(ModelConfig(**{**dict(K=3, card=11, dim=32, num_layers=2, num_heads=4), **changes})).eval()
+    shape = dict(K=3, card=11, dim=32, num_layers=2, num_heads=4) | changes
+    return MusicGen(ModelConfig(**shape)).eval()
 
 
 def conditions(B=2, L=5, P=3, D=32, generator=torch.Generator().manual_seed(3)) -> Conditions:
@@ -27,6 +28,13 @@ def conditions(B=2, L=5, P=3, D=32, generator=torch.Generator().manual_seed(3)) 
     cross = torch.randn(B, L, D, generator=generator) * cross_mask[..., None]
     prefix = torch.randn(B, P, D, generator=generator) * prefix_mask[..., None]
     return Conditions(cross, cross_mask, prefix, prefix_mask, torch.randn(B, 1, D, generator=generator))
+
+
+def only(c: Conditions, which: str) -> Conditions:
+    """The conditions of one kind: cross, prefix or summed; all; or none."""
+    if which == "all":
+        return c
+    return Conditions(**{name: x for name, x in vars(c).items() if name.startswith(which)})
 
 
 def test_causal_by_gradient():
@@ -47,14 +55,14 @@ def test_causal_by_gradient():
 def test_cached_decode_equals_full_forward(pattern, which):
     m = tiny(pattern=pattern)
     c = conditions()
-    keep = {"none": Conditions(), "all": c, "cross": Conditions(cross=c.cross, cross_mask=c.cross_mask),
-            "prefix": Conditions(prefix=c.prefix, prefix_mask=c.prefix_mask), "summed": Conditions(summed=c.summed)}[which]
+    keep = only(c, which)
     layout = m.config.layout(6)
     seq = layout.build(torch.randint(0, 11, (2, 3, 6)), m.special, valid_only=False)
     full = m.logits(seq, keep)
     P = 3 if keep.prefix is not None else 0
     cache = Cache(m.config, 2, layout.S + P, "cpu")
-    parts = [m.heads(m.hidden(seq[..., :4], keep, cache))] + [m.decode_step(seq[..., s:s + 1], cache) for s in range(4, layout.S)]
+    parts = [m.heads(m.hidden(seq[..., :4], keep, cache))]
+    parts += [m.decode_step(seq[..., s:s + 1], cache) for s in range(4, layout.S)]
     assert torch.allclose(torch.cat(parts, 2), full, atol=1e-5)
     if which != "none":
         assert not torch.allclose(full, m.logits(seq), atol=1e-3)
@@ -65,15 +73,13 @@ def test_cached_decode_equals_full_forward(pattern, which):
 def test_compiled_step_equals_the_plain_one(which, cache_class, monkeypatch):
     """Also for the last step that there is room for, for a second cache and for some of the codebooks.
 
-    It is compiled once. With the cache of a CUDA graph, whose room doubles from 8 to 64, it is compiled once more, for
-    the second room and all that follow."""
+    It is compiled once. With the cache of a CUDA graph, whose room doubles from 8 to 64, it is compiled once
+    more, for the second room and all that follow."""
     monkeypatch.setattr(FixedCache, "FIRST_ROOM", 8)
     torch._dynamo.reset()
     m, fast, c, backend = tiny(), tiny(), conditions(), CompileCounter()
     compile_step(fast, backend=backend)
-    keep = c
-    if which != "all":
-        keep = Conditions(**{name: x for name, x in vars(c).items() if name.startswith(which)})
+    keep = only(c, which)
     P = 0 if keep.prefix is None else keep.prefix.shape[1]
     for S in (40, 50):
         seq = torch.randint(0, 11, (2, 3, S))
@@ -91,7 +97,7 @@ def test_compiled_step_equals_the_plain_one(which, cache_class, monkeypatch):
 
 
 def test_padding_of_conditions_changes_nothing():
-    """Longer padding in a batch moves no logit; without mask_padding it does (as the public weights were trained)."""
+    """Longer padding in a batch moves no logit. Without mask_padding it does, as in the public weights."""
     m, c, seq = tiny(), conditions(), torch.randint(0, 11, (2, 3, 7))
     wider = Conditions(F.pad(c.cross, (0, 0, 0, 4)), F.pad(c.cross_mask, (0, 4)),
                        F.pad(c.prefix, (0, 0, 2, 0)), F.pad(c.prefix_mask, (2, 0)), c.summed)
@@ -154,7 +160,8 @@ def test_sinusoid():
     table = lm.sinusoid(torch.tensor([0, 7]), 8)
     expected = [7 / 10_000 ** (i / 3) for i in range(4)]
     assert table[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-    assert torch.allclose(table[1], torch.tensor([math.cos(p) for p in expected] + [math.sin(p) for p in expected]))
+    wanted = [math.cos(p) for p in expected] + [math.sin(p) for p in expected]
+    assert torch.allclose(table[1], torch.tensor(wanted))
     assert lm.sinusoid(torch.tensor([1], dtype=torch.int64), 8).dtype == torch.float32
 
 
@@ -164,10 +171,12 @@ def test_public_shapes():
         config = ModelConfig(**lm.SIZES[size])
         assert round((lm.count_parameters(config) + 769 * config.dim) / 1e6) == millions
     names = dict(tiny().named_parameters())
-    for name, shape in {"emb.2.weight": (12, 32), "transformer.layers.1.self_attn.in_proj_weight": (96, 32),
-                        "transformer.layers.0.cross_attention.out_proj.weight": (32, 32), "linears.0.weight": (11, 32),
-                        "transformer.layers.0.linear1.weight": (128, 32), "out_norm.bias": (32,),
-                        "transformer.layers.0.norm_cross.bias": (32,)}.items():
+    shapes = {"emb.2.weight": (12, 32), "linears.0.weight": (11, 32), "out_norm.bias": (32,),
+              "transformer.layers.1.self_attn.in_proj_weight": (96, 32),
+              "transformer.layers.0.cross_attention.out_proj.weight": (32, 32),
+              "transformer.layers.0.linear1.weight": (128, 32),
+              "transformer.layers.0.norm_cross.bias": (32,)}
+    for name, shape in shapes.items():
         assert names[name].shape == shape
 
 
@@ -182,7 +191,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 def saved(m: MusicGen, codes) -> dict:
-    """What a forward pass keeps for the backward pass, weights left out: {numbers in a tensor: how many such tensors}."""
+    """What a forward pass keeps for the backward pass, but for weights: {size of a tensor: how many such}."""
     kept, weights = {}, {p.data_ptr() for p in m.parameters()}
 
     def pack(x):
@@ -193,7 +202,7 @@ def saved(m: MusicGen, codes) -> dict:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = m(codes).sum()
     sizes = list(kept.values())
-    loss.backward()                                                  # until here no address is given away again
+    loss.backward()  # until here no address is given away again
     return {size: sizes.count(size) for size in sizes}
 
 
@@ -205,15 +214,19 @@ def test_what_training_keeps():
     assert kept[wide] == 3 and logits not in kept
     m.transformer.checkpointing = True
     kept = saved(m, codes)
-    assert wide not in kept and kept[x] <= 3 + 3 + 3                 # of each layer what goes in, of each head a gradient, the last
+    assert wide not in kept
+    assert kept[x] <= 3 + 3 + 3  # the input of each layer, the gradient of each head, the last layer
 
 
 @pytest.mark.parametrize("logits", [1 << 20, 33, 1])
 @pytest.mark.parametrize("frozen", [None, "x", "weight"])
 def test_the_loss_of_a_head(logits, frozen, monkeypatch):
-    """In chunks of all 16 rows, 3 and 1: the loss and the gradients of `F.cross_entropy`, scaled by what comes after; and without gradients."""
+    """In chunks of all 16 rows, 3 and 1: loss and gradients of `F.cross_entropy`, scaled by what comes after.
+
+    Without gradients the loss is the same."""
     monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", logits)
-    x, weight = torch.randn(16, 8, requires_grad=frozen != "x"), torch.randn(11, 8, requires_grad=frozen != "weight")
+    x = torch.randn(16, 8, requires_grad=frozen != "x")
+    weight = torch.randn(11, 8, requires_grad=frozen != "weight")
     target = torch.randint(0, 11, (16,))
     target[[3, 4, 5, 15]] = kernels.IGNORE
     wanted = [t for t in (x, weight) if t.requires_grad]
@@ -227,10 +240,12 @@ def test_the_loss_of_a_head(logits, frozen, monkeypatch):
 
 
 def test_the_loss_of_a_head_in_bfloat16():
-    """Under autocast the products are bfloat16's, the softmax is not; gradients come in the type of the weights."""
-    x, weight, target = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True), torch.randint(0, 50, (64,))
+    """Under autocast products are bfloat16, the softmax is not; gradients come in the type of the weights."""
+    x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    target = torch.randint(0, 50, (64,))
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = head_loss(x, weight, target), F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")
+        found = head_loss(x, weight, target)
+        expected = F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     for a, b in zip(torch.autograd.grad(found, (x, weight)), torch.autograd.grad(expected, (x, weight))):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.01 * b.norm()
@@ -244,14 +259,15 @@ def test_dropout_is_a_function_of_the_sample():
     assert torch.equal(y[kept], torch.full_like(y[kept], 1 / 0.75)) and abs(kept.float().mean() - 0.75) < 0.01
     assert torch.equal(y[0], y[2])                                   # the same key drops the same
     assert torch.equal(torch.cat([Dropout(0.25, keys[i:i + 1], 1)(x[i:i + 1], 1) for i in range(6)]), y)
-    flat = torch.cat([kept[[0, 1, 3, 4, 5]].flatten(1), (Dropout(0.25, keys[:1], 1)(x[:1], 2) > 0).flatten(1)]).float()
+    other_site = Dropout(0.25, keys[:1], 1)(x[:1], 2) > 0
+    flat = torch.cat([kept[[0, 1, 3, 4, 5]].flatten(1), other_site.flatten(1)]).float()
     assert (torch.corrcoef(flat) - torch.eye(6)).abs().max() < 0.08  # 3,200 places: a standard error of 0.018
     assert abs(torch.corrcoef(torch.stack([flat[:, :-1].flatten(), flat[:, 1:].flatten()]))[0, 1]) < 0.04
     assert Dropout(0.25, None, 1)(x, 1) is x and Dropout(0.0, keys, 1)(x, 1) is x
 
 
 def test_dropout_in_the_model():
-    """Micro-batches give the sum of their losses; recomputed layers drop the same; generation drops nothing."""
+    """Micro-batches give the sum of their losses; recomputed layers drop the same; without keys none does."""
     model = tiny(dropout=0.5)
     codes, keys = torch.randint(11, (4, 3, 7)), torch.arange(4, dtype=torch.int32)
     whole = model(codes, None, None, keys)
@@ -267,14 +283,16 @@ def test_dropout_in_the_model():
 
 
 def test_compiled_layers_are_not_compiled_again():
-    """Of 12 updates with texts of other lengths and smaller batches without gradient between them, only the first 4 compile anything."""
+    """Of 12 updates only the first 4 compile anything, though lengths of texts change from one to the next.
+
+    Smaller batches without gradients between them compile something once, too."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     m, graphs = tiny(num_layers=4), []
     m.conditioner = torch.nn.Identity()                              # hands the conditions through
     for layer in m.transformer.layers:
-        layer.compile(backend="eager")                               # what is compiled when does not depend on the compiler
+        layer.compile(backend="eager")  # what is compiled when does not depend on the compiler
     for step in range(12):
         c = conditions(B=4, L=4 + step % 5)
         given = Conditions(cross=c.cross, cross_mask=c.cross_mask)
@@ -288,7 +306,7 @@ def test_compiled_layers_are_not_compiled_again():
 
 
 def test_compiled_layers_drop_the_same_when_recomputed():
-    """A layer's number must not be a constant of what is compiled: the backward pass would run another graph."""
+    """Were a layer's number a constant of what is compiled, the backward pass would run another graph."""
     torch._dynamo.reset()
     codes, keys, grads = torch.randint(0, 11, (2, 3, 9)), torch.arange(2, dtype=torch.int32), []
     for compiled in (False, True):
@@ -304,7 +322,7 @@ def test_compiled_layers_drop_the_same_when_recomputed():
 def test_decay_on_matrices_only():
     decayed, rest = lm.decay_groups(tiny(), 0.1)
     assert all(p.dim() == 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
-    assert rest["weight_decay"] == 0 and sum(p.dim() == 2 for p in rest["params"]) == 3      # the three tables
+    assert rest["weight_decay"] == 0 and sum(p.dim() == 2 for p in rest["params"]) == 3  # the three tables
 
 
 def test_wrong_number_of_codebooks():

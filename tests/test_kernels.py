@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from support import kernels
 from model import ModelConfig, Transformer, init_transformer
 
-here = pytest.mark.skipif(not kernels.HAS_ONEDNN, reason="no oneDNN for this processor: PyTorch's own products are used")
+NO_ONEDNN = "no oneDNN for this processor: PyTorch's own products are used"
+here = pytest.mark.skipif(not kernels.HAS_ONEDNN, reason=NO_ONEDNN)
 
 
 def close(found, expected):
@@ -27,23 +28,29 @@ def test_values_and_gradients(shape, rows, wide, monkeypatch):
     gradients = torch.autograd.grad(expected, (x, weight), dy)
     monkeypatch.setattr(F, "linear", None)
     close(kernels.linear(x, weight[rows]), expected)
-    for found, reference in zip(torch.autograd.grad(kernels.linear(x, weight[rows]), (x, weight), dy), gradients):
-        close(found, reference)
+    found = torch.autograd.grad(kernels.linear(x, weight[rows]), (x, weight), dy)
+    for gradient, reference in zip(found, gradients):
+        close(gradient, reference)
     close(*torch.autograd.grad(kernels.linear(x.detach(), weight[rows]), weight, dy), gradients[1])
     close(*torch.autograd.grad(kernels.linear(x, weight.detach()[rows]), x, dy), gradients[0])
     with torch.no_grad():
         found = kernels.linear(x, weight[rows])
         close(found, expected.detach())
-        assert found.is_contiguous()                                 # attention wants it, and the next product
+        assert found.is_contiguous()  # attention wants it, and the next product
 
 
 @here
 def test_recomputing_stops_before_the_last_product(monkeypatch):
-    """A layer has four products and eight of gradients. With its feed-forward's activations recomputed no product comes twice; with all of
-    the layer's, those before the last."""
+    """A layer has four products and eight of gradients. Recomputing its feed-forward's activations repeats no
+    product; recomputing all of the layer repeats those before the last."""
     products = []
     product = kernels.product
-    monkeypatch.setattr(kernels, "product", lambda x, weight: products.append(weight.shape) or product(x, weight))
+
+    def counted(x, weight):
+        products.append(weight.shape)
+        return product(x, weight)
+
+    monkeypatch.setattr(kernels, "product", counted)
     monkeypatch.setattr(kernels, "HAS_AVX512", True)
     stack = Transformer(ModelConfig(dim=64, num_layers=1, num_heads=2, cross_attention=False))
     init_transformer(stack)
