@@ -1,4 +1,4 @@
-"""The benchmark: what it counts against the model itself, in whose turn it measures, that every command runs."""
+"""The benchmark: its counts against the model itself, whose turn it is, that every command runs."""
 
 import importlib.util
 import re
@@ -7,23 +7,24 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools import bench
-from support import kernels as linear
-from tools import peers
-from model import MusicGen, ModelConfig
+from model import ModelConfig, MusicGen
+from support import kernels
+from tools import bench, peers
 
-SMALL = "--dim 32 --num_layers 2 --num_heads 2 --card 16 --top_k 5 --frames 12 --tokens 3 --rounds 2 --device cpu".split()
+SHAPE = "--dim 32 --num_layers 2 --num_heads 2 --card 16 --frames 12 --tokens 3"
+SMALL = [*SHAPE.split(), "--top_k", "5", "--rounds", "2", "--device", "cpu"]
 
 
 def parsed(*argv):
-    args = bench.build_parser().parse_args([*argv])
-    bench.derive(args)
+    args = bench.bench_parser().parse_args([*argv])
+    bench.complete_flags(args)
     return args
 
 
 def test_the_defaults_are_the_reference_shape():
     args = parsed("--device", "cpu")
-    assert (args.command, args.dtype, args.dim, args.num_layers, args.num_heads) == ("train", "float32", 512, 8, 8)
+    assert (args.command, args.dtype) == ("train", "float32")
+    assert (args.dim, args.num_layers, args.num_heads) == (512, 8, 8)
     assert (args.K, args.card, args.frames, args.batch_size, args.tokens) == (4, 2048, [500], 2, 16)
     args = parsed("generate", "--size", "tiny", "--num_heads", "6", "--device", "cpu")
     assert (args.dim, args.num_layers, args.num_heads) == (192, 4, 6)
@@ -32,10 +33,12 @@ def test_the_defaults_are_the_reference_shape():
 
 @pytest.mark.parametrize("command, says", [
     ("train", r"ours +T 12 \| [\d.]+ frames/s \| [\d.]+ \([\d.]+ to [\d.]+\) ms a step \| [\d.]+ GFLOP/s"),
-    ("generate", r"ours +T 12 \| [\d.]+ frames/s \| [\d.]+ steps/s \| .* ms a step \| [\d.]+ x real time \| [\d.]+ GB/s"),
+    ("generate", r"ours +T 12 \| [\d.]+ frames/s \| [\d.]+ steps/s \| .* ms a step \| "
+                 r"[\d.]+ x real time \| [\d.]+ GB/s"),
     ("codec", r"encode +toy, 2 clips of 12 frames = 0.5 s \| [\d.]+ x real time"),
     ("data", r"token cache +T 12 \| [\d.]+ frames/s"),
-    ("patterns", r"unrolled +T 12, S 49 \| build [\d.]+ ms \| targets [\d.]+ ms \| revert [\d.]+ ms \| revert_logits [\d.]+ ms"),
+    ("patterns", r"unrolled +T 12, S 49 \| build [\d.]+ ms \| targets [\d.]+ ms \| revert [\d.]+ ms \| "
+                 r"revert_logits [\d.]+ ms"),
 ])
 def test_commands(command, says, capsys):
     assert bench.main([command, *SMALL, "--workers", "0"]) == 0
@@ -43,25 +46,32 @@ def test_commands(command, says, capsys):
 
 
 def test_limits_are_fractions_of_what_was_measured(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "find_limits", lambda args: bench.Limits(flops=1e15, read=1e15))
+    monkeypatch.setattr(bench, "measure_limits", lambda args: bench.MachineLimits(flops=1e15, read=1e15))
     for command, says in (("train", "MFU 0.0%"), ("generate", "0.0% of reading")):
         assert bench.main([command, *SMALL, "--limit"]) == 0
         assert says in capsys.readouterr().out
 
 
 def test_scaling(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "in_turn", lambda calls, args, warm_up: [[args.frames[0] * args.batch_size * args.K]])
+    def seconds(calls, args, warm_up):
+        return [[args.frames[0] * args.batch_size * args.K]]
+
+    monkeypatch.setattr(bench, "in_turn", seconds)
     assert bench.main(["scaling", *SMALL]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert ["frames", "3000", f"{3000 * 2 * 4 * 1e3:.1f}", "12.00", "12.00"] in rows and ["K", "8", "192000.0", "8.00", "8.00"] in rows
+    assert ["frames", "3000", f"{3000 * 2 * 4 * 1e3:.1f}", "12.00", "12.00"] in rows
+    assert ["K", "8", "192000.0", "8.00", "8.00"] in rows
     assert [row[1] for row in rows if row[0] == "pattern"] == ["delay", "parallel", "unrolled"]
 
 
 def test_memory_is_of_a_process_of_its_own(capsys, monkeypatch):
-    """Recomputing 8 layers of 600 steps holds less; what this process holds does not count, nor what the C library keeps of so little."""
+    """Recomputing 8 layers of 600 steps holds less. What this process holds does not count.
+
+    Nor does what the C library would keep of so little."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     ballast = torch.ones(2 ** 26)                                    # 256 MiB
-    assert bench.main("memory --dim 64 --num_layers 8 --num_heads 2 --card 16 --top_k 5 --frames 600 --device cpu".split()) == 0
+    shape = "--dim 64 --num_layers 8 --num_heads 2 --card 16 --top_k 5 --frames 600 --device cpu"
+    assert bench.main(["memory", *shape.split()]) == 0
     ours, less = (int(x) for x in re.findall(r"peak (\d+) MiB", capsys.readouterr().out))
     kept = 8 * 4 * 600 * 64 * 4 / 2 ** 20                            # one [B,S,D] a layer
     assert 10 * kept < ours < 40 * kept and less < 0.5 * ours and ballast[0] == 1
@@ -74,8 +84,16 @@ def fake(monkeypatch):
 
     def build(config, B, L, device, cfg, top_k):
         layer = torch.nn.Linear(1, 1)
-        return peers.Peer("transformers", layer, lambda codes: used.append("loss") or layer(torch.ones(1, 1)).sum(),
-                          lambda T: used.append("generate") or torch.zeros(B, config.K, T))
+
+        def loss(codes):
+            used.append("loss")
+            return layer(torch.ones(1, 1)).sum()
+
+        def generate(T):
+            used.append("generate")
+            return torch.zeros(B, config.K, T)
+
+        return peers.Peer("transformers", layer, loss, generate)
 
     monkeypatch.setitem(bench.PEERS, "transformers", build)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
@@ -86,7 +104,8 @@ def fake(monkeypatch):
 def test_a_peer_is_measured_as_often_as_ours(command, what, fake, capsys):
     assert bench.main([command, *SMALL, "--vs", "transformers"]) == 0
     assert fake == [what] * (2 + 2 if command == "train" else 1 + 2)
-    assert re.search(r"ours is [\d.]+ \([\d.]+ to [\d.]+\) times as fast as transformers, 2 pairs", capsys.readouterr().out)
+    wanted = r"ours is [\d.]+ \([\d.]+ to [\d.]+\) times as fast as transformers, 2 pairs"
+    assert re.search(wanted, capsys.readouterr().out)
 
 
 def test_in_turn():
@@ -96,20 +115,26 @@ def test_in_turn():
 
 
 def test_the_ratio_is_of_pairs():
-    assert bench.ratio_line([1, 10, 2], [2, 15, 6], "x").strip() == "ours is 2.00 (1.50 to 3.00) times as fast as x, 3 pairs"
+    line = bench.ratio_line([1, 10, 2], [2, 15, 6], "x").strip()
+    assert line == "ours is 2.00 (1.50 to 3.00) times as fast as x, 3 pairs"
 
 
 def test_a_missing_peer_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bench.main([*SMALL, "--vs", "audiocraft"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("bench.py: --vs audiocraft: not installed") and peers.INSTALL["audiocraft"] in error and error.count("\n") == 1
+    assert error.startswith("tools.bench: --vs audiocraft: not installed")
+    assert peers.INSTALL["audiocraft"] in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--rounds", "0"], "--rounds 0"), (["--frames", "3"], "--frames 3"), (["--dim", "30", "--num_heads", "4"], "--dim 30"),
-    (["--top_k", "3000"], "--top_k 3000"), (["--vs", "audiocraft", "--pattern", "parallel"], "--pattern parallel"),
-    (["--device", "tpu"], "tpu"), (["codec", "--codec", "missing.pt"], "missing.pt"),
+    (["--rounds", "0"], "--rounds 0"),
+    (["--frames", "3"], "--frames 3"),
+    (["--dim", "30", "--num_heads", "4"], "--dim 30"),
+    (["--top_k", "3000"], "--top_k 3000"),
+    (["--vs", "audiocraft", "--pattern", "parallel"], "--pattern parallel"),
+    (["--device", "tpu"], "tpu"),
+    (["codec", "--codec", "missing.pt"], "missing.pt"),
 ])
 def test_bad_input(argv, says, capsys):
     assert bench.main(argv) == 2
@@ -119,29 +144,31 @@ def test_bad_input(argv, says, capsys):
 
 def test_flops_of_an_update_are_those_of_its_matrix_products(monkeypatch):
     """PyTorch's own count of its products; attention, which it does not count on a CPU, comes on top."""
-    monkeypatch.setattr(linear, "HAS_ONEDNN", False)                       # nor does it count oneDNN's
+    monkeypatch.setattr(kernels, "HAS_ONEDNN", False)  # nor does it count oneDNN's
     args = parsed(*SMALL)
     side, = bench.build_sides(args, ["ours"])
     with FlopCounterMode(display=False) as counter:
         side.loss(bench.random_codes(args, 12)).backward()
     S, L, D = 12, 3, 32
-    attention = 3 * 2 * 2 * (4 * S * S * D + 4 * S * L * D)          # forward and twice backward, B, layers
-    source = 2 * 2 * 4 * D * D * L                                   # nothing flows back into the condition: one product less
+    attention = 3 * 2 * 2 * (4 * S * S * D + 4 * S * L * D)  # forward and twice backward, B, layers
+    source = 2 * 2 * 4 * D * D * L  # nothing flows back into the condition: one product less
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    assert bench.update_flops(bench.model_config(args), 2, 12, L) == counted + attention + source
+    assert bench.update_flops(bench.shape_of_flags(args), 2, 12, L) == counted + attention + source
 
 
 def test_bytes_of_a_step():
-    """Every matrix once but the tables and the keys and values of cross-attention; the cache as it is half way."""
+    """Every matrix but the tables and the keys and values of cross-attention; the cache as it is half way."""
     config = ModelConfig(dim=32, num_layers=2, num_heads=2, card=16)
-    weights = sum(p.numel() for name, p in MusicGen(config).named_parameters() if p.dim() == 2 and not name.startswith("emb"))
-    cache = 2 * 3 * 2 * 32 * (sum(range(1, 10)) / 9 + 5)             # layers, rows, keys and values, D, mean length and condition
+    matrices = {name: p for name, p in MusicGen(config).named_parameters() if p.dim() == 2}
+    weights = sum(p.numel() for name, p in matrices.items() if not name.startswith("emb"))
+    mean_length, condition = sum(range(1, 10)) / 9, 5
+    cache = 2 * 3 * 2 * 32 * (mean_length + condition)  # layers, rows, keys and values, D
     assert bench.step_bytes(config, 3, 9, 5, 4) == 4 * (weights - 2 * 2 * 32 * 32 + cache)
 
 
 @pytest.mark.parametrize("name", ["transformers", "audiocraft"])
 def test_peers_are_of_the_same_size(name):
-    """Where they are installed: as many parameters in their matrices, a loss near ln 16, codes of the right shape."""
+    """Where they are installed: as many parameters, a loss near ours, codes of the right shape."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"needs {name}: {peers.INSTALL[name]}")
     args = parsed(*SMALL)
