@@ -65,6 +65,14 @@ class Batch:
     codes: Tensor | None  # [B, K, T] int64
     frame_mask: Tensor  # [B, T] bool, True where audio is
 
+    def encode(self, codec, device) -> tuple[Tensor, Tensor]:
+        """(codes [B, K, T], frame mask [B, T]) on the device; audio goes through the codec."""
+        if self.codes is None:
+            codes = codec.encode(self.wav.to(device))
+        else:
+            codes = self.codes.to(device, torch.long)
+        return codes, self.frame_mask.to(device)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # datasets
@@ -126,6 +134,10 @@ class SegmentDataset:
         frames = math.ceil(kept.shape[-1] / self.hop)
         features = {name: each.of_segment(kept, self.sample_rate) for name, each in self.features.items()}
         return {"wav": padded.numpy(), "frames": frames, "features": features}
+
+    def metadata(self, limit: int = 20_000) -> list:
+        """Descriptions and metadata fields of the first files: conditions learn from them before training."""
+        return [entry.meta for entry in self.files[:limit]]
 
     def describe(self) -> str:
         """One line for the log."""
@@ -198,6 +210,10 @@ class ToyDataset(SegmentDataset):
         return Example(segment_frames=self.segment_frames, meta=meta, path=f"toy:{self.split}/{index}",
                        index=index, start_seconds=0.0, **self.content_of_audio(wav))
 
+    def metadata(self, limit: int = 4000) -> list:
+        """Captions of the first clips."""
+        return [{"description": toy.draw_clip(self.seed, 0, i)[1]} for i in range(limit)]
+
     def describe(self) -> str:
         """One line for the log."""
         fresh = "new clips every epoch" if self.split == "train" else "fixed clips"
@@ -233,6 +249,11 @@ def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: 
 
 # ------------------------------------------------------------------------------------------------------------
 # batches
+
+
+def find_data(dataset: str, cache: str | None) -> str | Scan:
+    """What `open_dataset` takes: a scan of a folder or manifest, or the name of what needs none."""
+    return dataset if cache or dataset == "toy" else scan_dataset(dataset)
 
 
 def load_examples(dataset, epoch: int, count: int, first: int) -> list[Example] | ValueError:

@@ -1,17 +1,18 @@
-"""Music from a trained model: sampling with classifier-free guidance, continuation, lengths past the training window.
+"""Music from a trained model: sampling with guidance, continuation, lengths past the training window.
 
-Copet et al. 2023 (arXiv:2306.05284), sec. 2.2 and 3.1. The pattern is walked step by step; each step's codes are sampled
-from the K heads and written into the cells that are still open. Guided and unguided rows go through in one batch:
+Copet et al. 2023 (arXiv:2306.05284), sec. 2.2 and 3.1. The pattern is walked step by step; each step's codes
+are sampled from the K heads and written into the cells that are still open. Rows with and without
+conditions go through in one batch (Ho & Salimans 2022; cfg 1 needs the first half alone):
 
-    logits = unguided + cfg * (guided - unguided)            (Ho & Salimans 2022; cfg 1 needs no unguided half)
+    logits = nothing + cfg * (everything - nothing)
 
-A text beside a style (or a melody) is drowned by it, which says more. Double guidance (Rouard et al. 2024, arXiv:2407.12563,
-sec. 3) pushes the text further: with rows for everything, for all but the text, and for nothing,
+A text beside a style or a melody is drowned by it, which says more. Double guidance (Rouard et al. 2024,
+arXiv:2407.12563, sec. 3) pushes the text further, with rows for all but the text as well:
 
-    logits = nothing + cfg * (style + cfg_style * (text and style - style) - nothing)        (cfg_style 1 is the line above)
+    logits = nothing + cfg * (textless + cfg_style * (everything - textless) - nothing)
 
-Longer than the training window: a first window, then windows whose beginning is the end of the one before. A melody is read on
-in each from where it begins, and begins again after its end.
+Longer than the training window: a first window, then windows whose beginning is the end of the one before. A
+melody is read on in each from where it begins, and begins again after its end.
 
     |------- window -------|
               |-- prompt --|-- stride --|
@@ -19,17 +20,16 @@ in each from where it begins, and begins again after its end.
 
 Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
     python generate.py --run runs/NAME --prompt "a slow organ tune" --seconds 8 --n 4
-    python generate.py --run runs/NAME --serve                                   a page in the browser, see demo.py
+    python generate.py --run runs/NAME --serve                  a page in the browser, see support/serve.py
     python generate.py --run runs/NAME --prompt "fast bells" --melody tune.wav --style track.wav --cfg_style 3
     from generate import MusicGenerator
     music = MusicGenerator.load("runs/NAME")
-    wav = music.generate(["a slow organ tune", "fast bells"], seconds=4)         # [2, C, N] at music.codec.sample_rate
+    wav = music.generate(["slow organ", "fast bells"], seconds=4)      # [2, C, N] at music.codec.sample_rate
 """
 
 import argparse
 import contextlib
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,28 +38,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import audio, chroma, common
 import tokenizer
-from conditioning import clean_text, excerpt, melody_window
-from interop.load import build_model, read_model
+from conditioning import CONDITIONS, clean_text
+from interop import load
 from model import Conditions, MusicGen
+from support import audio, common
 from support.compiled import compile_step
 from support.kernels import packed_weights
 
 
 @dataclass
 class Sampling:
-    """How codes are drawn. temperature 0: the most likely code. top_p (if over 0) goes before top_k (if over 0)."""
+    """How codes are drawn. Temperature 0 takes the likeliest. A top_p over 0 goes before a top_k over 0."""
     cfg: float = 3.0
     temperature: float = 1.0
     top_k: int = 250
     top_p: float = 0.0
-    cfg_style: float = 1.0                                           # of the text beside a style or melody; 1 is none
+    cfg_style: float = 1.0                                   # of the text beside a style or melody; 1 is none
 
     def __post_init__(self):
-        for name, value, low, high in (("cfg", self.cfg, -100, 100), ("temperature", self.temperature, 0, 100),
-                                       ("top_k", self.top_k, 0, 1 << 20), ("top_p", self.top_p, 0, 1),
-                                       ("cfg_style", self.cfg_style, -100, 100)):
+        ranges = dict(cfg=(-100, 100), temperature=(0, 100), top_k=(0, 1 << 20), top_p=(0, 1),
+                      cfg_style=(-100, 100))
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
             if not low <= value <= high:                             # also refuses NaN
                 raise ValueError(f"{name} {value}: it lies between {low} and {high}")
 
@@ -82,367 +83,444 @@ def sample_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator 
 
 
 @torch.inference_mode()
-def generate_codes(model: MusicGen, attributes: list, T: int, sampling: Sampling, generator: torch.Generator | None = None,
-                   prompt: Tensor | None = None, progress=None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes [B,K,T] for a list of B conditions ({name: value or None}).
+def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
+                   generator: torch.Generator | None = None, prompt: Tensor | None = None, progress=None,
+                   dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes [B, K, T] for a list of B conditions ({name: value or None}).
 
-    prompt [B,K,T'] with T' < T is kept as it is and continued; progress(done, total) is called after every step;
-    dtype: of autocast and of the key-value cache. The model is put into eval mode for the while."""
-    device, K, B = model.emb[0].weight.device, model.config.K, len(attributes)
+    prompt [B, K, T'] with T' < T is kept as it is and continued; progress(done, total) is called after every
+    step; dtype: of autocast and of the key-value cache. The model is put into eval mode for the while."""
+    device, K, B = model.emb[0].weight.device, model.config.K, len(values)
     T_prompt = 0 if prompt is None else prompt.shape[2]
     assert T_prompt < T, f"a prompt of {T_prompt} frames leaves nothing to generate in {T}"
+
+    # the sequence: special tokens where nothing is known yet
     pattern = model.config.layout(T).to(device)
     codes = torch.full((B, K, T), model.special, device=device)
     if prompt is not None:
         codes[..., :T_prompt] = prompt
-    seq = pattern.build(codes, model.special, valid_only=False)                                         # [B, K, S]
-    is_open = pattern.frame >= T_prompt                                                                 # [K, S]
-    heads = [row.nonzero()[:, 0].tolist() for row in is_open.T.cpu()]                                   # of every step
+    seq = pattern.build(codes, model.special, valid_only=False)                                 # [B, K, S]
+    is_open = pattern.frame >= T_prompt                                                         # [K, S]
+    open_heads = [row.nonzero()[:, 0].tolist() for row in is_open.T.cpu()]                     # of every step
+
+    # rows of the batch: each sample; for double guidance without its text; for guidance without anything
+    guided = sampling.cfg != 1 and any(v is not None for sample in values for v in sample.values())
+    coefficient = guidance_coefficient(values, sampling, device)                                # [B, 1, 1]
+    rows = 1 + guided + (coefficient is not None)
 
     was_training = model.training
     model.eval()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    with autocast:
-        guided, beta = guidance(attributes, sampling, device)
-        rows = 1 + guided + (beta is not None)                       # of each sample
-        conditions = encode_conditions(model, attributes, guided, beta is not None)
+    packing = packed_weights(0 if model.compiled else B * rows)      # a compiled step packs its weights itself
+    with autocast, packing:
+        conditions = encode_conditions(model, values, guided, coefficient is not None)
         P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
         cache = model.cache_class(model.config, B * rows, P + pattern.S, device, dtype)
-    packing = packed_weights(0 if model.compiled else B * rows)  # a compiled step packs its weights itself
-    with autocast, packing:
         first = pattern.first_step(T_prompt)
         for s in range(first, pattern.S):
-            which = heads[s] if 0 < len(heads[s]) < K else None      # None: all
+            # logits of the codebooks that are open at this step; None asks for all
+            which = open_heads[s] if 0 < len(open_heads[s]) < K else None
             if s == first:
-                x = model.hidden(seq[..., :s].repeat(rows, 1, 1), conditions, cache)                    # [rows*B, s, D]
-                logits = model.heads(x[:, -1:], which)  # [rows*B, k, 1, card]
+                x = model.hidden(seq[..., :s].repeat(rows, 1, 1), conditions, cache)          # [rows*B, s, D]
+                logits = model.heads(x[:, -1:], which)                                  # [rows*B, k, 1, card]
             else:
                 logits = model.decode_step(seq[..., s - 1:s].repeat(rows, 1, 1), cache, which)
-            if heads[s]:
-                logits = logits[:, :, 0].float()
-                full, *others = logits.chunk(rows)
-                if beta is not None:
-                    style = others.pop(0)
-                    full = style + beta * (full - style)
-                null = others[0] if guided else full
-                logits = null + sampling.cfg * (full - null) if guided else full
-                seq[:, slice(None) if which is None else which, s] = sample_codes(logits, sampling, generator)
+            if open_heads[s]:
+                # guidance
+                logits = logits[:, :, 0].float()                                           # [rows*B, k, card]
+                everything, *others = logits.chunk(rows)
+                if coefficient is not None:
+                    textless = others.pop(0)
+                    everything = textless + coefficient * (everything - textless)
+                if guided:
+                    null = others[0]
+                    everything = null + sampling.cfg * (everything - null)
+                # sampling
+                drawn = sample_codes(everything, sampling, generator)                           # [B, k]
+                seq[:, slice(None) if which is None else which, s] = drawn
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)
     model.train(was_training)
+
     codes, found = pattern.revert(seq, -1)
     assert found.all() and codes.max() < model.config.card, "some codes were not generated"
-    return codes                                                                                        # [B, K, T]
+    return codes                                                                                # [B, K, T]
 
 
-def guidance(attributes: list, sampling: Sampling, device) -> tuple[bool, Tensor | None]:
-    """(whether unguided rows are needed, the second coefficient [B,1,1] or None): it is 1 where text stands alone, or is missing."""
-    guided = sampling.cfg != 1 and any(v is not None for a in attributes for v in a.values())
-    both = [a.get("text") is not None and any(v is not None for k, v in a.items() if k != "text") for a in attributes]
+def guidance_coefficient(values: list, sampling: Sampling, device) -> Tensor | None:
+    """Double guidance's second coefficient of each sample, [B, 1, 1]: 1 where the text stands alone or is
+    missing.
+
+    None where no sample needs it."""
+    both = []
+    for sample in values:
+        given = [name for name, value in sample.items() if value is not None]
+        texts = [name for name in given if CONDITIONS[name].is_text]
+        both.append(0 < len(texts) < len(given))
     if sampling.cfg_style == 1 or not any(both):
-        return guided, None
-    return guided, torch.tensor([sampling.cfg_style if x else 1.0 for x in both], device=device)[:, None, None]
+        return None
+    return torch.tensor([sampling.cfg_style if x else 1.0 for x in both], device=device)[:, None, None]
 
 
-def encode_conditions(model: MusicGen, attributes: list, guided: bool, double: bool = False) -> Conditions:
-    """Conditions of the batch; if `double`, then as many without their texts; if `guided`, then as many null ones."""
+def encode_conditions(model: MusicGen, values: list, guided: bool, double: bool = False) -> Conditions:
+    """Conditions of the batch; if `double`, then as many without their texts; if `guided`, then as many null
+    ones."""
     if model.conditioner is None:
         return Conditions()
-    textless = [{**a, "text": None} for a in attributes] if double else []
-    nulls = [dict.fromkeys(a) for a in attributes] if guided else []
-    return model.conditioner(model.conditioner.prepare(attributes + textless + nulls, model.emb[0].weight.device))
+    rows = list(values)
+    if double:
+        for sample in values:
+            rows.append({name: None if CONDITIONS[name].is_text else value for name, value in sample.items()})
+    if guided:
+        rows += [dict.fromkeys(v) for v in values]
+    return model.conditioner(model.conditioner.prepare(rows, model.emb[0].weight.device))
 
 
-def at_window(model: MusicGen, attributes: list, start: int) -> list:
-    """The conditions of a window that begins at a code frame: melodies from there on, as long as a training segment."""
-    if model.conditioner is None or "melody" not in model.conditioner.names:
-        return attributes
-    c = model.conditioner.config
-    return [a if a.get("melody") is None else
-            {**a, "melody": melody_window(torch.as_tensor(a["melody"]), round(start * c.melody_rate), c.melody_frames)}
-            for a in attributes]
+def values_at(model: MusicGen, values: list, start: int) -> list:
+    """The conditions of a window that begins at a code frame: a melody, for one, is read on from there."""
+    if model.conditioner is None:
+        return values
+    parts = model.conditioner.parts
+    return [{name: value if value is None or name not in parts else parts[name].at_window(value, start)
+             for name, value in sample.items()} for sample in values]
 
 
-def generate_long(model: MusicGen, attributes: list, T: int, sampling: Sampling, window: int, stride: int,
+def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, window: int, stride: int,
                   generator: torch.Generator | None = None, prompt: Tensor | None = None, progress=None,
                   dtype: torch.dtype = torch.float32, began: int = 0) -> Tensor:
     """As `generate_codes`, for any T: windows of `window` frames, each after the first advancing by `stride`.
 
-    The prompt counts in T; melodies are read from frame `began` on. Errors: ValueError if the stride does not leave a prompt, or
-    the prompt fills a window."""
+    The prompt counts in T; a melody is read from frame `began` on. Errors: ValueError if the stride does not
+    leave a prompt."""
     if not 0 < stride < window:
-        raise ValueError(f"stride {stride} frames: it lies between 1 and the window of {window} frames less 1")
-    if prompt is not None and T > window and prompt.shape[2] > window - stride:
-        prompt, early = prompt[..., -(window - stride):], prompt[..., :-(window - stride)]
-        rest = generate_long(model, attributes, T - early.shape[2], sampling, window, stride, generator, prompt, progress,
-                             dtype, early.shape[2])
-        return torch.cat([early.to(rest.device), rest], 2)
-    codes, done, total = prompt, 0, T if prompt is None else T - prompt.shape[2]
-    while done < total:
-        kept = codes if done == 0 else codes[..., -(window - stride):]
-        frames = min(window, (0 if kept is None else kept.shape[2]) + total - done)
+        raise ValueError(f"stride {stride} frames: it lies between 1 and the window of {window} less 1")
+    context = window - stride                                        # frames that a window takes over
+    common_arguments = dict(generator=generator, dtype=dtype)
 
-        def report(step, steps, done=done, new=frames - (0 if kept is None else kept.shape[2])):
+    # a prompt longer than that: all but its end is kept aside
+    if prompt is not None and T > window and prompt.shape[2] > context:
+        early, prompt = prompt[..., :-context], prompt[..., -context:]
+        rest = generate_long(model, values, T - early.shape[2], sampling, window=window, stride=stride,
+                             prompt=prompt, progress=progress, began=early.shape[2], **common_arguments)
+        return torch.cat([early.to(rest.device), rest], 2)
+
+    codes, total = prompt, T if prompt is None else T - prompt.shape[2]
+    done = 0                                                         # new frames
+    while done < total:
+        if codes is None or done == 0:
+            kept, start = codes, began
+        else:
+            kept, start = codes[..., -context:], began + codes.shape[2] - context
+        old = 0 if kept is None else kept.shape[2]
+        frames = min(window, old + total - done)
+
+        def report(step, steps, done=done, new=frames - old):
             progress(done + new * step // steps, total)
 
-        start = began if done == 0 else began + codes.shape[2] - kept.shape[2]
-        part = generate_codes(model, at_window(model, attributes, start), frames, sampling, generator, kept,
-                              report if progress else None, dtype)
-        new = part[..., 0 if kept is None else kept.shape[2]:]
+        part = generate_codes(model, values_at(model, values, start), frames, sampling, prompt=kept,
+                              progress=report if progress else None, **common_arguments)
+        new = part[..., old:]
         codes = new if codes is None else torch.cat([codes.to(new.device), new], 2)
         done += new.shape[2]
-    return codes                                                                                        # [B, K, T]
+    return codes                                                                                # [B, K, T]
+
+
+# --------------------------------------------------------------------------------------------------
+# the API
 
 
 class MusicGenerator:
     """A trained model with its codec: `generate` gives audio, `codes` the codes behind it."""
 
-    def __init__(self, model: MusicGen, codec, window: int, sampling: Sampling, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: MusicGen, codec, window: int, sampling: Sampling, dtype=torch.float32):
+        """window: frames of a training segment; dtype: of autocast and of the key-value cache."""
         self.model, self.codec, self.window, self.sampling, self.dtype = model, codec, window, sampling, dtype
 
     @classmethod
-    def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype: torch.dtype = torch.float32):
-        """From a run folder, a best.pt, or a folder with published weights. codec: where its codec lies now, if not where it was in
-        training."""
-        data = read_model(run)
+    def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype=torch.float32):
+        """From a run folder, a best.pt, or a folder with published weights.
+
+        codec: where its codec lies now, if not where it was in training. Errors: ValueError says what is
+        wrong."""
+        content = load.read_model(run)
         try:
-            model, window, sampling = build_model(data), data["segment_frames"], Sampling(**data["sampling"])
-            stored = dict(channels=1, levels=data["codec"]["K"]) | data["codec"]         # older files: mono
-            name, levels, channels, fingerprint = (stored[key] for key in ("name", "levels", "channels", "fingerprint"))
+            model, window = load.build_model(content), content["segment_frames"]
+            sampling, stored = Sampling(**content["sampling"]), content["codec"]
+            stored = dict(channels=1, levels=stored["K"]) | stored   # older files: mono
+            name, fingerprint = codec or stored["name"], stored["fingerprint"]
+            levels, channels = stored["levels"], stored["channels"]
             assert window > 0, f"a window of {window} frames"
         except Exception as error:                                   # a foreign file can fail in any way
-            raise ValueError(f"{run}: not {common.MODEL_FILE}, or damaged ({common.describe_error(error)})") from None
-        loaded = tokenizer.load_codec(codec or name, levels, device, channels)
-        if loaded.fingerprint != fingerprint:
-            raise ValueError(f"codec {codec or name} has fingerprint {loaded.fingerprint[:12]}, the model was trained on codes "
-                             f"of {fingerprint[:12]}: give that codec by --codec")
-        if (model.config.K, model.config.card) != (loaded.K, loaded.card):
+            problem = common.describe_error(error)
+            raise ValueError(f"{run}: not {common.MODEL_FILE}, or damaged ({problem})") from None
+        found = tokenizer.load_codec(name, levels, device, channels)
+        if found.fingerprint != fingerprint:
+            raise ValueError(f"codec {name} has fingerprint {found.fingerprint[:12]}, the model was trained "
+                             f"on codes of {fingerprint[:12]}: give that codec by --codec")
+        if (model.config.K, model.config.card) != (found.K, found.card):
             raise ValueError(f"{run}: makes {model.config.K} x {model.config.card} codes, its codec has "
-                             f"{loaded.K} x {loaded.card}: the file is damaged")
-        return cls(model.to(device), loaded, window, sampling, dtype)
+                             f"{found.K} x {found.card}: the file is damaged")
+        return cls(model.to(device), found, window, sampling, dtype)
 
-    def codes(self, attributes: list, seconds: float, seed: int = 0, sampling: Sampling | None = None,
+    @property
+    def conditions(self) -> dict:
+        """{name: Condition} that the model was trained on."""
+        return {} if self.model.conditioner is None else dict(self.model.conditioner.parts.items())
+
+    def codes(self, values: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
               stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None) -> Tensor:
-        """Codes [B,K,T] for conditions as `attributes` gives them; prompt: audio [C,N] or [B,C,N] to continue, counted in
-        `seconds`; stride: how far each window past the training length advances (default 60 % of it)."""
-        T = max(1, round(seconds * self.codec.frame_rate))
+        """Codes [B, K, T] for conditions as `condition_values` gives them.
+
+        prompt: audio [C, N] or [B, C, N] to continue, counted in `seconds`; stride_seconds: how far each
+        window past the training length advances (default 60 % of it). Errors: ValueError for lengths that do
+        not fit."""
+        frame_rate = self.codec.frame_rate
+        T = max(1, round(seconds * frame_rate))
         device = self.model.emb[0].weight.device
         if prompt is not None:
-            prompt = prompt if prompt.dim() == 3 else prompt[None].expand(len(attributes), -1, -1)
-            prompt = self.codec.encode(prompt.to(device))
+            prompt = prompt if prompt.dim() == 3 else prompt[None].expand(len(values), -1, -1)
+            prompt = self.codec.encode(prompt.to(device))                                       # [B, K, T']
             if prompt.shape[2] >= T:
-                raise ValueError(f"the audio to continue lasts {prompt.shape[2] / self.codec.frame_rate:.2f} s, so "
+                raise ValueError(f"the audio to continue lasts {prompt.shape[2] / frame_rate:.2f} s, so "
                                  f"--seconds must be longer than that, not {seconds:g}")
-        window_seconds = self.window / self.codec.frame_rate
+        window_seconds = self.window / frame_rate
         if stride_seconds is not None and not 0 < stride_seconds < window_seconds:
-            raise ValueError(f"--stride {stride_seconds:g}: more than 0, less than the window of {window_seconds:g} s")
-        stride = 0.6 * self.window if stride_seconds is None else round(stride_seconds * self.codec.frame_rate)
-        stride = max(1, min(int(stride), self.window - 1))           # frames
+            raise ValueError(f"--stride {stride_seconds:g}: more than 0, less than the window of "
+                             f"{window_seconds:g} s")
+        stride = 0.6 * self.window if stride_seconds is None else round(stride_seconds * frame_rate)
+        stride = max(1, min(int(stride), self.window - 1))                                      # frames
         generator = torch.Generator(device).manual_seed(seed)
-        return generate_long(self.model, attributes, T, sampling or self.sampling, self.window, stride, generator, prompt,
-                             progress, self.dtype)
+        return generate_long(self.model, values, T, sampling or self.sampling, window=self.window, stride=stride,
+                             generator=generator, prompt=prompt, progress=progress, dtype=self.dtype)
 
-    def attributes(self, prompts: list, melody=None, style=None) -> list:
-        """Conditions [{name: value or None}] of texts (None: without). melody, style: audio [C,N] at the codec's rate for all, or
-        a list of such and None. Errors: ValueError for what the model was not trained on, or what holds no melody."""
-        given = dict(text=prompts, melody=melody, style=style)
-        given = {k: v if isinstance(v, (list, tuple)) else [v] * len(prompts) for k, v in given.items()}
-        names = self.model.conditioner.names if self.model.conditioner is not None else []
-        for name, values in given.items():
-            if len(values) != len(prompts):
-                raise ValueError(f"{len(values)} of {name} for {len(prompts)} of text: give one for all, or as many")
-            if name not in names and any(v is not None for v in values):
-                raise ValueError(f"this model was trained without {name}" + (": use --unconditional" if name == "text" else ""))
-        made = {(name, id(v)): f(v) for name, f in (("melody", self.tune), ("style", self.excerpt))
-                for v in {id(v): v for v in given[name] if v is not None}.values()}
-        return [{name: values[i] if name == "text" else made.get((name, id(values[i]))) for name, values in given.items()}
-                for i in range(len(prompts))]
+    def condition_values(self, prompts: list, **given) -> list:
+        """[{name: value or None}] of texts (None: without), and of what is given for other conditions by
+        name.
 
-    def tune(self, wav: Tensor) -> Tensor:
-        """The chroma [F,12] of a melody's audio [C,N]. Errors: ValueError if it is too short or silent."""
-        rate = self.codec.sample_rate
-        if wav.shape[-1] < 4 * chroma.hop_length(rate):
-            raise ValueError(f"a melody lasts at least {4 * chroma.HOP_SECONDS:g} s, this has {wav.shape[-1] / rate:.2f} s")
-        found = chroma.melody_chroma(wav.cpu(), rate, self.model.conditioner.config.melody_stems)
-        if not found.any():
-            raise ValueError("it is silent: no melody in it")
-        return found
+        Each is one for all, or a list with one or None for each text; see `Condition.from_user` for what it
+        may be. Errors: ValueError for what the model was not trained on, or what holds no such condition."""
+        columns = {}
+        for name, condition in CONDITIONS.items():
+            column = prompts if condition.is_text else given.pop(name, None)
+            columns[name] = column if isinstance(column, (list, tuple)) else [column] * len(prompts)
+        if given:
+            raise ValueError(f"condition {next(iter(given))!r}: choose from {', '.join(CONDITIONS)}")
+        values = [{} for _ in prompts]
+        for name, column in columns.items():
+            if len(column) != len(prompts):
+                raise ValueError(f"{len(column)} of {name} for {len(prompts)} of text: give one for all, "
+                                 "or as many")
+            if name not in self.conditions and any(item is not None for item in column):
+                hint = ": use --unconditional" if CONDITIONS[name].is_text else ""
+                raise ValueError(f"this model was trained without {name}{hint}")
+            known = {}                                               # what several samples share is read once
+            for row, item in zip(values, column):
+                if item is not None and id(item) not in known:
+                    known[id(item)] = self.conditions[name].from_user(item, self.codec)
+                row[name] = None if item is None else known[id(item)]
+        return values
 
-    def excerpt(self, wav: Tensor) -> Tensor:
-        """The codes [K,T'] of the middle of a track [C,N]: a style. Errors: ValueError if it is too short."""
-        config, hop = self.model.conditioner.config, self.codec.hop
-        if (frames := wav.shape[-1] // hop) < config.style_every:
-            raise ValueError(f"a style lasts at least {config.style_every / self.codec.frame_rate:g} s, this has "
-                             f"{wav.shape[-1] / self.codec.sample_rate:.2f} s")
-        around = config.style_frames + 2 * math.ceil(self.codec.frame_rate)               # a second on both sides, for the codec
-        start, stop = excerpt(frames, around, around)
-        codes = self.codec.encode(wav[None, :, start * hop:stop * hop].to(self.model.emb[0].weight.device))[0]
-        start, stop = excerpt(codes.shape[1], config.style_frames, config.style_frames)
-        return codes[:, start:stop]
+    def generate(self, prompts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
+                 stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None,
+                 **given) -> Tensor:
+        """Audio [B, C, N] for texts (None: without), with other conditions by name as in `condition_values`.
 
-    def generate(self, prompts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, melody=None, style=None,
-                 **kwargs) -> Tensor:
-        """Audio [B,C,N] for texts (None: without), melodies and styles as in `attributes`; further arguments as in `codes`."""
-        codes = self.codes(self.attributes(prompts, melody, style), seconds, seed, sampling, **kwargs)
+        The rest is as in `codes`."""
+        values = self.condition_values(prompts, **given)
+        codes = self.codes(values, seconds, seed, sampling, stride_seconds=stride_seconds, prompt=prompt,
+                           progress=progress)
         return self.codec.decode(codes).cpu()
 
 
-def free_name(folder: Path) -> int:
-    """The first number under which neither wav nor json exists in a folder, so that nothing is overwritten."""
-    taken = [int(p.stem) for p in folder.glob("*.*") if p.stem.isdecimal()]
-    return max(taken, default=-1) + 1
+# --------------------------------------------------------------------------------------------------
+# the command
 
 
-def main(argv: list | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags. Each condition but the text has one of its own."""
     parser = argparse.ArgumentParser(description="Generate music with a trained model.", allow_abbrev=False)
-    parser.add_argument("--run", "--model", dest="run", required=True,
-                        help="run folder (or its best.pt), or a folder with published weights, Hugging Face's or audiocraft's")
-    parser.add_argument("--prompt", action="append", default=[], help="text; repeat it for several in one batch")
-    parser.add_argument("--prompts", metavar="FILE", help="text file, one prompt a line")
-    parser.add_argument("--unconditional", action="store_true", help="no text at all")
-    parser.add_argument("--melody", nargs="+", default=[], metavar="AUDIO", help="whose melody to follow: one for all, or as many as texts")
-    parser.add_argument("--melody_stems", action="store_true",
-                        help="without its drums and bass (needs demucs; as trained, if trained so)")
-    parser.add_argument("--style", nargs="+", default=[], metavar="AUDIO", help="whose style to take: one for all, or as many as texts")
-    parser.add_argument("--continue", dest="continued", metavar="AUDIO", help="audio file to continue; it is part of --seconds")
-    parser.add_argument("--seconds", type=float, default=None, help="length of the result (default: the training window)")
-    parser.add_argument("--stride", type=float, default=None, help="seconds each window past the first advances")
-    parser.add_argument("--n", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--cfg", type=float, default=None, help="guidance coefficient; 1 is none (default: the run's own)")
-    parser.add_argument("--cfg_style", type=float, default=None,
-                        help="double guidance, of the text beside a style or melody; 1 is none (default: the run's own)")
-    parser.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest codes; 0 is all")
-    parser.add_argument("--top_p", type=float, default=None, help="draw from the likeliest codes of this mass; 0 is off")
-    parser.add_argument("--temperature", type=float, default=None, help="0 takes the likeliest code")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--codec", default=None, help="where the codec lies, if it has moved since training")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the step: a minute or two at first, then faster")
-    parser.add_argument("--out", default="generated", help="folder for wav and json files; existing files are kept")
-    parser.add_argument("--serve", action="store_true", help="instead: a page to try the model in the browser (needs gradio)")
-    parser.add_argument("--host", default="127.0.0.1", help="of --serve; the default is for this machine alone")
-    parser.add_argument("--port", type=int, default=7860, help="of --serve")
-    args = parser.parse_args(argv)
-    try:
-        if args.serve:
-            serve(args)
-        else:
-            run(args)
-    except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    new = parser.add_argument
+    new("--run", "--model", dest="run", required=True,
+        help="run folder (or its best.pt), or a folder with published weights")
+    new("--prompt", action="append", default=[], help="text; repeat it for several in one batch")
+    new("--prompts", metavar="FILE", help="text file, one prompt a line")
+    new("--unconditional", action="store_true", help="no text at all")
+    for name, condition in CONDITIONS.items():
+        if not condition.is_text:
+            new(f"--{name}", nargs="+", default=[], metavar=condition.metavar,
+                help=f"{condition.label}: one for all, or as many as texts")
+        for flag in condition.generate_flags:
+            flag.add_to(parser)
+    new("--continue", dest="continued", metavar="AUDIO",
+        help="audio file to continue; it is part of --seconds")
+    new("--seconds", type=float, help="length of the result (default: the training window)")
+    new("--stride", type=float, help="seconds each window past the first advances")
+    new("--n", type=int, default=1, help="samples of each prompt")
+    new("--cfg", type=float, help="guidance coefficient; 1 is none (default: the run's own)")
+    new("--cfg_style", type=float,
+        help="double guidance: pushes the text beside another condition; 1 is none (default: none)")
+    new("--top_k", type=int, help="draw from the k likeliest codes; 0 is all (default: the run's own)")
+    new("--top_p", type=float, help="draw from the likeliest codes of this mass; 0 is off (likewise)")
+    new("--temperature", type=float, help="0 takes the likeliest code (default: the run's own)")
+    new("--seed", type=int, default=0, help="of the draws (default 0)")
+    new("--codec", help="where the codec lies, if it has moved since training")
+    new("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 or mps")
+    new("--compile", action="store_true", help="torch.compile the step: a minute at first, then faster")
+    new("--out", default="generated", help="folder for wav and json files; existing files are kept")
+    new("--serve", action="store_true", help="instead: a page to try the model in the browser (needs gradio)")
+    new("--host", default="127.0.0.1", help="of --serve; the default is for this machine alone")
+    new("--port", type=int, default=7860, help="of --serve")
+    return parser
 
 
 def read_prompts(args: argparse.Namespace) -> list:
     """The texts of the command line; None for unconditional. Errors: ValueError."""
     prompts = [clean_text(text) for text in args.prompt]
     if not all(prompts):
-        raise ValueError(f"--prompt {args.prompt[prompts.index('')][:20]!r}: holds no text; for music without, --unconditional")
+        empty = args.prompt[prompts.index("")][:20]
+        raise ValueError(f"--prompt {empty!r}: holds no text; for music without, --unconditional")
     if args.prompts:
         try:
-            found = [text for line in Path(args.prompts).read_text("utf-8").splitlines() if (text := clean_text(line))]
+            lines = Path(args.prompts).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts {args.prompts}: {error}") from None
+        found = [text for text in map(clean_text, lines) if text]
         if not found:
             raise ValueError(f"--prompts {args.prompts}: holds no text; write one prompt a line")
         prompts += found
-    if args.unconditional or not prompts and (args.melody or args.style):
+    others = [name for name, condition in CONDITIONS.items() if not condition.is_text]
+    if args.unconditional or not prompts and any(getattr(args, name) for name in others):
         prompts.append(None)
     if not prompts:
-        raise ValueError('nothing to generate: give --prompt "...", --prompts FILE, --melody, --style or --unconditional')
-    if args.n < 1:
-        raise ValueError(f"--n {args.n}: at least 1")
+        flags = ", ".join(f"--{name}" for name in others)
+        raise ValueError('nothing to generate: give --prompt "...", --prompts FILE, '
+                         f"{flags} or --unconditional")
     return prompts
 
 
 def read_requests(args: argparse.Namespace) -> list:
-    """What the command line asks for, one dict of text, melody and style (names of files) a sample, each `n` times.
+    """What the command line asks for, {name of a condition: string or None} of each sample, each `n` times.
 
     Errors: ValueError where their numbers do not fit."""
-    given = dict(text=read_prompts(args), melody=args.melody or [None], style=args.style or [None])
-    count = max(map(len, given.values()))
-    for name, values in given.items():
-        if len(values) not in (1, count):
-            raise ValueError(f"{len(values)} of {name}, {count} samples: give one for all, or as many")
-    rows = [{name: values[i % len(values)] for name, values in given.items()} for i in range(count)]
+    if args.n < 1:
+        raise ValueError(f"--n {args.n}: at least 1")
+    columns = {name: read_prompts(args) if condition.is_text else getattr(args, name) or [None]
+               for name, condition in CONDITIONS.items()}
+    count = max(map(len, columns.values()))
+    for name, column in columns.items():
+        if len(column) not in (1, count):
+            raise ValueError(f"{len(column)} of {name}, {count} samples: give one for all, or as many")
+    rows = [{name: column[i % len(column)] for name, column in columns.items()} for i in range(count)]
     return [row for row in rows for _ in range(args.n)]
 
 
-def read_conditions(music: MusicGenerator, requests: list) -> list:
-    """The conditions of the samples asked for; every file is read once. Errors: ValueError names the flag and the file."""
-    read, codec = {}, music.codec
-    for name, use in (("melody", music.tune), ("style", music.excerpt)):
-        for path in dict.fromkeys(r[name] for r in requests if r[name] is not None):
-            if music.model.conditioner is None or name not in music.model.conditioner.names:
-                raise ValueError(f"--{name} {path}: this model was trained without {name}")
-            if not Path(path).is_file():
-                raise ValueError(f"--{name} {path}: no such file")
+def read_values(music: MusicGenerator, requests: list) -> list:
+    """The conditions of the samples asked for; every file is read once. Errors: ValueError names the flag and
+    the file."""
+    known = {}
+    for request in requests:
+        for name, given in request.items():
+            if given is None or (name, given) in known:
+                continue
+            flag = "prompt" if CONDITIONS[name].is_text else name
+            if name not in music.conditions:
+                hint = ": use --unconditional" if CONDITIONS[name].is_text else ""
+                raise ValueError(f"--{flag} {given}: this model was trained without {name}{hint}")
             try:
-                read[name, path] = use(audio.read_audio(path, sample_rate=codec.sample_rate, channels=codec.channels))
+                known[name, given] = music.conditions[name].from_user(given, music.codec)
             except ValueError as error:
-                raise ValueError(f"--{name} {path}: {str(error).removeprefix(f'{path}: ')}") from None
-    return [{"text": r["text"], **{name: read.get((name, r[name])) for name in ("melody", "style")}} for r in requests]
+                raise ValueError(f"--{flag} {given}: {error}") from None
+    return [{name: known.get((name, given)) for name, given in request.items()} for request in requests]
 
 
-def chosen_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling:
-    """The run's own settings, but for those that the command line gives. Errors: ValueError, also for its seconds and seed."""
+def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling:
+    """The run's own settings, but for those that the command line gives. Errors: ValueError, also for seconds
+    and seed."""
     if args.seconds is not None and not 0 < args.seconds <= 3600:
         raise ValueError(f"--seconds {args.seconds:g}: more than 0, at most 3600")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed {args.seed}: it lies between 0 and 2^63")
-    return replace(music.sampling, **{k: v for k in asdict(music.sampling) if (v := getattr(args, k)) is not None})
+    given = {name: getattr(args, name) for name in asdict(music.sampling)}
+    return replace(music.sampling, **{name: value for name, value in given.items() if value is not None})
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Shows the page in which the settings of the command line are the first. Errors: ValueError, also for flags it has no use for."""
-    from tools import demo                                                      # nothing else needs it
-    for name in ("prompt", "prompts", "unconditional", "melody", "melody_stems", "style", "continued", "stride"):
+def serve_page(args: argparse.Namespace) -> None:
+    """--serve: the page, on which the settings of the command line come first. Errors: ValueError, also for
+    other flags."""
+    from support import serve                                        # nothing else needs it
+    unused = ["prompt", "prompts", "unconditional", "continued", "stride"]
+    for name, condition in CONDITIONS.items():
+        unused += [] if condition.is_text else [name]
+        unused += [flag.name for flag in condition.generate_flags]
+    for name in unused:
         if getattr(args, name):
-            raise ValueError(f"--{'continue' if name == 'continued' else name} does not go with --serve: the page asks for what it takes")
-    if args.seconds is not None and args.seconds > demo.MOST_SECONDS:
-        raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {demo.MOST_SECONDS}")
-    gradio = demo.find_gradio()                                      # before the model is read
+            flag = "continue" if name == "continued" else name
+            raise ValueError(f"--{flag} does not go with --serve: the page asks for what it takes")
+    if args.seconds is not None and args.seconds > serve.MAX_SECONDS:
+        raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {serve.MAX_SECONDS}")
+    gradio = serve.import_gradio()                                   # before the model is read
     music = MusicGenerator.load(args.run, args.device, args.codec)
-    music.sampling = chosen_sampling(args, music)
+    music.sampling = choose_sampling(args, music)
     if args.compile:
         compile_step(music.model)
-    demo.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
+    serve.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
 
 
-def run(args: argparse.Namespace) -> None:
+def free_number(folder: Path) -> int:
+    """The first number under which neither wav nor json exists in a folder, so that nothing is
+    overwritten."""
+    taken = [int(p.stem) for p in folder.glob("*.*") if p.stem.isdecimal()]
+    return max(taken, default=-1) + 1
+
+
+@common.command("generate.py")
+def main(argv: list | None = None) -> None:
     """Generates and writes what the command line asks for."""
+    args = build_parser().parse_args(argv)
+    if args.serve:
+        serve_page(args)
+        return
+
+    # what is asked for
     requests = read_requests(args)
     music = MusicGenerator.load(args.run, args.device, args.codec)
-    music.attributes([r["text"] for r in requests])                  # refuses texts where none were trained on
-    codec, sampling = music.codec, chosen_sampling(args, music)
+    codec, sampling = music.codec, choose_sampling(args, music)
     seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
-    if args.continued and not Path(args.continued).is_file():
-        raise ValueError(f"--continue {args.continued}: no such file")
-    prompt = args.continued and audio.read_audio(args.continued, sample_rate=codec.sample_rate, channels=codec.channels)
-    if args.continued and not prompt.shape[1]:
-        raise ValueError(f"--continue {args.continued}: holds no audio")
-    if args.melody and args.melody_stems:
-        chroma.load_separator()
-        music.model.conditioner.config.melody_stems = True
-    attributes = read_conditions(music, requests)
+    prompt = None
+    if args.continued:
+        if not Path(args.continued).is_file():
+            raise ValueError(f"--continue {args.continued}: no such file")
+        prompt = audio.read_audio(args.continued, sample_rate=codec.sample_rate,
+                                  channels=codec.channels)                                      # [C, N]
+        if not prompt.shape[1]:
+            raise ValueError(f"--continue {args.continued}: holds no audio")
+    for condition in music.conditions.values():
+        condition.use_flags(args)
+    values = read_values(music, requests)
     if args.compile:
         compile_step(music.model)
-    out = common.output_folder(args.out)  # before the work, not after it
+    out = common.output_folder(args.out)                             # before the work, not after it
+
+    # the codes, of all samples at once
     bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
-    codes = music.codes(attributes, seconds, args.seed, sampling, args.stride,
-                        prompt if args.continued else None, lambda done, total: bar.update(100 * done // total - bar.n))
+    codes = music.codes(values, seconds, args.seed, sampling, stride_seconds=args.stride, prompt=prompt,
+                        progress=lambda done, total: bar.update(100 * done // total - bar.n))
     bar.close()
-    first = free_name(out)
-    for i, asked in enumerate(requests):                             # decoded one by one: audio is larger than codes
+
+    # the audio, decoded one by one because it is larger than codes, with a record of every setting
+    first = free_number(out)
+    flags = [flag.name for condition in CONDITIONS.values() for flag in condition.generate_flags]
+    for i, request in enumerate(requests):
         path = out / f"{first + i:03d}.wav"
         audio.write_audio(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate)
-        record = dict(prompt=asked["text"], melody=asked["melody"], style=asked["style"], seconds=seconds, seed=args.seed,
-                      index_in_batch=i, batch=len(requests), run=str(args.run), melody_stems=args.melody_stems,
-                      continued=args.continued, stride=args.stride, compile=args.compile, codec=codec.fingerprint, **asdict(sampling))
+        asked = {"prompt" if CONDITIONS[name].is_text else name: given for name, given in request.items()}
+        record = dict(**asked, seconds=seconds, seed=args.seed, index_in_batch=i, batch=len(requests),
+                      run=str(args.run), **{name: getattr(args, name) for name in flags},
+                      continued=args.continued, stride=args.stride, compile=args.compile,
+                      codec=codec.fingerprint, **asdict(sampling))
         path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        shown = ", ".join(v if k == "text" else f"{k} {v}" for k, v in asked.items() if v is not None)
-        print(f"wrote {path}: {shown or '(unconditional)'}")
+        shown = [given if name == "prompt" else f"{name} {given}" for name, given in asked.items() if given]
+        print(f"wrote {path}: {', '.join(shown) or '(unconditional)'}")
 
 
 if __name__ == "__main__":

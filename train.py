@@ -1,114 +1,219 @@
 """Trains a MusicGen: `python train.py`, or `torchrun --nproc_per_node=8 train.py --dataset /music ...`.
 
-Copet et al. 2023 (arXiv:2306.05284), sec. 3. The protocol, spelled in `main`:
+Copet et al. 2023 (arXiv:2306.05284), sec. 3. The protocol, spelled in `run_epochs`:
 
     restore
-    for each epoch:   train ─► valid (EMA weights) ─► keep_best ─► evaluate, generate (best weights) if due ─► commit
+    for each epoch:  train ─► valid (EMA) ─► keep_best ─► evaluate, generate (best weights) if due ─► save
 
-One update: audio ─frozen codec─► codes; captions, chroma, excerpts ─dropouts─► conditions; summed cross-entropy of each codebook over the
-micro-batches, divided by the number of targets of all micro-batches and ranks; backward, unscale, clip, step, EMA.
-Whatever is random is a function of (seed, step, sample), so ranks, micro-batches and restarts change nothing.
+One update: audio ─frozen codec─► codes; captions and other conditions ─dropouts─► embeddings; cross-entropy
+of each codebook, summed over the micro-batches and divided by the number of targets of all micro-batches and
+ranks; the mean over codebooks; backward, unscale, clip, step, EMA. Whatever is random is a function of (seed,
+step or epoch, index of the sample), so ranks, micro-batches and restarts change nothing.
 
 Legend: B batch, K codebooks, T frames.
-    python train.py                                         the embedded default: offline, minutes on two CPU cores
-    python train.py --dataset ~/music --size small          a folder of audio with captions beside it
-    python train.py --dry_run                               what it would take, without allocating it
-    python train.py --only evaluate --out runs/toy          a stage alone, of a run that is there, with its best weights
+    python train.py                                    the embedded default: offline, minutes on two CPU cores
+    python train.py --dataset ~/music --size small     a folder of audio with captions beside it
+    python train.py --dry_run                          what it would take, without allocating it
+    python train.py --only evaluate --out runs/toy     a stage alone, of a run that is there
 """
 
 import argparse
+import contextlib
+import copy
 import math
 import os
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support import checkpoint, common
-import conditioning
 import data
-from evaluate import board, page
-from interop import load
-from support import distributed
 import tokenizer
-from support.build import build, model_config, read_start
-from support.checkpoint import checkpoint_errors
-from support.flags import build_parser, check, derive, duration, estimate, of_the_run, segment_frames
+from conditioning import CONDITIONS, Conditioner, ConditionerConfig
+from evaluate import board, page, stages
+from interop import load
+from model import ModelConfig, MusicGen, decay_groups
+from support import checkpoint, common, distributed, resume
+from support.common import random_generator
 from support.distributed import Ranks
+from support.estimate import duration_text, estimate_lines
+from support.flags import (build_parser, check_flags, fill_flags, flags_of_run, fuse_methods, parse_size,
+                           segment_frames)
+from support.log import LOG_NAME, append_record, cut_log, loss_metrics, loss_text, stage_text, write_config
+from support.lora import add_lora
+from support.scan import Scan, skip_lines
 from support.signals import Stop, Stopped
-from support.scan import scan_dataset
-from support.run import Run, commit, cut_log, keep_best, read_checkpoint, restore, show, summary, write_config
-from evaluate.stages import (beside_text, draw_page, evaluate_stage, figures, generate_stage, prepare, to_codes, valid_stage,
-                             without_excerpts)
+from support.start import Start, load_start, read_start
 
-REFERENCE_RUN = page.REFERENCE_RUN
-DROPOUT_STREAM = 13                                                  # name of a random stream, see conditioning.generator
+DROPOUT_STREAM = 13                            # random numbers of the transformer's dropout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Ema:
+    """Bias-corrected average of the weights, a model of its own beside the trained one, in float32.
+
+    count = count * decay + 1; weight of the newest = 1 / count: 1, .5025, .3367, ... towards 1 - decay. What
+    is frozen is its own average: it lies in memory once (`share`), unless the models will be sharded."""
+
+    def __init__(self, model: nn.Module, decay: float, share: bool = True):
+        frozen = {id(p): p for p in model.parameters() if share and not p.requires_grad}
+        self.model = copy.deepcopy(model, frozen).requires_grad_(False).eval()
+        self.decay, self.count = decay, 0.0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes in the weights as they are now; where they are sharded, each rank its own part."""
+        self.count = self.count * self.decay + 1
+        pairs = zip(self.model.parameters(), model.parameters())
+        learned = [(old, now) for old, now in pairs if now.requires_grad]
+        averages, weights = (distributed.local_parts(parameters) for parameters in zip(*learned))
+        torch._foreach_lerp_(averages, weights, 1 / self.count)
+        for old, now in zip(self.model.buffers(), model.buffers()):  # statistics are averages already
+            old.copy_(now)
+
+
+@dataclass
+class Run:
+    """Everything that lives through a training run."""
+    args: argparse.Namespace
+    ranks: Ranks
+    codec: nn.Module
+    train_set: object
+    valid_set: object
+    model: MusicGen
+    wrapped: nn.Module                         # DDP around the model, or the model itself
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    out: Path
+    stop: Stop
+    history: list                              # records of the finished stages
+    sums: Tensor                           # [2, 2, K] loss and targets: of the epoch, since the last log line
+    step: int = 0                              # updates done
+    epoch: int = 0                             # epochs done with all their stages
+    skipped: int = 0                           # updates skipped, in all
+    skipped_in_a_row: int = 0
+    best_ce: float = math.inf
+    best: dict | None = None                   # averaged weights of the best epoch, sharded as the model is
+    best_values: dict | None = None            # and what validation said of them
+    valid_batches: list | None = None          # of stages.load_valid
+    saved_at: float = 0.0                      # time.monotonic of the last checkpoint
+    unwritten: tuple = ()                      # files that a full disk has kept from being written
+    lock: int | None = None                    # on the run folder
+    board: object = None                       # TensorBoard's writer, on rank 0
+    drawn_at: float = 0.0                      # time.monotonic of the last page
+    drawing_seconds: float = 1.0               # and what it took; at first a guess
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of autocast."""
+        return getattr(torch, self.args.dtype)
+
+    def autocast(self):
+        """Autocast in the training precision; nothing in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.ranks.device.type, self.dtype)
+
+    def log(self, record: dict) -> None:
+        """Appends a record to log.jsonl, and to TensorBoard's log if there is one."""
+        if self.ranks.is_main:
+            append_record(self.out / LOG_NAME, record)
+            if self.board is not None:
+                board.show_record(self.board, record)
+
+
+# --------------------------------------------------------------------------------------------------
 # one update
 
 
-def lr_at(step: int, args: argparse.Namespace) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up that starts above zero, then a cosine to the minimum."""
+class MicroBatch(NamedTuple):
+    """The arguments of MusicGen.forward, in its order."""
+    codes: Tensor                              # [B, K, T]
+    frame_mask: Tensor                         # [B, T] True where there is audio
+    inputs: dict | None                        # of the conditions, prepared
+    dropout_keys: Tensor | None                # [B] int32
+    loss_mask: Tensor                          # [B, T] frames that count in the loss
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Learning rate of update `step` (from 0): linear warm-up that starts above zero, then a cosine to the
+    minimum."""
     total = args.epochs * args.updates_per_epoch
     if step < args.warmup_steps:
         return args.lr * (step + 1) / (args.warmup_steps + 1)
     done = min(1.0, (step - args.warmup_steps) / max(1, total - args.warmup_steps))
-    return args.lr * (args.lr_min_ratio + (1 - args.lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return args.lr * (args.lr_min_ratio + (1 - args.lr_min_ratio) * cosine)
 
 
 def micro_batches(run: Run, examples: list) -> list:
-    """A rank's share of an update: the arguments of MusicGen.forward, of each micro-batch."""
+    """This rank's share of an update: examples -> [MicroBatch]."""
     args, conditioner, device = run.args, run.model.conditioner, run.ranks.device
-    codes, mask = to_codes(run, data.collate(examples))
-    attributes, keys, learnt, step = [], None, mask, 0 if args.overfit_one_batch else run.step
-    if args.dropout > 0:
-        draws = [conditioning.generator(args.seed, DROPOUT_STREAM, step, e.index).integers(2**31) for e in examples]
-        keys = torch.tensor(draws, dtype=torch.int32, device=device)                                    # [B]
+    step = 0 if args.overfit_one_batch else run.step
+    codes, frame_mask = data.collate(examples).encode(run.codec, device)                   # [B, K, T], [B, T]
+
+    # conditions: values, dropped at random for guidance; the loss leaves out what a style was read from
+    values, loss_mask = [], frame_mask
     if conditioner is not None:
-        merge = dict(merge_text_p=args.merge_text_p, drop_desc_p=args.drop_desc_p, keep_other_p=args.keep_other_p)
-        alone = {name: getattr(args, f"{name}_dropout") for name in conditioner.names}
-        rngs = [conditioning.generator(args.seed, conditioning.STYLE_STREAM, step, e.index) for e in examples]
-        given, places = beside_text(run, examples, codes, rngs)
-        attributes = [conditioning.training_attributes(e.meta, conditioner.names, args.seed, step, e.index, args.cfg_dropout, alone,
-                                                       args.word_dropout, merge, more) for e, more in zip(examples, given)]
-        learnt = without_excerpts(mask, [place if a.get("style") is not None else (0, 0) for a, place in zip(attributes, places)])
-    parts = [slice(i, i + args.micro_batch_size) for i in range(0, len(examples), args.micro_batch_size)]
-    return [(codes[p], mask[p], prepare(run.model, attributes[p], device), None if keys is None else keys[p], learnt[p])
-            for p in parts]
+        values, loss_mask = conditioner.read(examples, codes, frame_mask, args, run.codec, step)
+
+    # dropout: what is dropped is a hash of one key a sample
+    dropout_keys = None
+    if args.dropout > 0:
+        keys = [random_generator(args.seed, DROPOUT_STREAM, step, e.index).integers(2**31) for e in examples]
+        dropout_keys = torch.tensor(keys, dtype=torch.int32, device=device)                     # [B]
+
+    parts = []
+    for i in range(0, len(examples), args.micro_batch_size):
+        p = slice(i, i + args.micro_batch_size)
+        inputs = None if conditioner is None else conditioner.prepare(values[p], device)
+        keys = None if dropout_keys is None else dropout_keys[p]
+        parts.append(MicroBatch(codes[p], frame_mask[p], inputs, keys, loss_mask[p]))
+    return parts
 
 
 def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
-    """One optimiser step. Returns the rank's summed loss [K], the targets of all ranks [K] and the gradient norm."""
-    args, model = run.args, run.model
+    """One optimizer step -> the rank's summed loss [K], the targets of all ranks [K], the gradient's norm."""
+    args, model, ranks = run.args, run.model, run.ranks
     for group in run.optimizer.param_groups:
-        group["lr"] = lr_at(run.step, args) * group["lr_scale"]
-    counts = run.ranks.sum(sum(model.count_targets(learnt) for *_, learnt in micros)).clamp_min(1)      # [K]
-    sums = torch.zeros(model.config.K, device=run.ranks.device)
+        group["lr"] = learning_rate(run.step, args) * group["lr_scale"]
+
+    # forward and backward of each micro-batch; with the last one the gradients of all ranks meet
+    counts = ranks.sum(sum(model.count_targets(m.loss_mask) for m in micros)).clamp_min(1)      # [K]
+    sums = torch.zeros(model.config.K, device=ranks.device)
     for i, micro in enumerate(micros):
         with distributed.gradient_sync(run.wrapped, last=i == len(micros) - 1):
             with run.autocast():
-                part = run.wrapped(*micro)                                                              # [K]
-            loss = (part / counts).mean() * run.ranks.world_size          # gradients are averaged over ranks: undo the division
+                part = run.wrapped(*micro)                                                   # [K] summed loss
+            loss = (part / counts).mean() * ranks.world_size    # gradients are averaged over ranks: undo that
             run.scaler.scale(loss).backward()
         sums += part.detach()
+
+    # unscale, clip; what is not finite stays where it is, to be named
     run.scaler.unscale_(run.optimizer)
-    norm = distributed.full_tensor(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
-    if args.max_grad_norm and norm.isfinite():                       # what is not finite stays where it is, to be named
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = distributed.full_tensor(nn.utils.get_total_norm(gradients))
+    if args.max_grad_norm and norm.isfinite():
         nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
     norm = float(norm)
-    if math.isfinite(norm) or run.scaler.is_enabled():               # the scaler itself skips what is not finite
+    finite = math.isfinite(norm)
+
+    # step; a scaler itself skips what is not finite
+    if finite or run.scaler.is_enabled():
         run.scaler.step(run.optimizer)
         run.scaler.update()
     if model.conditioner is not None:
-        model.conditioner.learn(run.ranks.sum, keep=math.isfinite(norm) and not args.lora)
+        model.conditioner.end_update(ranks.sum, keep=finite and not args.lora)
     count_skipped(run, norm, sums)
     run.optimizer.zero_grad(set_to_none=True)
+
+    # average
     run.step += 1
     if run.step % args.ema_every == 0:
         run.ema.update(model)
@@ -124,31 +229,31 @@ def count_skipped(run: Run, norm: float, sums: Tensor) -> None:
         return
     run.skipped += 1
     run.skipped_in_a_row += 1
-    weights, losses, gradients = (found_first(run.ranks, name) for name in (
-        first_bad(run.model.named_parameters()),
-        next((f"loss of codebook {k}" for k, x in enumerate(sums.tolist(), 1) if not math.isfinite(x)), None),
-        first_bad((name, p.grad) for name, p in run.model.named_parameters() if p.grad is not None)))
-    where = f"step {run.step + 1}: gradients not finite; first in " + "; ".join(filter(None, (losses, gradients)))
+
+    def first_bad(named) -> str | None:
+        """The first tensor (this rank's part of it) that is not finite, on the first rank that has one."""
+        bad = (name for name, x in named if not distributed.local_parts([x.detach()])[0].isfinite().all())
+        found = run.ranks.gather(next(bad, None))
+        return next((f"{name} (rank {rank})" for rank, name in enumerate(found) if name), None)
+
+    weights = first_bad(run.model.named_parameters())
+    loss = first_bad((f"loss of codebook {k}", x) for k, x in enumerate(sums, 1))
+    gradient = first_bad((name, p.grad) for name, p in run.model.named_parameters() if p.grad is not None)
     if weights:
-        raise FloatingPointError(f"step {run.step + 1}: weights not finite; first in {weights}; go on from an earlier checkpoint")
+        raise FloatingPointError(f"step {run.step + 1}: weights not finite; first in {weights}; "
+                                 "go on from an earlier checkpoint")
+    found = "; ".join(filter(None, (loss, gradient)))
+    where = f"step {run.step + 1}: gradients not finite; first in {found}"
     if run.skipped_in_a_row >= run.args.max_skipped:
-        raise FloatingPointError(f"{where}; {run.skipped_in_a_row} times in a row; try a lower --lr or --dtype float32")
-    if not run.scaler.is_enabled() or run.skipped_in_a_row > 1:      # a scaler that looks for its scale is nothing to report
+        raise FloatingPointError(f"{where}; {run.skipped_in_a_row} times in a row; "
+                                 "try a lower --lr or --dtype float32")
+    # a scaler that looks for its scale skips now and then: once is nothing to report
+    if not run.scaler.is_enabled() or run.skipped_in_a_row > 1:
         run.ranks.print(f"{where}; this update is skipped")
 
 
-def first_bad(named) -> str | None:
-    """The first name whose tensor (this rank's part of it) is not finite."""
-    return next((name for name, x in named if not distributed.local_parts([x.detach()])[0].isfinite().all()), None)
-
-
-def found_first(ranks: Ranks, name: str | None) -> str | None:
-    """The first rank that found something, with it: "NAME (rank 1)"."""
-    return next((f"{found} (rank {rank})" for rank, found in enumerate(ranks.gather(name)) if found), None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the run
+# --------------------------------------------------------------------------------------------------
+# the epochs
 
 
 def train_stage(run: Run) -> dict:
@@ -156,187 +261,354 @@ def train_stage(run: Run) -> dict:
 
     Errors: Stopped, after a checkpoint, where a signal asked any rank to end."""
     args, ranks, epoch = run.args, run.ranks, run.epoch
-    start = run.step - epoch * args.updates_per_epoch
+    begun = run.step - epoch * args.updates_per_epoch           # updates of this epoch that a killed run made
     run.wrapped.train()
-    first = (0, 0) if args.overfit_one_batch else (epoch, start)
-    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size,
-                          rank=ranks.rank, world_size=ranks.world_size, workers=args.workers)
+    first = (0, 0) if args.overfit_one_batch else (epoch, begun)
+    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size, rank=ranks.rank,
+                          world_size=ranks.world_size, workers=args.workers)
     fixed = micro_batches(run, next(loader)) if args.overfit_one_batch else None
-    began = marked = time.perf_counter()
-    timed = 0                                                        # updates since `marked`
-    for position in tqdm(range(start + 1, args.updates_per_epoch + 1), f"epoch {epoch + 1}", leave=False,
-                         disable=not (ranks.is_main and sys.stderr.isatty())):
+
+    epoch_began = interval_began = time.perf_counter()
+    timed = 0                                                        # updates since `interval_began`
+    bar = tqdm(range(begun + 1, args.updates_per_epoch + 1), f"epoch {epoch + 1}", leave=False,
+               disable=not (ranks.is_main and sys.stderr.isatty()))
+    for position in bar:
         sums, counts, norm = update(run, fixed or micro_batches(run, next(loader)))
-        run.sums += torch.stack([sums, counts / ranks.world_size])        # counts are of all ranks already
+
+        # log
+        run.sums += torch.stack([sums, counts / ranks.world_size])   # counts are of all ranks already
         timed += 1
         last = position == args.updates_per_epoch
         if last or position % args.log_every == 0:
-            log_step(run, norm, (time.perf_counter() - marked) / timed)
-            marked, timed = time.perf_counter(), 0
-        stop, due = ranks.any(run.stop.requested is not None, time.monotonic() - run.saved_at >= 60 * args.save_minutes)
-        if not last and (stop or due):                               # the end of an epoch has its own checkpoint
-            commit(run)
+            log_step(run, norm, (time.perf_counter() - interval_began) / timed)
+            interval_began, timed = time.perf_counter(), 0
+
+        # save, if it is time to or a signal came; the end of an epoch has its own checkpoint
+        due = time.monotonic() - run.saved_at >= 60 * args.save_minutes
+        stop, due = ranks.any(run.stop.requested is not None, due)
+        if not last and (stop or due):
+            resume.save_checkpoint(run)
             if stop:
                 raise Stopped(next(filter(None, ranks.gather(run.stop.requested))))
-    values = figures(*ranks.sum(run.sums[0].clone()))
+    metrics = loss_metrics(*ranks.sum(run.sums[0].clone()))
     run.sums.zero_()
-    return values | dict(skipped=run.skipped, seconds=time.perf_counter() - began)
+    return metrics | dict(skipped=run.skipped, seconds=time.perf_counter() - epoch_began)
 
 
 def log_step(run: Run, norm: float, seconds: float) -> None:
-    """The line of the updates since the last one, on the console and in log.jsonl."""
+    """The line of the updates since the last one, on the console and in log.jsonl. seconds: of an update."""
     args, frames = run.args, segment_frames(run.args, run.codec)
-    values = figures(*run.ranks.sum(run.sums[1].clone()))
+    metrics = loss_metrics(*run.ranks.sum(run.sums[1].clone()))
     run.sums[1].zero_()
-    record = dict(kind="step", stage="train", epoch=run.epoch + 1, step=run.step, **values, grad_norm=norm,
-                  lr=lr_at(run.step - 1, args), seconds=seconds, frames_per_second=args.batch_size * frames / seconds,
-                  skipped=run.skipped)
+    record = dict(kind="step", stage="train", epoch=run.epoch + 1, step=run.step, **metrics, grad_norm=norm,
+                  lr=learning_rate(run.step - 1, args), seconds=seconds,
+                  frames_per_second=args.batch_size * frames / seconds, skipped=run.skipped)
     run.log(record)
-    run.ranks.print(f"epoch {run.epoch + 1} step {run.step} | {show(values)} | norm {norm:.2f} | lr {record['lr']:.1e} | "
-                    f"{seconds * 1000:.0f} ms | {record['frames_per_second'] / 1000:.1f}k frames/s" +
-                    (f" | skipped {run.skipped}" if run.skipped else ""))
+    skipped = f" | skipped {run.skipped}" if run.skipped else ""
+    run.ranks.print(f"epoch {run.epoch + 1} step {run.step} | {loss_text(metrics)} | norm {norm:.2f} | "
+                    f"lr {record['lr']:.1e} | {seconds * 1000:.0f} ms | "
+                    f"{record['frames_per_second'] / 1000:.1f}k frames/s{skipped}")
 
 
-def finish_stage(run: Run, stage: str, epoch: int, values: dict) -> dict:
-    """Logs a stage, prints its line, keeps it in the history."""
-    record = dict(kind="stage", stage=stage, epoch=epoch, step=run.step, **values)
+def finish_stage(run: Run, stage: str, metrics: dict) -> dict:
+    """Logs what a stage found, prints its line, keeps it in the history."""
+    record = dict(kind="stage", stage=stage, epoch=run.epoch + 1, step=run.step, **metrics)
     run.history.append(record)
     run.log(record)
-    run.ranks.print(summary(record))
-    return values
+    run.ranks.print(stage_text(record))
+    return metrics
+
+
+def keep_best(run: Run, metrics: dict) -> None:
+    """Keeps the averaged weights, and writes best.pt, if the validation loss is the lowest so far."""
+    if metrics["ce"] < run.best_ce:
+        run.best_ce, run.best_values = metrics["ce"], metrics
+        run.best = {name: distributed.detached_copy(x) for name, x in resume.averages(run).items()}
+        resume.write_best(run)
 
 
 def run_epochs(run: Run) -> None:
-    """The protocol: train, valid, keep_best, evaluate, generate, commit."""
+    """The protocol: train, valid, keep_best, evaluate, generate, save."""
     args = run.args
     while run.epoch < args.epochs:
         epoch = run.epoch + 1
         final = epoch == args.epochs
-        if run.step < epoch * args.updates_per_epoch:                # else a run was killed after this epoch's training
+
+        def is_due(every: int) -> bool:
+            return final or bool(every and epoch % every == 0)
+
+        if run.step < epoch * args.updates_per_epoch:      # else a run was killed after this epoch's training
             with run.stop.hold():
-                finish_stage(run, "train", epoch, train_stage(run))
-                commit(run)
-        keep_best(run, finish_stage(run, "valid", epoch, valid_stage(run)))
-        if final or (args.evaluate_every and epoch % args.evaluate_every == 0):
-            finish_stage(run, "evaluate", epoch, evaluate_stage(run))
-        if final or (args.generate_every and epoch % args.generate_every == 0):
-            finish_stage(run, "generate", epoch, generate_stage(run, f"epoch_{epoch:04d}"))
+                finish_stage(run, "train", train_stage(run))
+                resume.save_checkpoint(run)
+        keep_best(run, finish_stage(run, "valid", stages.valid_stage(run)))
+        if is_due(args.evaluate_every):
+            finish_stage(run, "evaluate", stages.evaluate_stage(run))
+        if is_due(args.generate_every):
+            finish_stage(run, "generate", stages.generate_stage(run, f"epoch_{epoch:04d}"))
         with run.stop.hold():
             run.epoch = epoch
-            commit(run)
-        draw_page(run, final)
+            resume.save_checkpoint(run)
+        stages.draw_page(run, final)
     if run.unwritten:
-        raise OSError(f"the run is finished, but could not be written: {', '.join(run.unwritten)}; make room and start it again")
+        raise OSError(f"the run is finished, but could not be written: {', '.join(run.unwritten)}; "
+                      "make room and start it again")
 
 
-def compare_with_reference(run: Run) -> None:
-    """Prints how far the validation loss of this run is from the reference run's, at the same number of updates."""
-    curve = {r["step"]: r for r in page.reference_curve(vars(run.args), REFERENCE_RUN) if r["stage"] == "valid"}
-    mine = {r["step"]: r for r in run.history if r["stage"] == "valid"}
-    if not (both := sorted(set(curve) & set(mine))):
-        return
-    step = both[-1]
-    run.ranks.print(f"beside the reference run at step {step}: ce {mine[step]['ce']:.4f} here, {curve[step]['ce']:.4f} there; "
-                    + ", ".join(f"{k[3:]} {mine[step][k] - curve[step][k]:+.4f}" for k in mine[step] if k.startswith("ce_q")))
+# --------------------------------------------------------------------------------------------------
+# from flags to a run
 
 
-def prepare_folder(args: argparse.Namespace) -> Path:
-    """The run folder, made if need be. Errors: ValueError where it cannot be, or holds a run not to be gone on with."""
-    if args.resume == "never" and checkpoint.has_checkpoint(Path(args.out)):
-        raise ValueError(f"--resume never, but {args.out} holds a run: give another --out")
-    return common.output_folder(args.out)
+def model_config(args: argparse.Namespace, codec) -> ModelConfig:
+    """The language model's shape from the flags and the codec."""
+    cross = any("cross" in method for method in fuse_methods(args).values())
+    pairs = None
+    if codec.streams > 1:                                            # 0 0 1 1 ..: left and right at once
+        pairs = [k // codec.streams for k in range(codec.K)]
+    return ModelConfig(
+        **parse_size(args.size), K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross,
+        emb_std=args.emb_std, mask_padding=args.mask_padding, pattern=args.pattern,
+        delays=pairs if args.pattern == "delay" else None,
+        flattening=pairs if args.pattern == "unrolled" else None)
+
+
+def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, assets: dict, flat: dict):
+    """The conditions that the flags ask for; None if none.
+
+    assets, flat: of the checkpoint or start that the run goes on from, or empty. What these lack is made anew
+    from the training set. They win over it, because captions may have changed since."""
+    methods, size = fuse_methods(args), parse_size(args.size)
+    if not methods:
+        return None
+    config, kept = ConditionerConfig(methods), {}
+    for name in methods:
+        condition, stored = CONDITIONS[name], None
+        if name in assets:
+            asset = common.tensor_to_bytes(assets[name])
+            stored = {k.removeprefix(f"{name}_"): v for k, v in flat.items() if k.startswith(f"{name}_")}
+        else:
+            asset = condition.make_asset(args, train_set)
+        if asset is not None:
+            kept[name] = asset
+        config.shapes[name] = condition.make_config(args, codec, size, asset, stored)
+        if not stored:
+            ranks.print(*condition.notes(args, config.shapes[name]))
+    return Conditioner(config, size["dim"], kept)
+
+
+def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
+    """Groups of the optimizer: decayed and not; some conditions at a learning rate of their own (`lr_scale`
+    times it)."""
+    parts = model.conditioner.parts.values() if model.conditioner is not None else []
+    slower = {id(p) for part in parts if part.learns_at_text_lr for p in part.parameters()}
+    groups = []
+    for group in decay_groups(model, args.weight_decay):
+        for scale, inside in ((1.0, False), (args.text_lr / args.lr, True)):
+            params = [p for p in group["params"] if (id(p) in slower) == inside]
+            if params:
+                groups.append({**group, "params": params, "lr_scale": scale})
+    return groups
+
+
+def build_run(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, stop: Stop, *,
+              saved: dict | None = None, begin: Start | None = None) -> Run:
+    """Opens the data and allocates model, average and optimizer. Every rank draws the same initial weights
+    from the seed.
+
+    found: what `find_data` gave; saved: the checkpoint or best.pt whose weights will be filled in; begin: of
+    --init_from."""
+    # data
+    features = {}
+    for condition in CONDITIONS.values():
+        if condition.is_active(args):
+            features |= condition.features(args)
+    train_set, valid_set = (
+        data.open_dataset(found, args.valid, split, segment_seconds=args.segment_seconds, codec=codec,
+                          seed=args.seed, min_segment_ratio=args.min_segment_ratio, cache=args.cache,
+                          features=features)
+        for split in ("train", "valid"))
+    if isinstance(found, Scan):
+        ranks.print(*(f"skipped: {line}" for line in skip_lines(found.skipped)))
+    ranks.print(f"train: {train_set.describe()}", f"valid: {valid_set.describe()}")
+
+    # model: without storage where it takes all its tensors from another
+    torch.manual_seed(args.seed)
+    assets, flat = {}, {}
+    if saved is not None:
+        assets, flat = saved["assets"], saved.get("conditioner_config") or {}
+    elif begin is not None:
+        assets, flat = begin.assets, begin.conditioner_config or {}
+    config, dtype = model_config(args, codec), getattr(torch, args.dtype)
+    with torch.device("cpu" if begin is None or begin.added else "meta"):
+        model = MusicGen(config, build_conditioner(args, train_set, codec, ranks, assets, flat))
+    if begin is not None:
+        load_start(model, begin, args.init_from)
+    if args.lora:
+        add_lora(model, args.lora)
+    sharded = args.parallel == "fsdp" and ranks.world_size > 1
+    if not sharded:                                                  # sharding moves a layer at a time
+        model = model.to(ranks.device)
+    model.transformer.checkpointing = args.checkpointing
+
+    # average, compilation, several ranks
+    ema = Ema(model, args.ema_decay, share=not sharded)
+    if args.compile:
+        for layer in model.transformer.layers:
+            layer.compile()
+    if sharded:
+        distributed.shard_model(model, ranks, dtype, args.zero, args.cpu_offload)
+        # ZeRO-3 always: with 2, what a layer gathers is freed by the backward pass, and there is none
+        distributed.shard_model(ema.model, ranks, dtype, 3, args.cpu_offload)
+    wrapped = distributed.wrap_ddp(model, ranks, args.parallel)
+
+    # optimizer
+    betas = (args.beta1, args.beta2)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, betas, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
+    sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)
+    return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, stop,
+               history=[], sums=sums)
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
 
 
 def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> Run | None:
     """Everything before the first update: the same on every rank, its errors too. None after a dry run."""
-    found = args.dataset if args.cache or args.dataset == "toy" else scan_dataset(args.dataset)
+    # what there is: data, codec, an estimate
+    found = data.find_data(args.dataset, args.cache)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     config, T = model_config(args, codec), segment_frames(args, codec)
     if T < 2:
-        raise ValueError(f"--segment_seconds {args.segment_seconds:g}: more than the {1 / codec.frame_rate:g} s of a frame")
-    ranks.print(*notes, *estimate(args, config, T, ranks.world_size))
+        raise ValueError(f"--segment_seconds {args.segment_seconds:g}: more than the "
+                         f"{1 / codec.frame_rate:g} s of a frame")
+    ranks.print(*notes, *estimate_lines(args, config, T, ranks.world_size))
     if args.dry_run:
         return None
-    out = prepare_folder(args)
-    held = checkpoint.lock_folder(out) if ranks.is_main else None
+
+    # the run folder: locked, and a checkpoint to go on from or weights to start with
+    if args.resume == "never" and checkpoint.has_checkpoint(Path(args.out)):
+        raise ValueError(f"--resume never, but {args.out} holds a run: give another --out")
+    out = common.output_folder(args.out)
+    lock = checkpoint.lock_folder(out) if ranks.is_main else None
     try:
-        with checkpoint_errors(out):
-            saved = read_checkpoint(args, ranks, out)
-        start = read_start(args, config, codec) if saved is None else None
-        if start is not None:
-            ranks.print(f"starting with the weights and the vocabulary of {args.init_from}")
-        run = build(args, ranks, codec, found, out, saved, stop, start)
+        with checkpoint.checkpoint_errors(out):
+            saved = resume.find_checkpoint(args, ranks, out)
         if saved is not None:
-            with checkpoint_errors(out):
-                restore(run, saved)
+            with checkpoint.checkpoint_errors(out):
+                run = build_run(args, ranks, codec, found, out, stop, saved=saved)
+                resume.restore(run, saved)
+        elif args.init_from is not None:
+            begin = read_start(args, config, codec)
+            ranks.print(f"starting with the weights and the vocabulary of {args.init_from}")
+            run = build_run(args, ranks, codec, found, out, stop, begin=begin)
+        else:
+            run = build_run(args, ranks, codec, found, out, stop)
         if ranks.is_main:
-            with checkpoint_errors(out):
-                cut_log(out / "log.jsonl", saved["log_bytes"] if saved else 0)
+            cut_log(out / LOG_NAME, saved["log_bytes"] if saved else 0)
             write_config(run)
             run.board = board.open_board(out, run.step) if args.tensorboard else None
     except BaseException:
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
         raise
-    run.held, run.saved_at, run.drawn_at = held, time.monotonic(), time.monotonic()
+    run.lock, run.saved_at, run.drawn_at = lock, time.monotonic(), time.monotonic()
     return run
 
 
 def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> None:
-    """A stage of the run in --out with its best weights; prints a line a figure. History, log and checkpoints stay as they are."""
+    """--only: a stage of the run in --out with its best weights; prints a line a figure. Its files stay as
+    they are."""
     out, best = Path(args.out), load.read_model(args.out)
-    found = args.dataset if args.cache or args.dataset == "toy" else scan_dataset(args.dataset)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     if codec.fingerprint != best["codec"]["fingerprint"]:
-        raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: its fingerprint is another")
+        raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: "
+                         "its fingerprint is another")
     ranks.print(*notes)
-    run = build(args, ranks, codec, found, out, best, stop)
-    with checkpoint_errors(out):
+    run = build_run(args, ranks, codec, data.find_data(args.dataset, args.cache), out, stop, saved=best)
+    with checkpoint.checkpoint_errors(out):
         distributed.load_tensors(distributed.named_tensors(run.ema.model), best["model"])
     run.step = best["step"]
-    values = {"valid": lambda: valid_stage(run), "evaluate": lambda: evaluate_stage(run), "generate": lambda: generate_stage(run, "best")}
-    ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in common.flatten_numbers(values[args.only]()).items()))
+    if args.only == "valid":
+        metrics = stages.valid_stage(run)
+    elif args.only == "evaluate":
+        metrics = stages.evaluate_stage(run)
+    else:
+        metrics = stages.generate_stage(run, "best")
+    ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in common.flatten_numbers(metrics).items()))
 
 
-def train(run: Run) -> None:
-    """From the first update to the end of the run."""
-    began = time.perf_counter()
-    run_epochs(run)
-    run.ranks.print(f"finished: {duration(time.perf_counter() - began)}, best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
-    compare_with_reference(run)
+def compare_with_reference(run: Run) -> None:
+    """Prints how far the validation loss of this run is from the reference run's, at the same number of
+    updates."""
+    reference = page.reference_curve(vars(run.args))
+    theirs = {record["step"]: record for record in reference if record["stage"] == "valid"}
+    mine = {record["step"]: record for record in run.history if record["stage"] == "valid"}
+    if not theirs.keys() & mine.keys():
+        return
+    step = max(theirs.keys() & mine.keys())
+    here, there = mine[step], theirs[step]
+    apart = [f"{name[3:]} {here[name] - there[name]:+.4f}" for name in here if name.startswith("ce_q")]
+    run.ranks.print(f"beside the reference run at step {step}: ce {here['ce']:.4f} here, {there['ce']:.4f} "
+                    f"there; {', '.join(apart)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+def error_text(error: Exception) -> str | None:
+    """One line on what ended a run; None for what is no mistake of the user or of the machine, but ours."""
+    if not isinstance(error, RuntimeError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or "
+                "--parallel fsdp")
+    problem, way_out = common.describe_error(error), "the same command goes on from the last checkpoint"
+    if distributed.is_lost_peer(error):
+        return f"lost the other ranks ({problem}); {way_out}"
+    if "DataLoader worker" in str(error):
+        return f"a process that loads data died ({problem}); {way_out}"
+    return None
 
 
 def main(argv: list | None = None) -> int:
     """Runs -> exit code: 0; 2 and one line for a mistake of the user; 1 for what went wrong on the way."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    who = f"train.py, rank {rank}" if world > 1 else "train.py"
-    debug = os.environ.get("DEBUG")                                  # DEBUG=1 shows where an error was raised
     args, run, code, stop = build_parser().parse_args(argv), None, 0, Stop()
+
+    def stopped(signal) -> int:
+        if rank == 0:
+            where = "before the first update" if run is None else \
+                f"after update {run.step}; the same command goes on from there"
+            print(f"stopped by {signal} {where}", flush=True)
+        return 1 if run is not None and run.unwritten else 0
+
     try:
         with stop:
-            args = of_the_run(argv, args.out) if args.only else args
-            notes = derive(args, world)
-            check(args, world)
+            if args.only:
+                args = flags_of_run(argv, args.out)
+            notes = fill_flags(args, world)
+            check_flags(args, world)
             distributed.keep_freed_memory(sparing=args.checkpointing)
             ranks = distributed.join_process_group(args.device, args.timeout)
             if args.only:
                 stage_alone(args, notes, ranks, stop)
             elif (run := prepare_run(args, notes, ranks, stop)) is not None:
-                train(run)
+                began = time.perf_counter()
+                run_epochs(run)
+                ranks.print(f"finished: {duration_text(time.perf_counter() - began)}, "
+                            f"best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
+                compare_with_reference(run)
     except Stopped as signal:
-        code = stopped(run, signal, rank)
+        code = stopped(signal)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        mistake = isinstance(error, ValueError)
-        text = explain(error)
-        if stop.requested and text and distributed.is_lost_peer(error):          # the others have obeyed a signal first
-            code = stopped(run, stop.requested, rank)
-        elif text and not debug:
-            if run is not None or not mistake or os.environ.get("LOCAL_RANK", "0") == "0":   # every rank of a machine makes the same
-                print(f"{'train.py' if run is None and mistake and rank == 0 else who}: {text}", file=sys.stderr, flush=True)
+        text, mistake = error_text(error), isinstance(error, ValueError)
+        if stop.requested and text and distributed.is_lost_peer(error):     # the others obeyed a signal first
+            code = stopped(stop.requested)
+        elif text and not os.environ.get("DEBUG"):                   # DEBUG=1 shows where an error was raised
+            # before the run every rank makes the same mistake: one a machine says so
+            if run is not None or not mistake or os.environ.get("LOCAL_RANK", "0") == "0":
+                everybody = world == 1 or run is None and mistake and rank == 0
+                who = "" if everybody else f", rank {rank}"
+                print(f"train.py{who}: {text}", file=sys.stderr, flush=True)
             code = 2 if mistake else 1
         elif world == 1:
             raise
@@ -344,32 +616,11 @@ def main(argv: list | None = None) -> int:
             traceback.print_exc()
             code = 1
     finally:
-        if run is not None and run.held is not None:
-            os.close(run.held)
+        if run is not None and run.lock is not None:
+            os.close(run.lock)
     if world > 1:
         distributed.exit_process(code)
     return code
-
-
-def stopped(run: Run | None, signal, rank: int) -> int:
-    """Says that a signal was obeyed -> exit code."""
-    if rank == 0:
-        where = "before the first update" if run is None else f"after update {run.step}; the same command goes on from there"
-        print(f"stopped by {signal} {where}", flush=True)
-    return 1 if run is not None and run.unwritten else 0
-
-
-def explain(error: Exception) -> str | None:
-    """One line on what ended a run; None for what is no mistake of the user or of the machine, but ours."""
-    if not isinstance(error, RuntimeError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or --parallel fsdp"
-    if distributed.is_lost_peer(error):
-        return f"lost the other ranks ({common.describe_error(error)}); the same command goes on from the last checkpoint"
-    if "DataLoader worker" in str(error):
-        return f"a process that loads data died ({common.describe_error(error)}); the same command goes on from the last checkpoint"
-    return None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The stages of an epoch after training: valid (averaged weights), evaluate and generate (best weights), the page.
+"""The stages of an epoch after training: valid (averaged weights), evaluate and generate (best weights), the
+page.
 
-Validation clips are encoded once. A stage says what each condition is worth to the loss, how near generated clips are to real ones,
-on the toy set how well they follow their captions, and writes samples to listen to.
+valid: the loss on held-out clips, which are encoded once. evaluate: what each condition is worth to the loss,
+how near generated clips are to real ones, and on the toy set how well they follow their captions. generate:
+samples to listen to.
 
 Legend: B batch, K codebooks, T frames, C channels, N samples.
     python train.py --only valid|evaluate|generate --out runs/toy        a stage alone
@@ -10,156 +12,142 @@ Legend: B batch, K codebooks, T frames, C channels, N samples.
 import math
 import time
 from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import conditioning
 import data
-from evaluate import adherence, analyser, board, distances, listen
 import generate
-from interop import load
-from evaluate import page
 import toy
-from support.flags import segment_frames, style_frames
+from conditioning import text_of
+from evaluate import adherence, analyser, board, distances, listen, page
+from interop import load
 from model import MusicGen
-from support.run import Run, attempt, deployment, note_written
-
-PLURALS = dict(text="captions", melody="melodies", style="styles")
-
-
-def to_codes(run: Run, batch: data.Batch) -> tuple[Tensor, Tensor]:
-    """Codes [B,K,T] and frame mask [B,T] of a batch on the device."""
-    device = run.ranks.device
-    codes = run.codec.encode(batch.wav.to(device)) if batch.codes is None else batch.codes.to(device, torch.long)
-    return codes, batch.frame_mask.to(device)
+from support import resume
+from support.flags import segment_frames
+from support.log import loss_metrics
 
 
-def beside_text(run: Run, examples: list, codes: Tensor, rngs: list) -> tuple[list, list]:
-    """(melody and style of each example, (start, stop) of its style excerpt) from codes [B,K,T]. rngs: None is the middle."""
-    names, (low, high) = run.model.conditioner.names, style_frames(run.args, run.codec)
-    places = [conditioning.excerpt(e.frames, low, high, rng) for e, rng in zip(examples, rngs)]
-    given = [{"melody": e.features.get("chroma"), "style": row[:, slice(*place)].clone()}
-             for e, row, place in zip(examples, codes, places)]
-    return [{name: value for name, value in each.items() if name in names} for each in given], places
-
-
-def in_full(run: Run, examples: list, codes: Tensor) -> tuple[list, list | None]:
-    """(all conditions of each example, nothing dropped, {name: value}; places of style excerpts, the middle of each clip, or None)."""
-    given, places = [{} for _ in examples], None
-    if run.model.conditioner is not None:
-        given, places = beside_text(run, examples, codes, [None] * len(examples))
-    return [{"text": conditioning.describe(e.meta), **more} for e, more in zip(examples, given)], places
-
-
-def without_excerpts(mask: Tensor, places: list) -> Tensor:
-    """Frames [B,T] less those of style excerpts [(start, stop)]: the model has read them already, and would learn to copy."""
-    frames = torch.arange(mask.shape[1])
-    shown = torch.stack([(start <= frames) & (frames < stop) for start, stop in places])
-    return mask & ~shown.to(mask.device, non_blocking=True)
-
-
-def prepare(model: MusicGen, attributes: list, device) -> dict | None:
-    """Conditions of a micro-batch as the model takes them."""
-    return None if model.conditioner is None else model.conditioner.prepare(attributes, device)
-
-
-def figures(sums: Tensor, counts: Tensor) -> dict:
-    """Summed loss and targets of each codebook -> {"ce", "ppl", "ce_q1", "ppl_q1", ...}."""
-    each = (sums / counts.clamp_min(1)).tolist()
-    ce = sum(each) / len(each)
-    result = dict(ce=ce, ppl=math.exp(min(ce, 80.0)))
-    for k, value in enumerate(each, 1):
-        result |= {f"ce_q{k}": value, f"ppl_q{k}": math.exp(min(value, 80.0))}
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # valid
 
 
-def valid_source(run: Run):
+class ValidBatch(NamedTuple):
+    """A micro-batch of validation, on the host."""
+    codes: Tensor                              # [B, K, T]
+    frame_mask: Tensor                         # [B, T]
+    loss_mask: Tensor                          # [B, T] what counts
+    values: list                               # conditions of each clip, {name: value}
+
+
+def valid_source(run):
     """What validation reads: the held-out clips, or the only batch there is."""
     return run.train_set if run.args.overfit_one_batch else run.valid_set
 
 
-def load_valid(run: Run) -> list:
-    """This rank's share of the validation set, encoded once and kept on the host as [(codes, mask, what counts, attributes)].
+def all_conditions(run, examples: list, codes: Tensor, frame_mask: Tensor) -> tuple[list, Tensor]:
+    """(conditions [{name: value}] of examples, nothing dropped, frames that count in the loss [B, T])."""
+    conditioner = run.model.conditioner
+    if conditioner is None:
+        return [{} for _ in examples], frame_mask
+    return conditioner.read(examples, codes, frame_mask, run.args, run.codec, step=None)
 
-    A style excerpt is the middle of its clip, and does not count in the loss, whatever conditions are then given. Which segments
-    it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
+
+def load_valid(run) -> list:
+    """This rank's share of the validation set as [ValidBatch], encoded once.
+
+    Which segments it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
     if run.valid_batches is None:
         args, ranks = run.args, run.ranks
         run.valid_batches = []
-        for examples in data.batches(valid_source(run), 0, 0, math.ceil(args.valid_samples / args.batch_size), args.batch_size,
-                                     rank=ranks.rank, world_size=ranks.world_size, workers=args.workers):
+        updates = math.ceil(args.valid_samples / args.batch_size)
+        loader = data.batches(valid_source(run), 0, 0, updates, args.batch_size, rank=ranks.rank,
+                              world_size=ranks.world_size, workers=args.workers)
+        for examples in loader:
             for i in range(0, len(examples), args.micro_batch_size):
                 part = examples[i:i + args.micro_batch_size]
-                codes, mask = (x.cpu() for x in to_codes(run, data.collate(part)))
-                attributes, places = in_full(run, part, codes)
-                counted = without_excerpts(mask, places) if places and "style" in run.model.conditioner.names else mask
-                run.valid_batches.append((codes, mask, counted, attributes))
+                codes, frame_mask = (x.cpu() for x in data.collate(part).encode(run.codec, ranks.device))
+                values, loss_mask = all_conditions(run, part, codes, frame_mask)
+                run.valid_batches.append(ValidBatch(codes, frame_mask, loss_mask, values))
     return run.valid_batches
 
 
 @torch.no_grad()
-def mean_loss(run: Run, model: MusicGen, change=lambda attributes: attributes) -> dict:
-    """Figures of a model over the validation set; `change` may alter the list of all its conditions."""
+def mean_loss(run, model: MusicGen, change=lambda values: values) -> dict:
+    """The loss of a model over the validation set; `change` may alter the list of all its conditions."""
     model.eval()
-    totals = torch.zeros(2, model.config.K, device=run.ranks.device, dtype=torch.float64)
+    device = run.ranks.device
+    totals = torch.zeros(2, model.config.K, device=device, dtype=torch.float64)
     batches = load_valid(run)
-    attributes = iter(run.ranks.apply_to_gathered([a for *_, part in batches for a in part], run.args.batch_size, change))
-    for codes, mask, counted, part in batches:
-        codes, mask, counted = (x.to(run.ranks.device) for x in (codes, mask, counted))
+    mine = [values for batch in batches for values in batch.values]
+    changed = iter(run.ranks.apply_to_gathered(mine, run.args.batch_size, change))
+    for batch in batches:
+        codes, frame_mask, loss_mask = (x.to(device) for x in batch[:3])
+        values, inputs = [next(changed) for _ in batch.values], None
+        if model.conditioner is not None:
+            inputs = model.conditioner.prepare(values, device)
         with run.autocast():
-            sums = model(codes, mask, prepare(model, [next(attributes) for _ in part], run.ranks.device), None, counted)
-        totals += torch.stack([sums, model.count_targets(counted)])
-    return figures(*run.ranks.sum(totals))
+            sums = model(codes, frame_mask, inputs, None, loss_mask)
+        totals += torch.stack([sums, model.count_targets(loss_mask)])
+    return loss_metrics(*run.ranks.sum(totals))
 
 
-def valid_stage(run: Run) -> dict:
+def valid_stage(run) -> dict:
     """Cross-entropy of the averaged weights on the validation set."""
     began = time.perf_counter()
     return mean_loss(run, run.ema.model) | dict(seconds=time.perf_counter() - began)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # evaluate
 
 
-def best_music(run: Run) -> generate.MusicGenerator:
-    """The best weights as a whole model on every rank, with the run's sampling settings. All ranks call it."""
-    content = deployment(run)
-    return generate.MusicGenerator(load.build_model(content).to(run.ranks.device), run.codec, content["segment_frames"],
-                                   generate.Sampling(**content["sampling"]), run.dtype)
+def best_music(run) -> generate.MusicGenerator:
+    """The best weights as a whole model on every rank, with the run's sampling settings. All ranks call
+    it."""
+    content = resume.export_best(run)
+    model = load.build_model(content).to(run.ranks.device)
+    sampling = generate.Sampling(**content["sampling"])
+    return generate.MusicGenerator(model, run.codec, content["segment_frames"], sampling, run.dtype)
 
 
-def evaluate_stage(run: Run) -> dict:
-    """What each condition is worth to the loss; how near generated clips are to real ones; on the toy set, how well they follow their
-    captions."""
+def evaluate_stage(run) -> dict:
+    """What each condition is worth to the loss; how near generated clips are to real ones; what toy clips
+    follow."""
     began, music = time.perf_counter(), best_music(run)
-    model, result = music.model, mean_loss(run, music.model)
-    names = model.conditioner.names if model.conditioner is not None else []
-    for name in names:
-        without = mean_loss(run, model, lambda a: [{**x, name: None} for x in a])["ce"]
-        others = mean_loss(run, model, lambda a: [{**x, name: y[name]} for x, y in zip(a, a[1:] + a[:1])])["ce"]
+    args, ranks, model = run.args, run.ranks, music.model
+    result = mean_loss(run, model)
+    conditions = model.conditioner.parts if model.conditioner is not None else {}
+
+    # the loss without each condition, and with that of another clip
+    for name, condition in conditions.items():
+        without = mean_loss(run, model, lambda values: [{**v, name: None} for v in values])["ce"]
+        others = mean_loss(run, model, lambda values: [
+            {**mine, name: next_one[name]} for mine, next_one in zip(values, values[1:] + values[:1])])["ce"]
         result |= {f"ce_no_{name}": without, f"ce_shuffled_{name}": others}
-        run.ranks.print(f"evaluate: ce {result['ce']:.4f} with {PLURALS[name]}, {without:.4f} without, "
-                        f"{others:.4f} with those of other clips")
-    if len(names) > 1:
-        result["ce_no_conditions"] = mean_loss(run, model, lambda a: [dict.fromkeys(x) for x in a])["ce"]
-        run.ranks.print(f"evaluate: ce {result['ce_no_conditions']:.4f} without any condition")
-    if run.args.dataset == "toy" and "text" in names:
-        result["adherence"] = toy_adherence(run, music)
-    if run.args.dataset == "toy" and set(names) - {"text"}:
-        result["given"] = adherence.measure_conditions(music, run.args.eval_samples, run.args.seed, ranks=run.ranks)
-        run.ranks.print(adherence.rows_table(result["given"], f"{run.args.eval_samples} clips, given"))
-    result["distances"] = held_out_distances(run, music)
+        ranks.print(f"evaluate: ce {result['ce']:.4f} with {condition.plural}, {without:.4f} without, "
+                    f"{others:.4f} with those of other clips")
+    if len(conditions) > 1:
+        nothing = mean_loss(run, model, lambda values: [dict.fromkeys(v) for v in values])["ce"]
+        result["ce_no_conditions"] = nothing
+        ranks.print(f"evaluate: ce {nothing:.4f} without any condition")
+
+    # toy clips: captions followed, and other conditions
+    if args.dataset == "toy":
+        if any(c.is_text for c in conditions.values()):
+            result["adherence"] = toy_adherence(run, music)
+        if not all(c.is_text for c in conditions.values()):
+            result["given"] = adherence.measure_conditions(music, args.eval_samples, args.seed, ranks=ranks)
+            ranks.print(adherence.rows_table(result["given"], f"{args.eval_samples} clips, given"))
+    result["distances"] = valid_distances(run, music)
     return result | dict(seconds=time.perf_counter() - began)
 
 
-def toy_adherence(run: Run, music: generate.MusicGenerator) -> dict:
-    """Caption adherence on combinations of values seen in training and on those held out; prints both tables."""
+def toy_adherence(run, music: generate.MusicGenerator) -> dict:
+    """Caption adherence on combinations of values seen in training and on those held out; prints both
+    tables."""
     args, result = run.args, {}
     for split, title in (("valid", "combinations seen in training"), ("heldout", "combinations held out")):
         table = adherence.measure_adherence(music, split, args.eval_samples, args.seed, ranks=run.ranks)
@@ -168,98 +156,120 @@ def toy_adherence(run: Run, music: generate.MusicGenerator) -> dict:
     return result
 
 
-def held_out(run: Run, music: generate.MusicGenerator, first: int, stop: int) -> tuple[list, list]:
-    """Validation clips first..stop-1: the audio [C,N] of each, without padding, and its conditions {name: value}.
+def valid_clips(run, music: generate.MusicGenerator, first: int, stop: int) -> tuple[list, list]:
+    """Validation clips first..stop-1: the audio [C, N] of each, without padding, and its conditions {name:
+    value}.
 
-    A token cache has no audio: then it is what the codec makes of its codes. Errors: ValueError where one cannot be read."""
+    A token cache has no audio: then it is what the codec makes of its codes. Errors: ValueError where one
+    cannot be read."""
     examples = data.load_examples(valid_source(run), 0, stop - first, first)
     if isinstance(examples, ValueError):
         raise examples
-    codes, _ = to_codes(run, data.collate(examples))
-    wavs = run.codec.decode(codes).cpu() if examples[0].wav is None else [torch.from_numpy(e.wav) for e in examples]
-    names = music.model.conditioner.names if music.model.conditioner is not None else []
-    conditions = [{name: a[name] for name in names} for a in in_full(run, examples, codes)[0]]
+    codes, frame_mask = data.collate(examples).encode(run.codec, run.ranks.device)
+    if examples[0].wav is None:
+        wavs = run.codec.decode(codes).cpu()
+    else:
+        wavs = [torch.from_numpy(e.wav) for e in examples]
+    conditions, _ = all_conditions(run, examples, codes, frame_mask)
     return [wav[:, :e.frames * run.codec.hop] for wav, e in zip(wavs, examples)], conditions
 
 
-def held_out_distances(run: Run, music: generate.MusicGenerator) -> dict:
-    """Distances of clips generated for the conditions of validation clips from these; prints them. All ranks call it."""
+def valid_distances(run, music: generate.MusicGenerator) -> dict:
+    """Distances of clips generated for the conditions of validation clips from these; prints them. All ranks
+    call it."""
     args, n = run.args, run.args.eval_samples
 
     def make(first: int, stop: int) -> tuple[list, list]:
-        real, conditions = held_out(run, music, first, stop)
+        real, conditions = valid_clips(run, music, first, stop)
         wavs = run.codec.decode(music.codes(conditions, args.segment_seconds, seed=args.seed + first)).cpu()
         return real, [wav[:, :x.shape[1]] for wav, x in zip(wavs, real)]
 
-    heard = args.dataset == "toy" and args.cache is None and args.segment_seconds * toy.SAMPLE_RATE >= analyser.MIN_SAMPLES
-    names = music.model.conditioner.names if music.model.conditioner is not None else []
-    found = distances.against_reference(make, n, run.codec, ranks=run.ranks, labels=heard, tunes="melody" in names)
+    is_toy = args.dataset == "toy" and args.cache is None
+    long_enough = args.segment_seconds * toy.SAMPLE_RATE >= analyser.MIN_SAMPLES
+    conditions = music.model.conditioner.parts.values() if music.model.conditioner is not None else []
+    found = distances.against_reference(make, n, run.codec, ranks=run.ranks, labels=is_toy and long_enough,
+                                      tunes=any(c.sounds_like_chroma for c in conditions))
     run.ranks.print(distances.distances_table(found, f"{n} clips beside validation clips"))
     if args.cache is not None:
-        run.ranks.print("(a cache has no audio: validation clips are as the codec decodes them, and the ceiling counts it twice)")
+        run.ranks.print("(a cache has no audio: validation clips are as the codec decodes them, "
+                        "and the ceiling counts it twice)")
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generate
 
 
-def generate_stage(run: Run, folder: str) -> dict:
-    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/FOLDER: see listen.py. Once, under
-    samples/reference, the clips themselves."""
+def generate_stage(run, folder: str) -> dict:
+    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/FOLDER: see
+    page.py.
+
+    Once, under samples/reference, it writes the clips themselves, and what the codec leaves of them."""
     args, began = run.args, time.perf_counter()
     if not run.ranks.is_main or args.generate_samples == 0:
-        deployment(run, keep=False)                                  # lends its shards to rank 0
+        resume.export_best(run, keep=False)                          # lends its shards to rank 0
         return {}
     music = best_music(run)
-    real, conditions = held_out(run, music, 0, args.generate_samples)
-    record = dict(seed=args.seed, epoch=run.step // args.updates_per_epoch, step=run.step, seconds=args.segment_seconds,
-                  **asdict(music.sampling))
-    sets = references(run, real) | make_samples(run, music, real, conditions)
-    note_written(run, "samples", attempt(write_samples, run, folder, sets, conditions, record), shared=False)
-    return dict(samples=sum(map(len, sets.values())), folder=str(run.out / "samples" / folder), seconds=time.perf_counter() - began)
+    real, conditions = valid_clips(run, music, 0, args.generate_samples)
+    sets = {"reference": real, "codec": [distances.reconstruction(wav, run.codec) for wav in real]}
+    sets |= make_samples(run, music, real, conditions)
+    record = dict(seed=args.seed, epoch=run.step // args.updates_per_epoch, step=run.step,
+                  seconds=args.segment_seconds, **asdict(music.sampling))
+    problem = resume.try_to_write(write_samples, run, folder, sets, conditions, record)
+    resume.note_written(run, "samples", problem, shared=False)
+    return dict(samples=sum(map(len, sets.values())), folder=str(run.out / "samples" / folder),
+                seconds=time.perf_counter() - began)
 
 
-def make_samples(run: Run, music: generate.MusicGenerator, real: list, conditions: list) -> dict:
-    """{kind: audio [B,C,N]} for the conditions of clips, the same seed for all: see listen.SAMPLE_KINDS."""
-    args, quarter = run.args, segment_frames(run.args, run.codec) // 4 * run.codec.hop                   # samples
-    asked = {"unprompted": dict(attributes=conditions)} if any(conditions) else {}
+def make_samples(run, music: generate.MusicGenerator, real: list, conditions: list) -> dict:
+    """{kind: audio [B, C, N]} for the conditions of clips, the same seed for all: see listen.SAMPLE_KINDS."""
+    args, quarter = run.args, segment_frames(run.args, run.codec) // 4 * run.codec.hop          # samples
+    asked = {}
+    if any(conditions):
+        asked["unprompted"] = dict(values=conditions)
     if quarter:
         begun = [nn.functional.pad(wav[:, :quarter], (0, max(0, quarter - wav.shape[1]))) for wav in real]
-        asked["prompted"] = dict(attributes=conditions, prompt=torch.stack(begun))
-    asked["unconditional"] = dict(attributes=[dict.fromkeys(c) for c in conditions])
-    return {kind: run.codec.decode(music.codes(seconds=args.segment_seconds, seed=args.seed, **how)).cpu() for kind, how in asked.items()}
+        asked["prompted"] = dict(values=conditions, prompt=torch.stack(begun))
+    asked["unconditional"] = dict(values=[dict.fromkeys(c) for c in conditions])
+    samples = {}
+    for kind, how in asked.items():
+        codes = music.codes(seconds=args.segment_seconds, seed=args.seed, **how)
+        samples[kind] = run.codec.decode(codes).cpu()
+    return samples
 
 
-def references(run: Run, real: list) -> dict:
-    """Clips as they are, and through the codec."""
-    return {"reference": real, "codec": [distances.reconstruction(wav, run.codec) for wav in real]}
-
-
-def write_samples(run: Run, folder: str, sets: dict, conditions: list, record: dict) -> None:
-    """{kind: audio} with its settings as NNN_KIND.wav and .json; `given` names the conditions it had. A reference is written once."""
+def write_samples(run, folder: str, sets: dict, conditions: list, record: dict) -> None:
+    """{kind: audio} as NNN_KIND.wav, each with a .json of its settings. A reference is written once."""
     samples = run.out / "samples"
     for i, clip in enumerate(conditions):
+        text = text_of(clip)
         for kind, wavs in sets.items():
-            once, name = kind in ("reference", "codec"), f"{i:03d}_{kind}"
-            if once and (samples / "reference" / f"{name}.json").is_file():
-                continue
-            made = {} if once else dict(record, given=[k for k, v in clip.items() if v is not None and kind != "unconditional"])
+            name = f"{i:03d}_{kind}"
+            if kind in ("reference", "codec"):
+                place, settings = samples / "reference", {}
+                if (place / f"{name}.json").is_file():
+                    continue
+            else:
+                given = [k for k, v in clip.items() if v is not None and kind != "unconditional"]
+                place, settings = samples / folder, dict(record, given=given)
             if kind == "prompted":
-                made["prompt_seconds"] = segment_frames(run.args, run.codec) // 4 / run.codec.frame_rate
-            place = samples / ("reference" if once else folder)
-            listen.write_sample(place, name, wavs[i], run.codec.sample_rate, dict(prompt=clip.get("text"), kind=kind, **made))
+                settings["prompt_seconds"] = segment_frames(run.args, run.codec) // 4 / run.codec.frame_rate
+            settings = dict(prompt=text, kind=kind, **settings)
+            listen.write_sample(place, name, wavs[i], run.codec.sample_rate, settings)
             if run.board is not None:
                 board.show_sample(run.board, name, place / f"{name}.wav", run.step)
-        kinds = ",".join(k for k in sets if k not in ("reference", "codec"))
-        print(f"wrote {samples / folder / f'{i:03d}'}_{{{kinds}}}.wav: {clip.get('text')}", flush=True)
+        kinds = ",".join(kind for kind in sets if kind not in ("reference", "codec"))
+        print(f"wrote {samples / folder / f'{i:03d}'}_{{{kinds}}}.wav: {text}", flush=True)
 
 
-def draw_page(run: Run, final: bool) -> None:
-    """Writes index.html, on rank 0. Epochs so short that it would take over a twentieth of the time share one; the last has its own."""
+def draw_page(run, final: bool) -> None:
+    """Writes index.html, on rank 0.
+
+    Epochs so short that drawing would take over a twentieth of the time share a page; the last has its
+    own."""
     if not run.ranks.is_main or not final and time.monotonic() - run.drawn_at < 20 * run.drawing_seconds:
         return
     began = time.monotonic()
-    note_written(run, page.PAGE_FILE, attempt(page.write_page, run.out), shared=False)
+    resume.note_written(run, page.PAGE_FILE, resume.try_to_write(page.write_page, Path(run.out)), shared=False)
     run.drawn_at = time.monotonic()
     run.drawing_seconds = run.drawn_at - began

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 import tokenizer
-from conditioning import Conditioner, ConditionerConfig, pack, unpack, vocabulary_size
+from conditioning import Conditioner, ConditionerConfig, vocabulary_size
 from interop import t5
 from interop.audiocraft import read_package_config, read_package_weights
 from interop.huggingface import PublishedModel, read_hf_config, read_hf_weights
@@ -83,7 +83,7 @@ def build_model(data: dict) -> MusicGen:
     """The model of what `read_model` gives, in eval mode on the CPU.
 
     It takes the tensors themselves, so that nothing is there twice. Errors: any, for a damaged file."""
-    assets = {name: unpack(tensor) for name, tensor in data["assets"].items()}
+    assets = {name: common.tensor_to_bytes(tensor) for name, tensor in data["assets"].items()}
     conditioner = read_conditioner_config(data["conditioner_config"])
     model = skeleton(ModelConfig(**data["model_config"]), conditioner, assets)
     model.load_state_dict(data["model"], assign=True)
@@ -157,6 +157,6 @@ def read_published(path: str | Path, t5_folder: str | Path | None = None, codec:
     conditioner = read_conditioner_config({**found.conditioner, "melody_rate": melody_rate})
     return dict(
         format=common.FORMAT, model=state, model_config=asdict(config),
-        conditioner_config=asdict(conditioner), assets={"text": pack(pieces)}, codec=codec.reference,
+        conditioner_config=conditioner.to_dict(), assets={"text": common.bytes_to_tensor(pieces)}, codec=codec.reference,
         sampling={**SAMPLING, **found.sampling},
         segment_frames=math.ceil(found.segment_seconds * codec.frame_rate), metrics={}, step=0, args={})

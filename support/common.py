@@ -1,4 +1,5 @@
-"""What every room needs: files written whole, files that cannot be trusted, a user's mistake as one line, devices, randomness.
+"""What every room needs: files written whole, files that cannot be trusted, a user's mistake as one line,
+devices, randomness.
 
     write_atomically     a file is there in full or not at all, whatever is killed and however full the disk is
     read_torch           plain tensors and plain data out of a file that may hold anything; no code of it runs
@@ -29,7 +30,7 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
@@ -46,8 +47,8 @@ def sync_folder(folder: Path) -> None:
 def write_atomically(path: Path, write: Callable, previous: Path | None = None) -> None:
     """Writes a file beside `path` by write(open binary file), flushes it to the disk, then swaps it in.
 
-    What stood at `path` before becomes `previous`, if given. Errors: OSError if the disk is full or the folder may not
-    be written to; what stood there is then untouched, and no half file is left."""
+    What stood at `path` before becomes `previous`, if given. Errors: OSError if the disk is full or the
+    folder may not be written to; what stood there is then untouched, and no half file is left."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -77,7 +78,8 @@ def write_json(path: Path, content, indent: int | None = 1) -> None:
 
 
 def read_torch(path: Path, what: str, mapped: bool = False):
-    """What torch.save wrote, on the CPU; no code of it runs. `mapped`: tensors stay on the disk until they are used.
+    """What torch.save wrote, on the CPU; no code of it runs. `mapped`: tensors stay on the disk until they
+    are used.
 
     what: what was expected, for the message. Errors: ValueError naming the file."""
     try:
@@ -134,12 +136,13 @@ def output_folder(name: str | Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # commands, devices, randomness, vectors
 
 
 def command(name: str) -> Callable:
-    """Decorates a `main(argv)`: the user's mistake (ValueError, OSError) becomes one line and exit code 2, Ctrl-C 130.
+    """Decorates a `main(argv)`: the user's mistake (ValueError, OSError) becomes one line and exit code 2,
+    Ctrl-C 130.
 
     With DEBUG=1 in the environment the error is raised, to see where it comes from."""
     def decorate(main: Callable) -> Callable:
@@ -182,3 +185,13 @@ def random_generator(*key: int) -> np.random.Generator:
 def nearest_vectors(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """Index [n] of the nearest of vectors [V,D] to each x [n,D]: what a codebook calls a code."""
     return (vectors.square().sum(1) - 2 * x @ vectors.T).argmin(1)
+
+
+def bytes_to_tensor(content: bytes) -> torch.Tensor:
+    """Bytes as a uint8 tensor [n], as files keep them: they hold plain tensors and plain data only."""
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
+    """What `bytes_to_tensor` was given."""
+    return bytes(tensor.tolist())

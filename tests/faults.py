@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch._dynamo  # 260 modules that every forked training would import by itself
 
-from support import build
+import data
+import tokenizer
 from support import checkpoint
 import conditioning
 import model
@@ -58,26 +59,23 @@ def remember_captions() -> None:
     """Makes the toy set's captions and their vocabulary, functions of the seed, once for all forks.
 
     They are a third of what a tiny training takes. Any other captions are fitted each time."""
-    draw, fit, captions, pieces = build.sample_captions, conditioning.fit_sentencepiece, {}, {}
+    draw, fit, captions, pieces = data.ToyDataset.metadata, conditioning.fit_sentencepiece, {}, {}
 
-    def sample_captions(args, *rest):
-        if args.dataset != "toy" or args.cache is not None:
-            return draw(args, *rest)
-        if args.seed not in captions:
-            captions[args.seed] = draw(args, *rest)
-        return captions[args.seed]
+    def metadata(self, limit: int = 4000) -> list:
+        if (self.seed, limit) not in captions:
+            captions[self.seed, limit] = draw(self, limit)
+        return captions[self.seed, limit]
 
     def fit_sentencepiece(texts, vocab=2000):
-        seed = next((seed for seed, known in captions.items() if known is texts), None)
-        if seed is None:
-            return fit(texts, vocab)
-        if (seed, vocab) not in pieces:
-            pieces[seed, vocab] = fit(texts, vocab)
-        return pieces[seed, vocab]
+        key = vocab, tuple(texts)
+        if key not in pieces:
+            pieces[key] = fit(texts, vocab)
+        return pieces[key]
 
-    build.sample_captions, conditioning.fit_sentencepiece = sample_captions, fit_sentencepiece
+    data.ToyDataset.metadata, conditioning.fit_sentencepiece = metadata, fit_sentencepiece
     args = train.build_parser().parse_args(TINY)
-    fit_sentencepiece(sample_captions(args, None), args.text_vocab)
+    toy_set = data.open_dataset("toy", codec=tokenizer.load_codec("toy"), seed=args.seed)
+    conditioning.Text.make_asset(args, toy_set)
 
 
 def free_port() -> int:
@@ -431,15 +429,15 @@ def poison_loss(rank: int) -> None:
 
 def poison_weight(rank: int) -> None:
     """In rank 1, a weight is infinite from the start."""
-    begin = train.build
+    begin = train.build_run
 
-    def poisoned(*rest):
-        run = begin(*rest)
+    def poisoned(*rest, **more):
+        run = begin(*rest, **more)
         if rank == 1:
             distributed.local_parts([run.model.linears[1].weight.data])[0][0, 0] = float("inf")
         return run
 
-    train.build = poisoned
+    train.build_run = poisoned
 
 
 def nan(args: argparse.Namespace) -> None:

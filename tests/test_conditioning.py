@@ -1,5 +1,9 @@
 """Text encoder, dropouts per sample, metadata merging, fusing."""
 
+from types import SimpleNamespace
+
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +52,7 @@ def test_two_texts_differ_and_have_gradients():
 def test_hostile_texts(text):
     c = make()
     ids, mask = c.prepare([{"text": text}])["text"]
-    assert ids.shape[1] <= c.config.text_max_tokens and ids.max() < c.config.text_vocab
+    assert ids.shape[1] <= c.config["text"].max_tokens and ids.max() < c.config["text"].vocab
     assert encode(c, text).cross.isfinite().all()
 
 
@@ -63,7 +67,7 @@ def test_relative_buckets_by_hand():
 def test_dropout_frequencies_and_independence():
     """CFG and attribute dropout fall per sample at their own rates, independently of each other."""
     def dropped(step, index, cfg, alone):
-        rng = conditioning.generator(0, conditioning.DROP_STREAM, step, index)
+        rng = conditioning.random_generator(0, conditioning.DROP_STREAM, step, index)
         out = conditioning.drop_conditions({"text": 1, "melody": 2}, rng, cfg, alone)
         return [out["text"] is None, out["melody"] is None]
 
@@ -79,10 +83,13 @@ def test_dropout_frequencies_and_independence():
 
 def test_training_attributes_depend_on_seed_step_and_index_alone():
     meta = {"description": "a slow organ tune with drums and more", "genre": "rock", "bpm": 120.0, "moods": ["calm", "dark"]}
-    merge = dict(merge_text_p=0.5, drop_desc_p=0.5, keep_other_p=0.5)
+    conditioner, codes, frames = make(), torch.zeros(1, 2, 3), torch.ones(1, 3, dtype=torch.bool)
+    args = dict(merge_text_p=0.5, drop_desc_p=0.5, keep_other_p=0.5, cfg_dropout=0.1, text_dropout=0.1, word_dropout=0.3)
 
     def draw(seed, step, index):
-        return conditioning.training_attributes(meta, ["text"], seed, step, index, 0.1, {"text": 0.1}, 0.3, merge)["text"]
+        example = SimpleNamespace(meta=meta, index=index)
+        values, _ = conditioner.read([example], codes, frames, SimpleNamespace(seed=seed, **args), None, step)
+        return values[0]["text"]
 
     table = {(s, i): draw(0, s, i) for s in range(10) for i in range(8)}
     shuffled = sorted(table, key=lambda k: (k[1], -k[0]))            # another order, as other ranks would have
@@ -104,7 +111,7 @@ def test_merge_metadata():
         ["moods: happy, dark", "keywords: a, b", "bpm: 120.0", "genre: rock", "key: c major", "instrument: mix"])
     assert merge(merge_text_p=1, drop_desc_p=1, keep_other_p=0) is None
     assert "cool" not in merge(merge_text_p=1, drop_desc_p=1, keep_other_p=1)
-    assert conditioning.describe({"genre": "rock"}) == "genre: rock" and conditioning.describe({}) is None
+    assert conditioning.full_text({"genre": "rock"}) == "genre: rock" and conditioning.full_text({}) is None
 
 
 def test_word_dropout():

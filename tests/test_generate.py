@@ -122,13 +122,13 @@ def test_windows():
     m, calls, seen = tiny(), [], []
     original = generate.generate_codes
 
-    def spy(model, attributes, T, sampling, generator, prompt, progress, dtype):
+    def spy(model, values, T, sampling, *, prompt, **more):
         seen.append((T, None if prompt is None else prompt.clone()))
-        return original(model, attributes, T, sampling, generator, prompt, progress, dtype)
+        return original(model, values, T, sampling, prompt=prompt, **more)
 
     generate.generate_codes = spy
     try:
-        codes = generate_long(m, texts("slow organ"), 60, GREEDY, 30, 18, progress=lambda *a: calls.append(a))
+        codes = generate_long(m, texts("slow organ"), 60, GREEDY, window=30, stride=18, progress=lambda *a: calls.append(a))
     finally:
         generate.generate_codes = original
     assert codes.shape == (1, 3, 60) and [T for T, _ in seen] == [30, 30, 24]
@@ -139,13 +139,13 @@ def test_windows():
 def test_a_prompt_longer_than_the_window():
     m = tiny()
     prompt = torch.randint(0, 13, (1, 3, 50))
-    codes = generate_long(m, texts("slow organ"), 70, GREEDY, 30, 18, prompt=prompt)
+    codes = generate_long(m, texts("slow organ"), 70, GREEDY, window=30, stride=18, prompt=prompt)
     assert codes.shape[2] == 70 and torch.equal(codes[..., :50], prompt)
 
 
 def test_bad_stride():
     with pytest.raises(ValueError, match="stride 30"):
-        generate_long(tiny(), texts("x"), 60, GREEDY, 30, 30)
+        generate_long(tiny(), texts("x"), 60, GREEDY, window=30, stride=30)
 
 
 def test_sampling_follows_the_distribution():

@@ -13,7 +13,7 @@ import generate
 import train
 from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, count_parameters
 from support.lora import add_lora, merge_lora
-from support.run import Ema
+from train import Ema
 from test_train import HERE, SMALL, lines, part, run, saved
 
 CONFIG = ModelConfig(K=3, card=11, **SIZES["debug"])
@@ -125,10 +125,10 @@ def test_a_run_tunes_resumes_and_deploys(start, tmp_path, monkeypatch):
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "commit", commit_and_die)
+    monkeypatch.setattr(resume, "save_checkpoint", commit_and_die)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "killed", start, "--save_minutes", "0")
-    monkeypatch.setattr(train, "commit", commit)
+    monkeypatch.setattr(resume, "save_checkpoint", commit)
     assert tuned(tmp_path / "killed", start, "--save_minutes", "0") == 0
     again = saved(tmp_path / "killed")
     assert all(torch.equal(x, again["tensors"][name]) for name, x in state["tensors"].items())
@@ -159,7 +159,7 @@ def test_less_memory_is_estimated(start, tmp_path, capsys):
     assert tuned(tmp_path / "plan", start, "--dry_run") == 0
     assert "0.01M more are trained (rank 2)" in capsys.readouterr().out
     args = flags.build_parser().parse_args(["--init_from", str(start)])
-    flags.derive(args, 1)
+    flags.fill_flags(args, 1)
     full = flags.plan(args, CONFIG, 100, 1, 1e12)
     args.lora = 2
     low, added = flags.plan(args, CONFIG, 100, 1, 1e12), count_parameters(CONFIG, 2)

@@ -3,6 +3,7 @@ and drops them, and that what is given is heard."""
 
 import math
 import os
+from types import SimpleNamespace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,17 @@ from support import audio, chroma
 import conditioning
 import data
 import generate
-from evaluate import stages
 import tokenizer
 import train
 from support.cache import make_cache
 from support.chroma import Chroma
-from conditioning import Bottleneck, Conditioner, ConditionerConfig
+from conditioning import Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long
 from model import ModelConfig, MusicGen
+from support import resume
+from support import style as style_condition
+from support.melody import melody_window
+from support.style import Bottleneck, excerpt_place
 
 RATE, F12 = 32_000, torch.eye(12)
 PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
@@ -183,7 +187,7 @@ def test_melody_is_cut_padded_and_its_strongest_class_taken():
 
 
 def test_a_melody_begins_again_after_its_end():
-    assert conditioning.melody_window(F12[:5], 3, 7).argmax(1).tolist() == [3, 4, 0, 1, 2, 3, 4]
+    assert melody_window(F12[:5], 3, 7).argmax(1).tolist() == [3, 4, 0, 1, 2, 3, 4]
 
 
 def test_style_does_not_depend_on_its_neighbours():
@@ -197,7 +201,7 @@ def test_style_does_not_depend_on_its_neighbours():
 def test_a_condition_that_is_given_is_heard(name, values):
     """Two values, one seed: other codes; and every weight of its conditioner has a gradient."""
     model = tiny({**ALL, "text": "cross+sum"})
-    drawn = [generate_codes(model, [{name: v}], 20, Sampling(cfg=2, top_k=0), torch.Generator().manual_seed(0)) for v in values]
+    drawn = [generate_codes(model, [{name: v}], 20, Sampling(cfg=2, top_k=0), generator=torch.Generator().manual_seed(0)) for v in values]
     assert not torch.equal(*drawn)
     model.train()
     model(torch.randint(13, (2, 3, 8)), None, model.conditioner.prepare([{name: v} for v in values])).sum().backward()
@@ -208,10 +212,10 @@ def test_a_condition_that_is_given_is_heard(name, values):
 
 def test_dropouts_of_three_conditions_are_independent():
     rates, names = dict(text=0.1, melody=0.3, style=0.5), ["melody", "style", "text"]
-    merge = dict(merge_text_p=0.0, drop_desc_p=0.0, keep_other_p=0.0)
 
     def draw(index, names=names):
-        a = conditioning.training_attributes({"description": "x"}, names, 0, 3, index, 0.2, rates, 0.0, merge, dict(melody=1, style=2))
+        rng = conditioning.random_generator(0, conditioning.DROP_STREAM, 3, index)
+        a = conditioning.drop_conditions(dict.fromkeys(names, 1), rng, 0.2, rates)
         return [a[n] is None for n in names]
 
     got = np.array([draw(i) for i in range(20_000)])
@@ -227,25 +231,34 @@ def test_dropouts_of_three_conditions_are_independent():
 
 
 def test_excerpts():
-    assert conditioning.excerpt(100, 20, 40) == (35, 65) and conditioning.excerpt(10, 20, 40) == (0, 10)
-    drawn = [conditioning.excerpt(100, 20, 40, conditioning.generator(0, 14, 0, i)) for i in range(500)]
+    assert excerpt_place(100, 20, 40) == (35, 65) and excerpt_place(10, 20, 40) == (0, 10)
+    drawn = [excerpt_place(100, 20, 40, conditioning.random_generator(0, 14, 0, i)) for i in range(500)]
     lengths = {b - a for a, b in drawn}
     assert lengths == set(range(20, 41)) and min(a for a, _ in drawn) == 0 and max(b for _, b in drawn) == 100
 
 
 def test_the_excerpt_is_not_learnt():
     """Targets within it do not count; with the style dropped they do."""
-    model = tiny(dict(text="cross"))
+    model = tiny(dict(style="prepend"))
     codes, frames = torch.randint(13, (2, 3, 12)), torch.ones(2, 12, dtype=torch.bool)
-    learnt = stages.without_excerpts(frames, [(3, 7), (0, 0)])
-    assert learnt.sum(1).tolist() == [8, 12] and not learnt[0, 3:7].any()
+    examples = [SimpleNamespace(frames=12, index=i, meta={}) for i in range(2)]
+    args = SimpleNamespace(seed=0, style_seconds=[0.4, 0.4], cfg_dropout=0.0, style_dropout=0.5)
+    codec = SimpleNamespace(frame_rate=10.0)
+    step = next(s for s in range(99) if [v["style"] is None for v in model.conditioner.read(
+        examples, codes, frames, args, codec, s)[0]] == [False, True])
+    values, learnt = model.conditioner.read(examples, codes, frames, args, codec, step)
+    start = int((~learnt[0]).int().argmax())
+    assert learnt.sum(1).tolist() == [8, 12] and not learnt[0, start:start + 4].any() and frames.all()
+    assert torch.equal(values[0]["style"], codes[0, :, start:start + 4])
+    values, whole = model.conditioner.read(examples, codes, frames, args, codec, None)         # outside training: the middle
+    assert not whole[:, 4:8].any() and whole.sum(1).tolist() == [8, 8] and torch.equal(values[1]["style"], codes[1, :, 4:8])
     assert (model.count_targets(frames) - model.count_targets(learnt)).tolist() == [4, 4, 4]
     targets = model.config.layout(12).targets(codes, learnt, -100)
     assert torch.equal((targets != -100).sum((0, 2)), model.count_targets(learnt))
     constant = torch.randn(2, targets.shape[2], 32)
     model.conditioner, model.hidden = None, lambda *a, **k: constant                       # so that the loss sees codes as targets alone
     changed = codes.clone()
-    changed[0, :, 3:7] = (changed[0, :, 3:7] + 1) % 13
+    changed[0, :, start:start + 4] = (changed[0, :, start:start + 4] + 1) % 13
     a, b = (model(c, frames, loss_mask=learnt) for c in (codes, changed))
     assert torch.equal(a, b)
     c, d = (model(c, frames) for c in (codes, changed))
@@ -259,7 +272,7 @@ def run_updates(parts: list, updates: int = 5) -> dict:
     for step in range(updates):
         for x, mask in parts:
             bottleneck(x * (1 + step), mask)
-        bottleneck.learn(lambda t: t, keep=True)
+        bottleneck.end_update(lambda t: t, keep=True)
     return {k: v.clone() for k, v in bottleneck.named_buffers()}
 
 
@@ -280,12 +293,12 @@ def test_statistics_move_only_after_an_update_that_counts():
     bottleneck, x, mask = Bottleneck(4, 2, 8).train(), torch.randn(3, 9, 4), torch.ones(3, 9, dtype=torch.bool)
     before = {k: v.clone() for k, v in bottleneck.named_buffers()}
     bottleneck(x, mask)
-    bottleneck.learn(lambda t: t, keep=False)                        # an update that was skipped
+    bottleneck.end_update(lambda t: t, keep=False)                        # an update that was skipped
     bottleneck.eval()(x, mask)
-    bottleneck.learn(lambda t: t, keep=True)                         # nothing is collected outside training
+    bottleneck.end_update(lambda t: t, keep=True)                         # nothing is collected outside training
     assert all(torch.equal(before[k], v) for k, v in bottleneck.named_buffers())
     bottleneck.train()(x, mask)
-    bottleneck.learn(lambda t: t, keep=True)
+    bottleneck.end_update(lambda t: t, keep=True)
     assert torch.allclose(bottleneck.mean, x.mean((0, 1)), atol=1e-5) and torch.allclose(bottleneck.var, x.var((0, 1), correction=0), atol=1e-4)
 
 
@@ -296,9 +309,9 @@ def test_the_codebooks_find_clusters():
     bottleneck, left = Bottleneck(4, 1, 8).train(), []
     for _ in range(300):
         x = centres[torch.randint(8, (4, 20))] + 0.05 * torch.randn(4, 20, 4)
-        z = bottleneck.normalise(x)
+        z = bottleneck.normalize(x)
         left.append(float((bottleneck(x, torch.ones(4, 20, dtype=torch.bool)) - z).square().mean()))
-        bottleneck.learn(lambda t: t, keep=True)
+        bottleneck.end_update(lambda t: t, keep=True)
     assert left[-1] < 0.02 < left[0] and (bottleneck.sizes > 1).all()
 
 
@@ -340,16 +353,16 @@ def test_a_melody_is_read_on_in_each_window(monkeypatch):
     """Windows of 12 frames with stride 8 begin at frames 0, 8 and 16: at half as many chroma frames, of a melody of 9."""
     model, seen, original = tiny(), [], generate.generate_codes
 
-    def spy(model, attributes, *rest):
-        seen.append(attributes[0]["melody"].argmax(1).tolist())
-        return original(model, attributes, *rest)
+    def spy(model, values, *rest, **more):
+        seen.append(values[0]["melody"].argmax(1).tolist())
+        return original(model, values, *rest, **more)
 
     monkeypatch.setattr(generate, "generate_codes", spy)
-    generate_long(model, [{"melody": F12[:9]}], 26, Sampling(cfg=1, temperature=0), 12, 8)
+    generate_long(model, [{"melody": F12[:9]}], 26, Sampling(cfg=1, temperature=0), window=12, stride=8)
     assert seen == [[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 0], [8, 0, 1, 2, 3, 4]]
     seen.clear()
     prompt = torch.randint(13, (1, 3, 20))                           # longer than a window: its last 4 frames begin at 16
-    generate_long(model, [{"melody": F12[:9]}], 26, Sampling(cfg=1, temperature=0), 12, 8, prompt=prompt)
+    generate_long(model, [{"melody": F12[:9]}], 26, Sampling(cfg=1, temperature=0), window=12, stride=8, prompt=prompt)
     assert seen == [[8, 0, 1, 2, 3, 4]]
 
 
@@ -389,7 +402,7 @@ def test_generate_with_melody_and_style(finished, tmp_path, capsys):
     music = generate.MusicGenerator.load(finished)
     wavs = music.generate([None, None], 0.5, melody=[tone(60, 16_000)[None], None], style=tone(67, 16_000)[None])
     assert wavs.shape == (2, 1, 8_000) and not torch.equal(wavs[0], wavs[1])
-    assert conditioning.main(["--melody", a, "--style", b, "--run", str(finished)]) == 0
+    assert chroma.main([a]) == 0 and style_condition.main([b, "--run", str(finished)]) == 0
     assert " C |@@@" in (out := capsys.readouterr().out) and "level 3 |" in out
 
 
@@ -435,17 +448,17 @@ def test_resume_with_all_conditions_is_exact(finished, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
-    commit = train.commit
+    commit = resume.save_checkpoint
 
     def commit_and_die(run):
         commit(run)
         raise Killed
 
     flags = [*SMALL, "--style_dropout", "0.3", "--save_minutes", "0", "--out", str(tmp_path)]
-    monkeypatch.setattr(train, "commit", commit_and_die)
+    monkeypatch.setattr(resume, "save_checkpoint", commit_and_die)
     with pytest.raises(Killed):
         train.main(flags)
-    monkeypatch.setattr(train, "commit", commit)
+    monkeypatch.setattr(resume, "save_checkpoint", commit)
     assert train.main(flags) == 0
     a, b = (torch.load(out / "last.pt", weights_only=True)["tensors"] for out in (tmp_path, finished))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -31,7 +31,7 @@ def test_imports_point_one_way():
     graph = {name: imports(name) for name in FILES}
     for name, needs in graph.items():
         tools = {n for n in needs if n.startswith("tools.")}
-        assert not tools or name.startswith("tools.") or tools == {"tools.demo"}, name
+        assert not tools or name.startswith("tools.") or tools == {"support.serve"}, name
     done = set()
     while graph:
         free = {n for n, needs in graph.items() if needs <= done}
@@ -72,8 +72,8 @@ def test_training_commands_of_the_readme_parse(command):
     world = int(m.group(1)) if (m := re.search(r"--nproc_per_node=(\d+)", command)) else 1
     args = train.build_parser().parse_args(shlex.split(command.split("train.py", 1)[1]))
     args.device = args.device or "cpu"
-    train.derive(args, world)
-    train.check(args, world)
+    train.fill_flags(args, world)
+    train.check_flags(args, world)
 
 
 def test_docs_name_every_flag_that_exists_and_no_other():

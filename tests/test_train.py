@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import build
+from interop import load
+from support import resume
 import generate
 from interop import load
 import model
 from evaluate import listen
 import train
-from support.flags import PRESETS
-from support.run import Ema
+from support.flags import flags_by_name
+from train import Ema
 
 HERE = Path(__file__).parent.parent
 SMALL = ("--size debug --batch_size 4 --updates_per_epoch 3 --epochs 2 --valid_samples 8 --eval_samples 2 --lr 0.01 "
@@ -112,7 +113,7 @@ def test_generate_command(finished, tmp_path):
     assert a == b                                                    # bit for bit
     assert c[0] != d[0]                                              # same seed, other prompt
     record = json.loads((tmp_path / "a" / "001.json").read_text())
-    assert record["prompt"] == "fast bells" and record["seconds"] == 1 and record["cfg"] == PRESETS["toy"]["cfg"]
+    assert record["prompt"] == "fast bells" and record["seconds"] == 1 and record["cfg"] == flags_by_name()["cfg"].toy
     assert generate.main([*flags, "--out", str(tmp_path / "a")]) == 0                # nothing is overwritten
     assert (tmp_path / "a" / "002.wav").exists() and (tmp_path / "a" / "000.wav").read_bytes() == a[0]
 
@@ -160,7 +161,7 @@ def test_resume_equals_the_uninterrupted_run(commits, tmp_path, monkeypatch, cap
     class Killed(Exception):
         pass
 
-    commit, left = train.commit, [commits]
+    commit, left = resume.save_checkpoint, [commits]
 
     def commit_and_die(run):
         commit(run)
@@ -169,10 +170,10 @@ def test_resume_equals_the_uninterrupted_run(commits, tmp_path, monkeypatch, cap
             raise Killed
 
     flags = ["--dropout", "0.1", "--updates_per_epoch", "2", "--save_minutes", "0", "--log_every", "2"]
-    monkeypatch.setattr(train, "commit", commit_and_die)
+    monkeypatch.setattr(resume, "save_checkpoint", commit_and_die)
     with pytest.raises(Killed):
         run(tmp_path, *flags)
-    monkeypatch.setattr(train, "commit", commit)
+    monkeypatch.setattr(resume, "save_checkpoint", commit)
     assert (saved(tmp_path)["step"], saved(tmp_path)["epoch"]) == {1: (1, 0), 2: (2, 0), 4: (3, 1)}[commits]
     with open(tmp_path / "log.jsonl", "a") as log:                   # as if it had been killed a little later
         log.write(json.dumps(dict(kind="step", stage="train", epoch=2, step=4, ce=99.0)) + "\n" + '{"kind": "st')
@@ -225,16 +226,16 @@ def test_overfitting_goes_on_with_the_same_batch(tmp_path, monkeypatch):
     """Stopped within its epoch, it must not go on with the batch that would stand there."""
     monkeypatch.setattr(train, "update", lambda run, micros, update=train.update: (seen.append(micros[0][0].clone()), update(run, micros))[1])
     flags, seen = ["--overfit_one_batch", "--updates_per_epoch", "3", "--epochs", "1", "--save_minutes", "0"], []
-    commit = train.commit
+    commit = resume.save_checkpoint
 
     def stop_at_two(run):
         commit(run)
         if run.step == 2 and not seen[2:]:
             raise train.Stopped("SIGTERM")
 
-    monkeypatch.setattr(train, "commit", stop_at_two)
+    monkeypatch.setattr(resume, "save_checkpoint", stop_at_two)
     assert run(tmp_path, *flags) == 0 and len(seen) == 2
-    monkeypatch.setattr(train, "commit", commit)
+    monkeypatch.setattr(resume, "save_checkpoint", commit)
     assert run(tmp_path, *flags) == 0 and len(seen) == 3
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
@@ -265,14 +266,14 @@ def test_gradients_not_finite(tmp_path, monkeypatch, capsys):
 
 
 def test_a_weight_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys):
-    begin = train.build
+    begin = train.build_run
 
-    def planted(*rest):
-        run = begin(*rest)
+    def planted(*rest, **more):
+        run = begin(*rest, **more)
         run.model.linears[1].weight.data[3, 5] = float("nan")
         return run
 
-    monkeypatch.setattr(train, "build", planted)
+    monkeypatch.setattr(train, "build_run", planted)
     assert run(tmp_path) == 1
     assert "step 1: weights not finite; first in linears.1.weight (rank 0)" in capsys.readouterr().err
 
@@ -308,7 +309,7 @@ def test_the_text_encoder_has_its_own_learning_rate(finished):
     """Two groups of each kind; every parameter stands in exactly one of them."""
     model = load.build_model(load.read_model(finished))
     args = train.build_parser().parse_args(["--lr", "8e-3", "--text_lr", "2e-3"])
-    groups = build.optimizer_groups(model, args)
+    groups = train.optimizer_groups(model, args)
     assert sorted((g["lr_scale"], g["weight_decay"]) for g in groups) == [(0.25, 0.0), (0.25, 0.1), (1.0, 0.0), (1.0, 0.1)]
     grouped = [id(p) for g in groups for p in g["params"]]
     assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
@@ -318,7 +319,7 @@ def test_the_text_encoder_has_its_own_learning_rate(finished):
 
 def test_learning_rate():
     args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "4", "--epochs", "1", "--updates_per_epoch", "24"])
-    rates = [train.lr_at(n, args) for n in range(25)]
+    rates = [train.learning_rate(n, args) for n in range(25)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[14] == pytest.approx(0.5) and rates[24] == 0
 
 

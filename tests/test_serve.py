@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import conditioning
-from tools import demo
+from support import serve
 import generate
 from support import audio
 import tokenizer
@@ -40,26 +40,26 @@ def tune(tmp_path) -> str:
 
 
 def test_fields_are_what_the_model_knows():
-    assert list(demo.settings(tiny())) == ["seconds", "cfg", "temperature", "top_k", "top_p", "seed"]
-    with_text = demo.settings(tiny("text"))
+    assert list(serve.page_fields(tiny())) == ["seconds", "cfg", "temperature", "top_k", "top_p", "seed"]
+    with_text = serve.page_fields(tiny("text"))
     assert list(with_text)[:2] == ["text", "seconds"] and "cfg_style" not in with_text
-    every = demo.settings(tiny("melody", "style", "text"))
+    every = serve.page_fields(tiny("melody", "style", "text"))
     assert list(every)[:4] == ["text", "melody", "style", "seconds"] and "cfg_style" in every
     assert (every["seconds"], every["cfg"], every["top_k"]) == (0.8, 2.0, 50)
 
 
 def test_the_button_makes_what_generate_makes(tune):
     music, wav, steps = tiny("text", "melody", "style"), audio.read_audio(tune), []
-    asked = demo.settings(music) | dict(text=" slow\norgan", seed=3, top_k=7, cfg_style=3)
+    asked = serve.page_fields(music) | dict(text=" slow\norgan", seed=3, top_k=7, cfg_style=3)
     sampling = Sampling(cfg=2.0, top_k=7, cfg_style=3)
     for names in ((), ("melody",), ("melody", "style")):
         more, given = dict.fromkeys(names, tune), dict.fromkeys(names, wav)
-        found = demo.perform(music, asked | more, lambda *step: steps.append(step))
+        found = serve.perform(music, asked | more, lambda *step: steps.append(step))
         assert torch.equal(found, music.generate(["slow organ"], 0.8, 3, sampling, **given)[0])
     assert steps[-1] == (40, 40)
     without_text = music.generate([None], 0.8, 3, sampling)[0]
-    assert torch.equal(demo.perform(music, asked | dict(text="")), without_text)
-    assert not torch.equal(demo.perform(music, asked), demo.perform(music, asked | dict(seed=4)))
+    assert torch.equal(serve.perform(music, asked | dict(text="")), without_text)
+    assert not torch.equal(serve.perform(music, asked), serve.perform(music, asked | dict(seed=4)))
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -73,8 +73,8 @@ def test_the_button_makes_what_generate_makes(tune):
     (dict(temperature=-1), "temperature -1"),
     (dict(top_p=2), "top_p 2"),
     (dict(melody="README.md"), "melody: README.md: not readable"),
-    (dict(style="nowhere/a.wav"), "style: a.wav: not readable"),
-    (dict(melody="{silence}"), "melody: it is silent"),
+    (dict(style="nowhere/a.wav"), "style: a.wav: no such file"),
+    (dict(melody="{silence}"), "melody: silence.wav: it is silent"),
 ])
 def test_bad_fields_are_one_line(wrong, says, tmp_path):
     audio.write_audio(tmp_path / "silence.wav", torch.zeros(1, 16_000), 16_000)
@@ -82,7 +82,7 @@ def test_bad_fields_are_one_line(wrong, says, tmp_path):
         wrong = dict(melody=str(tmp_path / "silence.wav"))
     music = tiny("text", "melody", "style")
     with pytest.raises(ValueError) as error:
-        demo.perform(music, demo.settings(music) | dict(text="slow organ") | wrong)
+        serve.perform(music, serve.page_fields(music) | dict(text="slow organ") | wrong)
     assert says in str(error.value) and "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
 
 
@@ -102,7 +102,7 @@ def test_without_gradio_one_line(monkeypatch, capsys):
     (["--seconds", "0"], "--seconds 0"),
 ])
 def test_flags_that_the_page_has_no_use_for(flags, says, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "find_gradio", lambda: None)
+    monkeypatch.setattr(serve, "import_gradio", lambda: None)
     monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
     assert generate.main(["--run", "nowhere", "--serve", *flags]) == 2
     error = capsys.readouterr().err
@@ -111,15 +111,15 @@ def test_flags_that_the_page_has_no_use_for(flags, says, monkeypatch, capsys):
 
 def test_the_page_begins_with_the_settings_of_the_command_line(monkeypatch):
     served = []
-    monkeypatch.setattr(demo, "find_gradio", lambda: None)
+    monkeypatch.setattr(serve, "import_gradio", lambda: None)
     monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
 
     def serve(gradio, music, *_, **first):
-        served.append(demo.settings(music, **first))
+        served.append(serve.page_fields(music, **first))
 
-    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(serve, "serve", serve)
     assert generate.main("--run nowhere --serve --cfg 4 --top_k 0 --seconds 2.5 --seed 7".split()) == 0
-    assert served == [demo.settings(tiny("text")) | dict(cfg=4.0, top_k=0, seconds=2.5, seed=7)]
+    assert served == [serve.page_fields(tiny("text")) | dict(cfg=4.0, top_k=0, seconds=2.5, seed=7)]
 
 
 def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
@@ -127,12 +127,12 @@ def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="gradio is not installed")
     from gradio_client import Client, handle_file
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    music, gradio = tiny("text", "melody"), demo.find_gradio()
-    page = demo.build(gradio, music, str(tmp_path), "a tiny model")
+    music, gradio = tiny("text", "melody"), serve.import_gradio()
+    page = serve.build_page(gradio, music, str(tmp_path), "a tiny model")
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False)
     try:
         client = Client(address, verbose=False, download_files=tmp_path / "client")
-        asked = demo.settings(music) | dict(text="slow organ", seed=3, melody=handle_file(tune))
+        asked = serve.page_fields(music) | dict(text="slow organ", seed=3, melody=handle_file(tune))
         found = client.predict(*asked.values(), api_name="/generate")
         expected = music.generate(["slow organ"], 0.8, 3, melody=audio.read_audio(tune))[0]
         audio.write_audio(tmp_path / "expected.wav", expected, CODEC.sample_rate)

@@ -1,0 +1,202 @@
+"""The two files of a run: best.pt to generate and to ship, last.pt to go on from.
+
+    write_best        ─► best.pt                  averaged weights of the lowest validation loss, and all that
+                                                  generating takes but the codec: its path and fingerprint
+    save_checkpoint   ─► last.pt, last.prev.pt    all tensors and numbers that resuming takes: bit for bit
+    find_checkpoint   ─► restore                  and back
+
+What is in last.pt and not in best.pt: the trained weights and the average as they are now (best.pt has the
+average of the best epoch alone), the optimizer, the scaler, counters, the history of stages, sums of the
+epoch under way. Several ranks, each with its own shards, write and read them together. How the files are
+written is in checkpoint.py.
+
+A full disk ends no run: what could not be written is named, and tried again at the next checkpoint.
+"""
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from generate import Sampling
+from model import MusicGen
+from support import checkpoint, common, distributed
+from support.distributed import Ranks
+from support.flags import changed_flags, refused_changes, segment_frames
+from support.log import LOG_NAME, flush_log, stage_text
+from support.lora import merge_lora
+
+# what last.pt must hold, but for the shape of the conditions, which older ones lack
+CHECKPOINT_KEYS = {
+    "format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce",
+    "best_values", "history", "sums", "data", "log_bytes", "assets", "names", "tensors", "shards"}
+
+
+def try_to_write(action, *arguments) -> str | None:
+    """Does something that writes to the disk -> what went wrong, or None."""
+    try:
+        action(*arguments)
+    except (OSError, RuntimeError, ValueError) as error:   # torch and write_audio report a full disk as these
+        return common.describe_error(error)
+    return None
+
+
+def note_written(run, name: str, problem: str | None, shared: bool = True) -> None:
+    """Remembers on every rank (`shared`) what could not be written on any, and says so."""
+    if shared:
+        problem = next(filter(None, run.ranks.gather(problem)), None)
+    if problem:
+        run.ranks.print(f"{name} was not written: {problem}; the one before is kept and the run goes on")
+    run.unwritten = tuple(n for n in run.unwritten if n != name) + ((name,) if problem else ())
+
+
+def stored_conditions(model: MusicGen) -> dict:
+    """The conditions' shapes, and what they need beside weights, as plain data and uint8 tensors."""
+    conditioner = model.conditioner
+    if conditioner is None:
+        return dict(conditioner_config=None, assets={})
+    assets = {name: common.bytes_to_tensor(content) for name, content in conditioner.assets.items()}
+    return dict(conditioner_config=conditioner.config.to_dict(), assets=assets)
+
+
+# --------------------------------------------------------------------------------------------------
+# best.pt
+
+
+def write_best(run) -> None:
+    """Writes best.pt. All ranks call it. Where the disk is full it says so, and the next checkpoint tries
+    again."""
+    content, problem = export_best(run, keep=run.ranks.is_main), None
+    if run.ranks.is_main:
+        problem = try_to_write(common.write_torch, run.out / "best.pt", content)
+    note_written(run, "best.pt", problem)
+
+
+def export_best(run, keep: bool = True) -> dict:
+    """The content of best.pt: plain tensors and plain data. All ranks call it; those that do not `keep` get
+    no weights."""
+    args, model = run.args, run.model
+    # no best weights yet where every validation so far was not finite
+    weights = distributed.named_tensors(run.ema.model) | (run.best or {})
+    sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
+    return dict(format=common.FORMAT, model=merge_lora(distributed.gather_state(weights, keep)),
+                model_config=asdict(model.config), **stored_conditions(model), codec=run.codec.reference,
+                segment_frames=segment_frames(args, run.codec), sampling=asdict(sampling),
+                metrics=dict(run.best_values or {}), step=run.step, args=vars(args))
+
+
+# --------------------------------------------------------------------------------------------------
+# last.pt
+
+
+def averages(run) -> dict:
+    """{name: tensor} of the average, without what is frozen: the model has that."""
+    frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
+    return {name: x for name, x in distributed.named_tensors(run.ema.model).items() if name not in frozen}
+
+
+def run_tensors(run) -> dict:
+    """Every tensor that resuming takes, as it lies on this rank: {"model/out_norm.weight": tensor, ..}."""
+    names = {p: name for name, p in run.model.named_parameters()}
+    found = {f"model/{name}": x for name, x in distributed.named_tensors(run.model).items()}
+    found |= {f"ema/{name}": x for name, x in averages(run).items()}
+    found |= {f"best/{name}": x for name, x in (run.best or {}).items()}
+    for p, state in run.optimizer.state.items():
+        found |= {f"optimizer/{key}/{names[p]}": x for key, x in state.items()}
+    return found
+
+
+def save_checkpoint(run) -> None:
+    """Writes last.pt; the one before becomes last.prev.pt. All ranks call it. A full disk keeps both."""
+    if "best.pt" in run.unwritten:
+        write_best(run)
+    run.saved_at = time.monotonic()
+
+    # the tensors: gathered on rank 0, or written by every rank beside last.pt
+    every, shards, whole, problem = run_tensors(run), None, None, None
+    if run.args.sharded_checkpoint:
+        try:
+            shards = checkpoint.save_shards(run.out, every, run.ranks)
+        except OSError as error:
+            problem = str(error)
+    else:
+        whole = distributed.gather_state(every, keep=run.ranks.is_main)
+
+    # the rest
+    sums = run.ranks.sum(run.sums.clone())
+    if run.ranks.is_main and problem is None:
+        content = dict(
+            format=common.FORMAT, args=vars(run.args), step=run.step, epoch=run.epoch,
+            ema_count=run.ema.count, scaler=run.scaler.state_dict(),
+            skipped=run.skipped, skipped_in_a_row=run.skipped_in_a_row,
+            best_ce=run.best_ce, best_values=run.best_values, history=run.history, sums=sums.cpu(),
+            data=run.train_set.describe(), log_bytes=flush_log(run.out / LOG_NAME),
+            **stored_conditions(run.model), names=list(every), tensors=whole, shards=shards)
+        last, previous = run.out / checkpoint.LAST, run.out / checkpoint.PREVIOUS
+        problem = try_to_write(common.write_torch, last, content, previous)
+        checkpoint.remove_unused_shards(run.out)
+    note_written(run, checkpoint.LAST, problem)
+
+
+def find_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict | None:
+    """The folder's newest whole checkpoint, if there is one to go on from. Rank 0 chooses it.
+
+    Errors: ValueError if its flags differ in what matters, naming the differences, or if none that is there
+    can be read."""
+    name, lines, problem = None, [], None
+    if ranks.is_main:
+        try:
+            name, lines = checkpoint.newest_checkpoint(out, common.FORMAT, CHECKPOINT_KEYS)
+        except ValueError as error:
+            problem = str(error)
+    name, lines, problem = ranks.broadcast((name, lines, problem))
+    ranks.print(*lines)
+    if problem:
+        raise ValueError(problem)
+    if name is None:
+        return None
+    saved = checkpoint.read_checkpoint_file(out / name, check=False)              # rank 0 has just checked it
+    if refused := refused_changes(args, saved["args"]):
+        raise ValueError(f"{out} holds another run: {'; '.join(refused)}. Give the same flags, or "
+                         "another --out")
+    return saved
+
+
+def restore(run, saved: dict) -> None:
+    """Goes on from a checkpoint, and prints the epochs it holds."""
+    allocate_tensors(run, saved["names"])
+    if saved["shards"]:
+        checkpoint.load_shards(run.out, saved["shards"], run_tensors(run), run.ranks)
+    else:
+        distributed.load_tensors(run_tensors(run), saved["tensors"])
+    run.scaler.load_state_dict(saved["scaler"])
+    run.step, run.epoch, run.history = saved["step"], saved["epoch"], saved["history"]
+    run.ema.count = saved["ema_count"]
+    run.skipped, run.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+    run.best_ce, run.best_values = saved["best_ce"], saved["best_values"]
+    if run.ranks.is_main:
+        run.sums.copy_(saved["sums"])          # of all ranks: if one rank has them, their sum is the same
+
+    changed = [f"; --{k} is {now} now" for k, (_, now) in changed_flags(run.args, saved["args"]).items()]
+    run.ranks.print(f"going on from step {run.step}" + "".join(changed))
+    now = run.train_set.describe()
+    if now != saved["data"]:
+        run.ranks.print(f"the data are not what they were: {saved['data']} then, {now} now")
+    run.ranks.print(*map(stage_text, run.history))
+
+
+def allocate_tensors(run, names: list) -> None:
+    """Makes the tensors that a checkpoint has and a new run has not yet: the optimizer's and the best
+    weights."""
+    params = dict(run.model.named_parameters())
+    for name in names:
+        group, _, rest = name.partition("/")
+        if group == "optimizer":
+            key, _, rest = rest.partition("/")
+            like = params[rest]
+            new = torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
+            run.optimizer.state[like][key] = new
+    if any(name.startswith("best/") for name in names):
+        run.best = {name: distributed.detached_copy(x) for name, x in averages(run).items()}

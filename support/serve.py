@@ -1,0 +1,137 @@
+"""A page to try a model in the browser: the conditions that it knows, the settings of sampling, a player.
+
+`perform` is what happens behind the button, and needs no page; gradio draws the page and runs the queue, one
+clip at a time. The page is for this machine alone unless --host says otherwise. Results lie in a folder that
+goes with the server.
+
+Legend: C channels, N samples.
+    pip install "gradio>=6"
+    python generate.py --run runs/NAME --serve                       http://127.0.0.1:7860
+"""
+
+import dataclasses
+import math
+import os
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from conditioning import CONDITIONS
+from support import audio
+
+MAX_SECONDS = 300                            # of a clip: others wait for it; the command line goes to an hour
+UPLOAD = "100mb"                               # the largest audio file
+WHOLE = ("top_k", "seed")                      # numbers without a fraction
+LABELS = dict(seconds="Seconds", cfg="Guidance (1: none)",
+              cfg_style="Guidance of the text beside other conditions (1: none)",
+              temperature="Temperature (0: the likeliest)", top_k="Top-k (0: all)", top_p="Top-p (0: off)", seed="Seed")
+
+
+def page_fields(music, seconds: float | None = None, seed: int = 0) -> dict:
+    """The fields of the page for a generate.MusicGenerator and what they hold at first: its conditions, then
+    numbers."""
+    conditions = {name: None for name in CONDITIONS if name in music.conditions}
+    sampling = dataclasses.asdict(music.sampling)
+    texts = [name for name in conditions if CONDITIONS[name].is_text]
+    if not texts or len(conditions) < 2:
+        del sampling["cfg_style"]              # nothing for the text to stand beside
+    window_seconds = round(music.window / music.codec.frame_rate, 2)
+    return conditions | {"seconds": seconds or window_seconds} | sampling | {"seed": seed}
+
+
+def check_number(name: str, value) -> float | int:
+    """A field's number. Errors: ValueError for an empty one, or a fraction where none makes sense."""
+    kind = "whole " if name in WHOLE else ""
+    if value is None:
+        raise ValueError(f"{name} is empty: give a {kind}number")
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or kind and value != int(value):
+        raise ValueError(f"{name} {value}: give a {kind}number")
+    return int(value) if kind else float(value)
+
+
+def perform(music, asked: dict, progress=None) -> Tensor:
+    """Audio [C, N] of a generate.MusicGenerator for the fields of `page_fields`: a text, paths of audio
+    files, numbers.
+
+    The same as the command line makes of the same. Errors: ValueError says in one line what is wrong."""
+    numbers = {name: check_number(name, value) for name, value in asked.items()
+               if name not in CONDITIONS or CONDITIONS[name].widget == "number" and value is not None}
+    seconds, seed = numbers.pop("seconds"), numbers.pop("seed")
+    if not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"seconds {seconds:g}: more than 0, at most {MAX_SECONDS}")
+    if not 0 <= seed < 2 ** 63:
+        raise ValueError(f"seed {seed}: it lies between 0 and 2^63")
+    values = {}
+    for name, condition in music.conditions.items():
+        given = numbers.pop(name, asked.get(name))
+        try:
+            values[name] = None if given in (None, "") else condition.from_user(given, music.codec)
+        except ValueError as error:
+            file = f"{Path(given).name}: " if condition.widget == "audio" else ""
+            raise ValueError(f"{name}: {file}{error}") from None
+    sampling = dataclasses.replace(music.sampling, **numbers)
+    codes = music.codes([values], seconds, seed, sampling, progress=progress)
+    return music.codec.decode(codes)[0].cpu()
+
+
+def import_gradio():
+    """The gradio package. Errors: ValueError with the command that gets it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"                 # read when it is imported
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError('--serve needs the gradio package: pip install "gradio>=6"') from None
+    if int(gradio.__version__.split(".")[0]) < 6:
+        raise ValueError(f'--serve needs gradio 6 or later, not {gradio.__version__}: pip install -U "gradio>=6"')
+    return gradio
+
+
+def build_page(gradio, music, folder: str, title: str, **first):
+    """The page, a gradio.Interface; the newest result is written to a folder, from where gradio takes it.
+
+    first: as `page_fields` takes."""
+    fields = page_fields(music, **first)
+
+    def act(*values, progress=gradio.Progress()):
+        try:
+            wav = perform(music, dict(zip(fields, values)), lambda done, total: progress((done, total)))
+        except ValueError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+        path = f"{folder}/music.wav"
+        audio.write_audio(path, wav, music.codec.sample_rate)
+        return path
+
+    def component(name: str, value):
+        if name not in CONDITIONS:
+            return gradio.Number(value, label=LABELS[name])
+        condition = CONDITIONS[name]
+        if condition.widget == "text":
+            return gradio.Textbox(label=condition.label, lines=2)
+        if condition.widget == "audio":
+            return gradio.Audio(label=condition.label, type="filepath", sources=["upload", "microphone"],
+                                buttons=["download"])
+        return gradio.Number(value, label=condition.label)
+
+    player = gradio.Audio(label="Music", type="filepath", buttons=["download"])        # no button that shares
+    return gradio.Interface(act, [component(*field) for field in fields.items()], player, title=title,
+                            submit_btn="Generate", flagging_mode="never", analytics_enabled=False, api_name="generate",
+                            delete_cache=(3600, 3600))       # uploads and results are forgotten after an hour
+
+
+def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
+    """Shows the page until Ctrl-C. first: as `page_fields` takes. Errors: ValueError where the address cannot
+    be had."""
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"--port {port}: it lies between 1 and 65535")
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])    # none from elsewhere
+    with tempfile.TemporaryDirectory() as folder:
+        page = build_page(gradio, music, folder, title, **first)
+        try:
+            page.launch(server_name=host, server_port=port, share=False, quiet=True, max_file_size=UPLOAD, ssr_mode=False,
+                        footer_links=["api"], prevent_thread_lock=True, theme=theme)
+        except OSError:                                              # gradio's message names its own settings
+            raise ValueError(f"--host {host} --port {port}: in use, or not of this machine; give another") from None
+        print(f"serving {title} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
