@@ -95,7 +95,7 @@ def test_prompts_and_seeds():
 
     def draw(text, seed):
         generator = torch.Generator().manual_seed(seed)
-        return generate_codes(m, texts(text), 30, Sampling(cfg=1, top_k=5), generator)
+        return generate_codes(m, texts(text), 30, Sampling(cfg=1, top_k=5), generator=generator)
 
     assert torch.equal(draw("slow organ", 0), draw("slow organ", 0))
     assert not torch.equal(draw("slow organ", 0), draw("slow organ", 1))

@@ -114,10 +114,10 @@ def test_the_page_begins_with_the_settings_of_the_command_line(monkeypatch):
     monkeypatch.setattr(serve, "import_gradio", lambda: None)
     monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
 
-    def serve(gradio, music, *_, **first):
+    def show(gradio, music, *_, **first):
         served.append(serve.page_fields(music, **first))
 
-    monkeypatch.setattr(serve, "serve", serve)
+    monkeypatch.setattr(serve, "serve", show)
     assert generate.main("--run nowhere --serve --cfg 4 --top_k 0 --seconds 2.5 --seed 7".split()) == 0
     assert served == [serve.page_fields(tiny("text")) | dict(cfg=4.0, top_k=0, seconds=2.5, seed=7)]
 
