@@ -3,6 +3,7 @@
     python tests/gate.py --write FILE.json        runs everything in a temporary folder and writes a digest of each figure
     python tests/gate.py --compare FILE.json      runs it again; names what differs or is missing, exit code 1 if anything is
     python tests/gate.py --compare FILE.json --only cache lora        these stages and what they need, nothing else
+    ... --plain                                   every command in a Python of its own: slower, the same digests
 
 It drives the project only through its command lines, and imports none of it: modules may move and functions may change their
 names, then COMMANDS is all that has to follow. Toy runs of a few updates are trained in every mode; their logs, checkpoints,
@@ -17,17 +18,21 @@ The codes behind a clip are in no file; its wav stands for them: 16-bit samples 
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import platform
+import queue
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import wave
 from pathlib import Path
 
@@ -169,23 +174,93 @@ class Digests:
 # stages
 
 
-class Stage:
-    """What a stage gets: its name, the folder that all share, its own digests, and commands to run."""
+LIBRARIES = ("torch", "torchaudio", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.data", "soundfile", "sentencepiece", "tqdm",
+             "safetensors.torch", "encodec.modules", "encodec.quantization", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
-    def __init__(self, name: str, folder: Path, digests: Digests):
-        self.name, self.folder, self.digests = name, folder, digests
+
+class Starter:
+    """Starts commands of the project without waiting for torch each time: a process that has imported the LIBRARIES, and nothing of the
+    project, forks for every command, and the child runs it as `python` would. Without, a third of the time goes into imports."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, __file__, "--starter"], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env={**os.environ, **ENVIRONMENT})
+
+    def run(self, words: list, printed: Path) -> int:
+        """Runs COMMANDS' words with arguments, writes what it printed to `printed` -> exit code."""
+        self.process.stdin.write(json.dumps([words, str(printed)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self) -> None:
+        """Lets the process go."""
+        self.process.stdin.close()
+        self.process.wait()
+
+    @staticmethod
+    def serve() -> None:
+        """What the process does: reads [words, file] from the standard input, answers with exit codes."""
+        for name in LIBRARIES:
+            importlib.import_module(name)
+        for line in sys.stdin:
+            words, printed = json.loads(line)
+            if (child := os.fork()) == 0:
+                os._exit(Starter.become(words, printed))
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+    @staticmethod
+    def become(words: list, printed: str) -> int:
+        """What the child does: the command, as the main module -> exit code."""
+        with open(printed, "w") as file:
+            for descriptor in (1, 2):
+                os.dup2(file.fileno(), descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        module = words[0] == "-m"
+        sys.argv = words[module:]
+        sys.path[0] = str(REPO if module else (REPO / words[0]).parent)
+        try:
+            if module:
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(words[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return code
+
+
+class Stage:
+    """What a stage gets: its name, the folder that all share, its own digests, and commands to run. starters: those that are free; None
+    where every command is to be a process of its own."""
+
+    def __init__(self, name: str, folder: Path, digests: Digests, starters: queue.Queue | None):
+        self.name, self.folder, self.digests, self.starters = name, folder, digests, starters
 
     def path(self, *names) -> Path:
         """A path in the shared folder."""
         return self.folder.joinpath(*names)
 
-    def run(self, name: str, *words, processes: int = 1, fails: bool = False) -> str:
+    def run(self, name: str, *words, processes: int = 1) -> str:
         """Runs a command of the project and returns what it printed. Errors: RuntimeError with its last lines."""
-        done = subprocess.run(command(name, *words, processes=processes), cwd=REPO, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, **ENVIRONMENT})
-        if done.returncode != 0:
-            raise RuntimeError(f"{name} {' '.join(map(str, words))}: exit code {done.returncode}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
-        return done.stdout
+        printed = self.path(f"{self.name}.printed.txt")
+        if self.starters is None or processes > 1:
+            with open(printed, "w") as file:
+                code = subprocess.run(command(name, *words, processes=processes), cwd=REPO, stdout=file, stderr=subprocess.STDOUT,
+                                      timeout=600, env={**os.environ, **ENVIRONMENT}).returncode
+        else:
+            starter = self.starters.get()
+            code = starter.run(command(name, *words)[1:], printed)
+            self.starters.put(starter)
+        text = printed.read_text()
+        printed.unlink()
+        if code != 0:
+            raise RuntimeError(f"{name} {' '.join(map(str, words))}: exit code {code}\n{text[-2000:]}")
+        return text
 
     def train(self, *words, processes: int = 1) -> None:
         """Trains a run into the folder of the stage's name and digests it."""
@@ -563,8 +638,13 @@ def needed(names: list) -> list:
     return [name for name in STAGES if name in wanted]
 
 
-def run_stages(names: list, folder: Path) -> tuple[dict, list]:
-    """Runs stages, SLOTS processes at a time, and prints the seconds of each -> (digests, the names of those that failed)."""
+def run_stages(names: list, folder: Path, plain: bool) -> tuple[dict, list]:
+    """Runs stages, SLOTS processes at a time, and prints the seconds of each -> (digests, the names of those that failed).
+
+    plain: without a Starter."""
+    starters = None if plain else queue.Queue()
+    for _ in range(0 if plain else SLOTS):
+        starters.put(Starter())
     changed, ended, failed, digests, began = threading.Condition(), set(), [], {}, time.perf_counter()
     waiting, busy = list(names), 0
 
@@ -572,7 +652,7 @@ def run_stages(names: list, folder: Path) -> tuple[dict, list]:
         nonlocal busy
         mine, start, problem = Digests({str(folder): "FOLDER", str(REPO): "REPO"}), time.perf_counter(), None
         try:
-            STAGES[name][0](Stage(name, folder, mine))
+            STAGES[name][0](Stage(name, folder, mine, starters))
         except Exception as error:                                   # whatever it is, the other stages go on
             problem = f"{type(error).__name__}: {error}"
         with changed:
@@ -604,6 +684,8 @@ def run_stages(names: list, folder: Path) -> tuple[dict, list]:
             threading.Thread(target=work, args=(name,)).start()
         while busy:
             changed.wait()
+    for _ in range(0 if plain else SLOTS):
+        starters.get().end()
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{time.perf_counter() - began:.1f} s in all, {spent.ru_utime + spent.ru_stime:.0f} s of processors", flush=True)
     return dict(sorted(digests.items())), failed
@@ -644,7 +726,12 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--write", metavar="FILE", help="write digests")
     parser.add_argument("--compare", metavar="FILE", help="compare with digests written before")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages and what they need")
+    parser.add_argument("--plain", action="store_true", help="every command in a process of its own: slower, the same digests")
+    parser.add_argument("--starter", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.starter:
+        Starter.serve()
+        return 0
     if bool(args.write) == bool(args.compare):
         parser.error("give --write FILE or --compare FILE")
     names = needed(args.only or list(STAGES))
@@ -652,7 +739,7 @@ def main(argv: list | None = None) -> int:
     if stored and stored["machine"] != machine():
         print(f"note: made on another machine: {stored['machine']}, this is {machine()}")
     with tempfile.TemporaryDirectory() as folder:
-        found, failed = run_stages(names, Path(folder).resolve())
+        found, failed = run_stages(names, Path(folder).resolve(), args.plain)
     if failed:
         print(f"failed: {' '.join(failed)}")
     if stored:
