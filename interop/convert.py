@@ -50,7 +50,7 @@ def write_model(data: dict, target: str, out: Path) -> list:
     if target != "nano":
         conditioner = load.read_conditioner_config(data["conditioner_config"] or {"fuse": {}})
         data = {**data, "model_config": asdict(ModelConfig(**data["model_config"])),
-                "conditioner_config": asdict(conditioner)}           # older files lack what came later
+                "conditioner_config": conditioner.to_dict()}           # older files lack what came later
         if reasons := unsupported(data, codec, target):
             raise ValueError(f"it cannot be written for {target}: {'; '.join(reasons)}")
         if "melody" in data["conditioner_config"]["fuse"]:

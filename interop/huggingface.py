@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from conditioning import unpack, vocabulary_size
+from conditioning import vocabulary_size
+from support.common import tensor_to_bytes
 from interop import t5
 from interop.encodec import codec_to_hf
 from interop.tensors import TensorFiles, check_shapes, open_hf_folder
@@ -182,7 +183,7 @@ def write_hf(data: dict, codec, folder: Path) -> None:
     data: what best.pt holds, its configs with all defaults; codec: a tokenizer.Codec."""
     from safetensors.torch import save_file
     config, conditioner = data["model_config"], data["conditioner_config"]
-    pieces = unpack(data["assets"]["text"])
+    pieces = tensor_to_bytes(data["assets"]["text"])
     melody = "melody" in conditioner["fuse"]
     codec_config, codec_tensors = codec_to_hf(codec.config, codec.state_dict(), codec.levels, codec.name)
 
