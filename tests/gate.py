@@ -43,12 +43,15 @@ REPO = Path(__file__).resolve().parent.parent
 COMMANDS = {                                        # what follows `python`, from the root of the repository
     "train": ["train.py"],
     "generate": ["generate.py"],
-    "convert": ["convert.py"],
+    "convert": ["-m", "interop.convert"],
     "data": ["data.py"],
     "tokenizer": ["tokenizer.py"],
-    "metrics": ["metrics.py"],
-    "page": ["page.py"],
-    "toy": ["toy.py"],
+    "fit": ["-m", "tools.fit_codec"],
+    "metrics": ["-m", "evaluate.metrics"],
+    "page": ["-m", "evaluate.page"],
+    "analyser": ["-m", "evaluate.analyser"],
+    "chroma": ["-m", "support.chroma"],
+    "style": ["-m", "support.style"],
     "conditioning": ["conditioning.py"],
     "patterns": ["patterns.py"],
     "model": ["model.py"],
@@ -445,20 +448,18 @@ def codec(s: Stage) -> None:
 @stage()
 def fitted_codec(s: Stage) -> None:
     """A small codec fitted with the discriminator, stopped on the way and gone on with."""
-    words = ["fit", "--dataset", "toy", "--out", s.path("codec.pt"), *"--steps 8 --filters 2 --ratios 20 16 --dim 16 --card 16 --codebooks 2 "
+    words = ["--dataset", "toy", "--out", s.path("codec.pt"), *"--steps 8 --filters 2 --ratios 20 16 --dim 16 --card 16 --codebooks 2 "
              "--batch_size 2 --residual_layers 1 --adversarial --segment_seconds 0.4".split()]
-    s.run("tokenizer", *words, "--stop_after", 4)
-    s.run("tokenizer", *words)
+    s.run("fit", *words, "--stop_after", 4)
+    s.run("fit", *words)
     s.digests.add_file("fitted_codec", s.path("codec.pt"))
 
 
 @stage("sounds", "fitted_codec")
 def cache(s: Stage) -> None:
-    """Token caches: of the folder by the fitted codec, of toy clips."""
+    """A token cache of the folder by the fitted codec."""
     s.run("data", "cache", s.path("music"), "--codec", s.path("codec.pt"), "--out", s.path("cache"))
     s.digests.add_folder("cache/folder", s.path("cache"))
-    s.run("data", "cache", "toy", "--clips", 3, "--channels", 2, "--out", s.path("toy_cache"))
-    s.digests.add_folder("cache/toy", s.path("toy_cache"))
 
 
 @stage("cache")
@@ -612,11 +613,12 @@ def distances(s: Stage) -> None:
 @stage("toy_run", "sounds")
 def shown(s: Stage) -> None:
     """Commands that show something: a text's pieces, a melody, a style, the patterns, the sizes, what the analyser hears."""
-    s.digests.add_figures("shown/conditions", s.run("conditioning", TEXTS[0], "--melody", s.path("tune.wav"), "--style", s.path("tune.wav"),
-                                                    "--run", s.path("toy_run")))
+    printed = s.run("conditioning", TEXTS[0], "--run", s.path("toy_run")) + s.run("chroma", s.path("tune.wav"))
+    printed += s.run("style", s.path("tune.wav"), "--run", s.path("toy_run"))
+    s.digests.add_figures("shown/conditions", printed)
     s.digests.add_figures("shown/patterns", s.run("patterns", "--stereo"))
     s.digests.add_figures("shown/sizes", s.run("model"))
-    s.digests.add_figures("shown/toy", s.run("toy", "--clips", 20))
+    s.digests.add_figures("shown/toy", s.run("analyser", "--clips", 20))
     page = s.path("toy_run/index.html")
     page.unlink()
     s.run("page", s.path("toy_run"))
