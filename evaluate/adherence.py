@@ -51,7 +51,7 @@ def render_through_codec(clips: list, codec) -> Tensor:
 
 def has_text(music) -> bool:
     """Whether a generate.MusicGenerator follows captions at all."""
-    return music.model.conditioner is not None and "text" in music.model.conditioner.names
+    return any(condition.is_text for condition in music.conditions.values())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,13 +103,6 @@ def adherence_table(result: dict, title: str) -> str:
 # any conditions
 
 
-def value_from_toy(name: str, text: str, wav: Tensor):
-    """What a toy clip, its caption and audio [C,N] at the codec's rate, gives for a condition; None: nothing.
-
-    To be replaced: each condition will say so itself (`from_toy`)."""
-    return dict(text=text, melody=wav, style=wav).get(name)
-
-
 def condition_combinations(names: list) -> list:
     """What a model of these conditions is given: each alone, the first with each other one, all, none."""
     alone = [(name,) for name in names]
@@ -126,7 +119,7 @@ def measure_conditions(music, n: int, seed: int, *, batch: int = 64, ranks=None)
         chroma      cosine similarity of the melody with the clip's own
         shuffled    the same with another clip's
         codec       of the clips themselves through the codec: the ceiling"""
-    codec, rate = music.codec, music.codec.sample_rate
+    codec, rate, conditions = music.codec, music.codec.sample_rate, music.conditions
     drawn = [toy.draw_clip(seed, 0, FIRST_CLIP + i, "valid") for i in range(n)]
     clips = [clip for clip, _ in drawn]
     real = torch.cat([render_clips(clips[i:i + batch], codec) for i in range(0, n, batch)])       # [n, C, N]
@@ -144,16 +137,18 @@ def measure_conditions(music, n: int, seed: int, *, batch: int = 64, ranks=None)
         return judged
 
     def make(names: tuple, i: int) -> list:
-        part = range(i, min(i + batch, n))
-        given = {name: [value_from_toy(name, drawn[j][1], real[j]) for j in part] for name in names}
-        texts = given.pop("text", [None] * len(part))
-        return judge(music.generate(texts, toy.CLIP_SECONDS, seed=seed + i, **given), i)
+        values = []
+        for (clip, text), wav in zip(drawn[i:i + batch], real[i:i + batch]):
+            given = {name: conditions[name].from_toy(clip, text, wav) for name in names}
+            values.append({name: conditions[name].from_user(value, codec) for name, value in given.items()})
+        codes = music.codes(values, toy.CLIP_SECONDS, seed + i)
+        return judge(codec.decode(codes).cpu(), i)
 
     def make_coded(i: int) -> list:
         return judge(render_through_codec(clips[i:i + batch], codec), i)
 
-    names = [name for name in conditioning.CONDITIONERS if name in music.model.conditioner.names]
-    names = [name for name in names if value_from_toy(name, drawn[0][1], real[0]) is not None]
+    names = [name for name, condition in conditioning.CONDITIONS.items()
+             if name in conditions and conditions[name].from_toy(*drawn[0], real[0]) is not None]
     rows = {}
     for given in condition_combinations(names):
         title = "+".join(given) or "none"
