@@ -18,11 +18,9 @@ from model import Cache, ModelConfig, MusicGen
 
 
 class GrowingCache(Cache):
-    """For a CPU, whose compiled step takes keys and values of a changing size. It reads only those that are
-    filled.
+    """For a CPU: the compiled step reads only what is filled, as many keys and values as there are steps.
 
-    The step learns their number from the size of a tensor: a number of its own would be compiled as a
-    constant."""
+    It learns their number from the size of a tensor: a plain number would become a constant of the step."""
 
     def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32):
         # A full cache is contiguous, and torch.compile would compile again for it: it never gets full.
@@ -41,8 +39,7 @@ class GrowingCache(Cache):
 
 
 class FixedCache(Cache):
-    """For a CUDA graph: attention reads all the room behind a mask. Full room is doubled, at the price of
-    another graph."""
+    """For a CUDA graph: attention reads all the room, behind a mask. Full room is doubled, for another graph."""
     FIRST_ROOM = 256                                             # steps
 
     def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32):
@@ -96,11 +93,11 @@ def compile_step(model: MusicGen, backend: str = "inductor") -> None:
     """Compiles a model's `step`, in place; torch.compile does so again for another number of rows.
 
     backend: of torch.compile; any other than its own serves tests. Errors: see `require_compiler`."""
+    if backend == "inductor":
+        require_compiler()
     on_gpu = model.emb[0].weight.is_cuda
     mode = "reduce-overhead" if on_gpu else None
     compiled = torch.compile(model.step, backend=backend, mode=mode, fullgraph=True)
-    if backend == "inductor":
-        require_compiler()
     if backend == "inductor" and not on_gpu:
         from torch._inductor import config                       # takes a second or two
         options = dict(freezing=True, max_autotune_gemm=True, max_autotune_gemm_backends="CPP")

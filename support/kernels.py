@@ -30,11 +30,11 @@ from torch.utils.checkpoint import checkpoint
 # PyTorch calls oneDNN by its old name.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-FEW_ROWS = 4             # with AVX2 alone, MKL is faster for so few rows if it gets them as columns
-MIN_PACKED_ROWS = 9      # fewer rows a step are as fast without packing
-PACK_ROWS = 1024         # the number of rows that oneDNN packs for; for small numbers it has no packed layout
-IGNORE = -100            # a target that does not count (the default of F.cross_entropy)
-LOGITS_AT_ONCE = 1 << 21  # numbers; 8 MiB in float32
+FEW_ROWS = 4              # with AVX2 alone, MKL is faster for so few rows if it gets them as columns
+MIN_PACKED_ROWS = 9       # fewer rows a step are as fast without packing
+PACK_ROWS = 1024          # the number of rows that oneDNN packs for; for small numbers it has no packed layout
+IGNORE = -100             # a target that does not count (the default of F.cross_entropy)
+LOGITS_AT_ONCE = 1 << 21  # numbers in a part of the logits: 8 MiB of float32
 
 # ------------------------------------------------------------------------------------------------------------
 # matrix products

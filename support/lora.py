@@ -1,9 +1,8 @@
-"""Low-rank fine-tuning (LoRA, Hu et al. 2021, arXiv:2106.09685): weights stay as they are, small additions
-are trained.
+"""Low-rank fine-tuning: weights stay as they are, small additions to them are trained.
 
-A matrix W [out, in] becomes W + SCALE * B A, with A [R, in] and B [out, R]. B begins at zero, and the model
-as it was. An addition is called after its matrix: `linear1.weight` has `linear1_lora`, `in_proj_weight` has
-`in_proj_lora`.
+LoRA (Hu et al. 2021, arXiv:2106.09685): a matrix W [out, in] becomes W + SCALE * B A, with A [R, in] and
+B [out, R]. B begins at zero, so the model begins as it was. An addition is called after its matrix:
+`linear1.weight` has `linear1_lora`, `in_proj_weight` has `in_proj_lora`.
 """
 
 import torch
@@ -30,10 +29,9 @@ class LowRank(nn.Module):
 
 def lora_linear(x: Tensor, weight: Tensor, lora: LowRank | None, rows: slice | None = None,
                 pack: bool = True) -> Tensor:
-    """x [...,in] times the matrix [out,in], or some of its rows, and what fine-tuning adds to it, if
-    anything.
+    """x W^T with what fine-tuning adds, if anything: x [...,in], weight [out,in] -> [...,out].
 
-    pack: see `kernels.linear`."""
+    rows: of the weight, None for all; pack: see `kernels.linear`."""
     y = linear(x, weight if rows is None else weight[rows], pack)
     return y if lora is None else y + lora(x, rows)
 
