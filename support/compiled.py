@@ -39,7 +39,7 @@ class GrowingCache(Cache):
 
 
 class FixedCache(Cache):
-    """For a CUDA graph: attention reads all the room, behind a mask. Full room is doubled, for another graph."""
+    """For a CUDA graph: attention reads all the room, behind a mask. Full room doubles, for another graph."""
     FIRST_ROOM = 256                                             # steps
 
     def __init__(self, config: ModelConfig, B: int, S_max: int, device, dtype=torch.float32):

@@ -32,7 +32,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x8
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 FEW_ROWS = 4              # with AVX2 alone, MKL is faster for so few rows if it gets them as columns
 MIN_PACKED_ROWS = 9       # fewer rows a step are as fast without packing
-PACK_ROWS = 1024          # the number of rows that oneDNN packs for; for small numbers it has no packed layout
+PACK_ROWS = 1024          # rows that oneDNN packs for; for small numbers it has no packed layout
 IGNORE = -100             # a target that does not count (the default of F.cross_entropy)
 LOGITS_AT_ONCE = 1 << 21  # numbers in a part of the logits: 8 MiB of float32
 
