@@ -2,7 +2,7 @@
 
     old_codec.pt    a codec file: 2 codebooks of 16 codes at 50 Hz
     old_cache/      a token cache of two clips by that codec
-    old_run/        an epoch of four updates from the cache, with text, melody and style; also what the code that
+    old_run/        an epoch of four updates from the cache, with text, melody and style; what the code that
                     wrote it found: the losses of a second epoch (second_epoch.json), a greedy clip (clip.wav)
     old_tune/       the best.pt of a run with melody and text in front of the codes, as other formats hold it
     old_package/    the same as a package of audiocraft, its text encoder in t5/
