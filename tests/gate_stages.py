@@ -178,7 +178,7 @@ def sounds(s) -> None:
 @stage("sounds")
 def folder_check(s) -> None:
     """What is in a folder."""
-    s.digests.add_numbers("folder_check", s.run("data", "check", s.path("music"), "--valid 0.3"))
+    s.digests.add_numbers("folder_check", s.run("check", s.path("music"), "--valid 0.3"))
 
 
 @stage("sounds")
@@ -207,18 +207,18 @@ def codec(s) -> None:
 def fitted_codec(s) -> None:
     """A small codec fitted with the discriminator, stopped on the way and gone on with."""
     words = (
-        "fit", "--dataset toy --steps 8 --filters 2 --ratios 20 16 --dim 16 --card 16 --codebooks 2",
+        "--dataset toy --steps 8 --filters 2 --ratios 20 16 --dim 16 --card 16 --codebooks 2",
         "--batch_size 2 --residual_layers 1 --adversarial --segment_seconds 0.4 --out", s.path("codec.pt"),
     )  # fmt: skip
-    s.run("tokenizer", *words, "--stop_after 4")
-    s.run("tokenizer", *words)
+    s.run("fit_codec", *words, "--stop_after 4")
+    s.run("fit_codec", *words)
     s.digests.add_file("fitted_codec", s.path("codec.pt"))
 
 
 @stage("sounds", "fitted_codec")
 def cache(s) -> None:
     """A token cache of the folder by the fitted codec."""
-    s.run("data", "cache", s.path("music"), "--codec", s.path("codec.pt"), "--out", s.path("cache"))
+    s.run("cache", s.path("music"), "--codec", s.path("codec.pt"), "--out", s.path("cache"))
     s.digests.add_folder("cache", s.path("cache"))
 
 
@@ -226,7 +226,7 @@ def cache(s) -> None:
 def stereo_cache(s) -> None:
     """A token cache of two channels, with a folder of its own to validate on."""
     s.run(
-        "data", "cache", s.path("music"), "--valid", s.path("held"), "--channels 2 --num_codebooks 2 --out",
+        "cache", s.path("music"), "--valid", s.path("held"), "--channels 2 --num_codebooks 2 --out",
         s.path("stereo_cache"),
     )  # fmt: skip
     s.digests.add_folder("stereo_cache", s.path("stereo_cache"))
@@ -235,7 +235,7 @@ def stereo_cache(s) -> None:
 @stage()
 def toy_cache(s) -> None:
     """A token cache of toy clips."""
-    s.run("data", "cache", "toy", "--clips 3 --out", s.path("toy_cache"))
+    s.run("cache", "toy", "--clips 3 --out", s.path("toy_cache"))
     s.digests.add_folder("toy_cache", s.path("toy_cache"))
 
 
@@ -417,9 +417,10 @@ def distances(s) -> None:
 @stage("toy_run", "sounds")
 def shown_conditions(s) -> None:
     """What a text, a melody and a style become."""
-    tune = s.path("tune.wav")
-    printed = s.run("conditioning", TEXTS[0], "--melody", tune, "--style", tune, "--run", s.path("toy_run"))
-    s.digests.add_numbers("shown_conditions", printed)
+    tune, run = s.path("tune.wav"), ("--run", s.path("toy_run"))
+    s.digests.add_numbers("shown_conditions/text", s.run("show_text", TEXTS[0], *run))
+    s.digests.add_numbers("shown_conditions/melody", s.run("show_melody", tune))
+    s.digests.add_numbers("shown_conditions/style", s.run("show_style", tune, *run))
 
 
 @stage()
@@ -430,9 +431,9 @@ def shown_shapes(s) -> None:
 
 
 @stage()
-def shown_toy(s) -> None:
+def shown_analyser(s) -> None:
     """What the analyser hears in toy clips."""
-    s.digests.add_numbers("shown_toy", s.run("toy", "--clips 20"))
+    s.digests.add_numbers("shown_analyser", s.run("analyser", "--clips 20"))
 
 
 @stage("toy_run", "resumed", "stages_alone")
