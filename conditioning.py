@@ -50,7 +50,6 @@ from support.style import Style
 PAD, EOS, UNK = 0, 1, 2                        # sentencepiece ids, T5's
 METHODS = ("cross", "prepend", "sum")
 METADATA = ("key", "bpm", "genre", "moods", "keywords", "instrument")          # may be merged into the text
-MAX_TEXT = 10_000                              # characters of a text that are read
 DROP_STREAM = 11                              # random numbers of the dropouts; a condition has its own stream
 
 
@@ -101,10 +100,10 @@ def drop_words(text: str | None, p: float, rng: np.random.Generator) -> str | No
 
 
 def clean_text(text: str | None) -> str:
-    """One line of text without control characters; at most MAX_TEXT characters."""
+    """One line of text without control characters; at most common.MAX_TEXT characters."""
     if not text:
         return ""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_TEXT]).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:common.MAX_TEXT]).split())
 
 
 def fit_sentencepiece(captions, vocab: int = 2000) -> bytes:
@@ -122,7 +121,7 @@ def fit_sentencepiece(captions, vocab: int = 2000) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab, model_type="bpe",
             hard_vocab_limit=False, pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
-            num_threads=1, minloglevel=2, max_sentence_length=4 * MAX_TEXT)
+            num_threads=1, minloglevel=2, max_sentence_length=4 * common.MAX_TEXT)
     except (RuntimeError, ValueError):         # every character needs a piece of its own
         characters = len(set("".join(texts)))
         raise ValueError(f"text_vocab {vocab}: the captions hold {characters} different characters, give at "
@@ -234,7 +233,7 @@ class Text(Condition):
     Config, stream, is_text, learns_at_text_lr = TextConfig, 12, True, True
     fuse = {"toy": "cross+sum", "audio": "cross"}
     flags = (
-        Flag("no_text", "without text: alone, an unconditional model", bool, False),
+        Flag("no_text", "without text: alone, an unconditional model", bool, False, before=False),
         Flag("freeze_text_encoder", "leave the text encoder as it is (default: yes for published weights)",
              bool),
         Flag("text_vocab", "most pieces of the vocabulary fitted to the captions",
@@ -468,7 +467,7 @@ def fuse(encoded: dict, methods: dict) -> Conditions:
 # the command
 
 
-def read_vocabulary(run: str) -> bytes:
+def vocabulary_of_run(run: str) -> bytes:
     """The vocabulary of a run, a serialized sentencepiece model. Errors: ValueError says what is missing or
     wrong."""
     path = Path(run, "best.pt")
@@ -494,7 +493,7 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--run", help="run whose vocabulary to use; without it one is fitted to toy captions")
     args = parser.parse_args(argv)
     if args.run:
-        pieces = read_vocabulary(args.run)
+        pieces = vocabulary_of_run(args.run)
     else:
         import toy
         pieces = fit_sentencepiece(toy.draw_clip(0, 0, i)[1] for i in range(2000))

@@ -111,7 +111,7 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
     was_training = model.training
     model.eval()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    packing = packed_weights(0 if model.compiled else B * rows)      # a compiled step packs its weights itself
+    packing = packed_weights(0 if model.compiled else B * rows)     # a compiled step packs its weights itself
     with autocast, packing:
         conditions = encode_conditions(model, values, guided, coefficient is not None)
         P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
@@ -290,8 +290,9 @@ class MusicGenerator:
         stride = 0.6 * self.window if stride_seconds is None else round(stride_seconds * frame_rate)
         stride = max(1, min(int(stride), self.window - 1))                                      # frames
         generator = torch.Generator(device).manual_seed(seed)
-        return generate_long(self.model, values, T, sampling or self.sampling, window=self.window, stride=stride,
-                             generator=generator, prompt=prompt, progress=progress, dtype=self.dtype)
+        return generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
+                             stride=stride, generator=generator, prompt=prompt, progress=progress,
+                             dtype=self.dtype)
 
     def condition_values(self, prompts: list, **given) -> list:
         """[{name: value or None}] of texts (None: without), and of what is given for other conditions by
@@ -336,7 +337,7 @@ class MusicGenerator:
 # the command
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_generate_parser() -> argparse.ArgumentParser:
     """The flags. Each condition but the text has one of its own."""
     parser = argparse.ArgumentParser(description="Generate music with a trained model.", allow_abbrev=False)
     new = parser.add_argument
@@ -456,8 +457,8 @@ def serve_page(args: argparse.Namespace) -> None:
         if getattr(args, name):
             flag = "continue" if name == "continued" else name
             raise ValueError(f"--{flag} does not go with --serve: the page asks for what it takes")
-    if args.seconds is not None and args.seconds > serve.MAX_SECONDS:
-        raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {serve.MAX_SECONDS}")
+    if args.seconds is not None and args.seconds > serve.MAX_CLIP_SECONDS:
+        raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {serve.MAX_CLIP_SECONDS}")
     gradio = serve.import_gradio()                                   # before the model is read
     music = MusicGenerator.load(args.run, args.device, args.codec)
     music.sampling = choose_sampling(args, music)
@@ -476,7 +477,7 @@ def free_number(folder: Path) -> int:
 @common.command("generate.py")
 def main(argv: list | None = None) -> None:
     """Generates and writes what the command line asks for."""
-    args = build_parser().parse_args(argv)
+    args = build_generate_parser().parse_args(argv)
     if args.serve:
         serve_page(args)
         return

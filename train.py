@@ -536,22 +536,8 @@ def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         metrics = stages.evaluate_stage(run)
     else:
         metrics = stages.generate_stage(run, "best")
-    ranks.print(*(f"{args.only} {name} {value:.6g}" for name, value in common.flatten_numbers(metrics).items()))
-
-
-def compare_with_reference(run: Run) -> None:
-    """Prints how far the validation loss of this run is from the reference run's, at the same number of
-    updates."""
-    reference = page.reference_curve(vars(run.args))
-    theirs = {record["step"]: record for record in reference if record["stage"] == "valid"}
-    mine = {record["step"]: record for record in run.history if record["stage"] == "valid"}
-    if not theirs.keys() & mine.keys():
-        return
-    step = max(theirs.keys() & mine.keys())
-    here, there = mine[step], theirs[step]
-    apart = [f"{name[3:]} {here[name] - there[name]:+.4f}" for name in here if name.startswith("ce_q")]
-    run.ranks.print(f"beside the reference run at step {step}: ce {here['ce']:.4f} here, {there['ce']:.4f} "
-                    f"there; {', '.join(apart)}")
+    for name, value in common.flatten_numbers(metrics).items():
+        ranks.print(f"{args.only} {name} {value:.6g}")
 
 
 def error_text(error: Exception) -> str | None:
@@ -596,7 +582,7 @@ def main(argv: list | None = None) -> int:
                 run_epochs(run)
                 ranks.print(f"finished: {duration_text(time.perf_counter() - began)}, "
                             f"best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
-                compare_with_reference(run)
+                stages.compare_with_reference(run)
     except Stopped as signal:
         code = stopped(signal)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:

@@ -34,7 +34,7 @@ from evaluate import analyser
 from evaluate.embeddings import Moments, load_embedding, sum_moments
 from support import chroma
 
-GROUPS = 20                                              # parts of a set: `frechet_inf` draws subsets of them
+SUBSETS = 20                                              # parts of a set: `frechet_inf` draws subsets of them
 SEED = 20_200_524                                        # of subsets and of noise
 SETS = ("reference", "generated", "codec", "noise")
 COMPARED = dict(generated="generated", ceiling="codec", floor="noise")       # column of a table: its set
@@ -132,7 +132,7 @@ class ClipSet:
     melodies."""
 
     def __init__(self, embeddings: list, hear: Callable | None = None, tunes: bool = False,
-                 groups: int = GROUPS):
+                 groups: int = SUBSETS):
         """hear: gives [{label: value}] of a clip [1,C,N] and its rate. tunes: whether melodies are kept."""
         self.embeddings, self.hear, self.groups = embeddings, hear, groups
         self.parts = {e.name: [] for e in embeddings}    # lists of Moments, each of a group of clips

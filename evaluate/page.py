@@ -26,11 +26,10 @@ from torch import Tensor
 
 from evaluate.listen import LUFS, REFERENCE_FOLDER, REFERENCE_KINDS, SAMPLE_KINDS, find_samples, spectrogram
 from support import audio, common
+from support.flags import values_before
 
 PAGE_FILE = "index.html"
 REFERENCE_RUN = Path(__file__).parent.parent / "assets" / "reference_run.jsonl"
-# what a run without the flag had, of flags that change numbers and that the reference run does not name
-WITHOUT_FLAG = dict(channels=1, num_codebooks=None, conditions=["text"], no_text=False, init_from=None)
 MAX_EPOCHS = 6                                           # shown, so that the page stays small
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)     # Hz
 EACH_CE, MEAN_CE = "cross-entropy of each codebook (nats)", "cross-entropy (nats)"
@@ -67,15 +66,15 @@ def records_of(records: list, stage: str, kind: str = "stage") -> list:
     return list({r["step"]: r for r in records if r.get("kind") == kind and r.get("stage") == stage}.values())
 
 
-def reference_curve(args: dict, path: Path = REFERENCE_RUN, without: dict | None = None) -> list:
+def reference_curve(args: dict, path: Path | None = None, without: dict | None = None) -> list:
     """Records of the reference run's stages if it is like a run with the flags `args`; else [].
 
-    It is if all flags that change numbers are equal. without: what runs without a flag had, {flag: value} of
-    all such flags; it stands for a flag that either side does not name, because it is younger than the
-    run."""
+    It is if the flags that it names are equal, and those that are younger than it: without, {flag: value},
+    says what runs had before these came (by default as their declarations in flags.py say)."""
+    path = REFERENCE_RUN if path is None else path
     if not path.is_file():
         return []
-    without = WITHOUT_FLAG if without is None else without
+    without = values_before() if without is None else without
     header, *records = (json.loads(line) for line in path.read_text().splitlines())
     reference, args = without | header["args"], without | args
     if any(name not in args or args[name] != value for name, value in reference.items()):

@@ -262,6 +262,21 @@ def write_samples(run, folder: str, sets: dict, conditions: list, record: dict) 
         print(f"wrote {samples / folder / f'{i:03d}'}_{{{kinds}}}.wav: {text}", flush=True)
 
 
+def compare_with_reference(run) -> None:
+    """Prints how far the validation loss of this run is from the reference run's, at the same number of
+    updates."""
+    reference = page.reference_curve(vars(run.args))
+    theirs = {record["step"]: record for record in reference if record["stage"] == "valid"}
+    mine = {record["step"]: record for record in run.history if record["stage"] == "valid"}
+    if not theirs.keys() & mine.keys():
+        return
+    step = max(theirs.keys() & mine.keys())
+    here, there = mine[step], theirs[step]
+    apart = [f"{name[3:]} {here[name] - there[name]:+.4f}" for name in here if name.startswith("ce_q")]
+    run.ranks.print(f"beside the reference run at step {step}: ce {here['ce']:.4f} here, {there['ce']:.4f} "
+                    f"there; {', '.join(apart)}")
+
+
 def draw_page(run, final: bool) -> None:
     """Writes index.html, on rank 0.
 
@@ -270,6 +285,7 @@ def draw_page(run, final: bool) -> None:
     if not run.ranks.is_main or not final and time.monotonic() - run.drawn_at < 20 * run.drawing_seconds:
         return
     began = time.monotonic()
-    resume.note_written(run, page.PAGE_FILE, resume.try_to_write(page.write_page, Path(run.out)), shared=False)
+    problem = resume.try_to_write(page.write_page, Path(run.out))
+    resume.note_written(run, page.PAGE_FILE, problem, shared=False)
     run.drawn_at = time.monotonic()
     run.drawing_seconds = run.drawn_at - began

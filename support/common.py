@@ -1,7 +1,7 @@
 """What every room needs: files written whole, files that cannot be trusted, a user's mistake as one line,
 devices, randomness.
 
-    write_atomically     a file is there in full or not at all, whatever is killed and however full the disk is
+    write_atomically     a file is there in full or not at all, whatever is killed, however full the disk is
     read_torch           plain tensors and plain data out of a file that may hold anything; no code of it runs
     command              a mistake of the user becomes one line and exit code 2
     random_generator     randomness that is a function of its key alone
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 FORMAT = "nanomusicgen-1"                      # of best.pt and last.pt
+MAX_TEXT = 10_000                              # characters of a text: a longer one is no caption
 MODEL_FILE = "a model of this project"         # what best.pt is called in messages
 
 
@@ -84,7 +85,8 @@ def read_torch(path: Path, what: str, mapped: bool = False):
     what: what was expected, for the message. Errors: ValueError naming the file."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")    # of a foreign file: refused right after
+            # of a foreign file, which is refused right after
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, {what} was expected") from None
@@ -106,7 +108,7 @@ def read_json(path: Path) -> dict:
     """A JSON object. Errors: ValueError naming the file."""
     try:
         content = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:     # what is no UTF-8 and what is no JSON are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:     # no UTF-8 and no JSON are ValueErrors
         raise ValueError(f"{path}: not readable as JSON ({str(error)[:200]})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")

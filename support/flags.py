@@ -33,8 +33,9 @@ GROUPS = {
         Flag("cache", "token cache made by data.py cache; audio and codec are then not touched"),
         Flag("codec", "toy, encodec_24khz or the path of a codec (default: by dataset)",
              toy="toy", audio="encodec_24khz"),
-        Flag("num_codebooks", "the first so many codebooks of a channel (default: all)", int),
-        Flag("channels", "2: stereo, each channel with codebooks of its own", int, 1, choices=(1, 2)),
+        Flag("num_codebooks", "the first so many codebooks of a channel (default: all)", int, before=None),
+        Flag("channels", "2: stereo, each channel with codebooks of its own",
+             int, 1, choices=(1, 2), before=1),
         Flag("segment_seconds", "length of a training segment, seconds",
              float, toy=toy.CLIP_SECONDS, audio=30.0, range="positive"),
         Flag("min_segment_ratio", "least share of a segment that lies inside its file",
@@ -48,14 +49,14 @@ GROUPS = {
         Flag("pattern", "codebook pattern", default="delay", choices=("delay", "parallel", "unrolled")),
         Flag("dropout", "dropout in the transformer", float, 0.0, range="share"),
         Flag("lora", "train additions of rank R to the matrices of --init_from, and nothing else",
-             int, metavar="R", range="count", of_launch=True),
+             int, metavar="R", range="count", of_launch=True, before=None),
         Flag("emb_std", "initial spread of the code embeddings (audio: 1/sqrt(width))", float, toy=1.0),
         Flag("checkpointing", "recompute activations in backward: less memory, 4/3 the work",
              bool, False, may_change=True, of_launch=True),
     ),
     "conditions": (
         Flag("conditions", "what music is conditioned on",
-             default=["text"], nargs="+", choices=CONDITIONS),
+             default=["text"], nargs="+", choices=CONDITIONS, before=["text"]),
         Flag("fuse", "how a condition enters: NAME=cross|prepend|sum, several joined by +", nargs="+"),
         Flag("mask_padding", "whether padded text is hidden (default: yes, or as --init_from has it)",
              bool),
@@ -110,7 +111,7 @@ GROUPS = {
              may_change=True, of_launch=True),
         Flag("seed", "of weights, data, dropouts and samples", int, 0, range="natural"),
         Flag("init_from", "run folder, best.pt or published weights to start from; mono also starts stereo",
-             may_change=True, of_launch=True),
+             may_change=True, of_launch=True, before=None),
         Flag("resume", "auto: go on from the folder's checkpoint",
              default="auto", choices=("auto", "never"), may_change=True, of_launch=True),
         Flag("save_minutes", "checkpoint within an epoch; 0: after every update",
@@ -351,6 +352,11 @@ def changed_flags(args: argparse.Namespace, saved: dict) -> dict:
         if value is not NOT_SAID and value != now:
             changed[name] = (value, now)
     return changed
+
+
+def values_before() -> dict:
+    """{name: the value that runs had before the flag came} of the flags that say so."""
+    return {name: flag.before for name, flag in flags_by_name().items() if flag.before is not NOT_SAID}
 
 
 def refused_changes(args: argparse.Namespace, saved: dict) -> list:

@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support import audio
+from support.common import MAX_TEXT
 
 READ_ERRORS = (ValueError, OSError)  # of a file that is skipped; others, such as a full GPU, end the program
-MAX_TEXT = 10_000  # characters: a longer text is no caption
 MAX_SECONDS = 1e6  # 11 days: a longer duration in a header is a broken header
 THREADS = 16  # the time goes into waiting for the disk
 LOWER_TEXTS = ("key", "genre", "name", "instrument")  # fields that are written in lower case

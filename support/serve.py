@@ -20,12 +20,13 @@ from torch import Tensor
 from conditioning import CONDITIONS
 from support import audio
 
-MAX_SECONDS = 300                            # of a clip: others wait for it; the command line goes to an hour
+MAX_CLIP_SECONDS = 300                       # of a clip: others wait for it; the command line goes to an hour
 UPLOAD = "100mb"                               # the largest audio file
 WHOLE = ("top_k", "seed")                      # numbers without a fraction
 LABELS = dict(seconds="Seconds", cfg="Guidance (1: none)",
               cfg_style="Guidance of the text beside other conditions (1: none)",
-              temperature="Temperature (0: the likeliest)", top_k="Top-k (0: all)", top_p="Top-p (0: off)", seed="Seed")
+              temperature="Temperature (0: the likeliest)", top_k="Top-k (0: all)", top_p="Top-p (0: off)",
+              seed="Seed")
 
 
 def page_fields(music, seconds: float | None = None, seed: int = 0) -> dict:
@@ -58,8 +59,8 @@ def perform(music, asked: dict, progress=None) -> Tensor:
     numbers = {name: check_number(name, value) for name, value in asked.items()
                if name not in CONDITIONS or CONDITIONS[name].widget == "number" and value is not None}
     seconds, seed = numbers.pop("seconds"), numbers.pop("seed")
-    if not 0 < seconds <= MAX_SECONDS:
-        raise ValueError(f"seconds {seconds:g}: more than 0, at most {MAX_SECONDS}")
+    if not 0 < seconds <= MAX_CLIP_SECONDS:
+        raise ValueError(f"seconds {seconds:g}: more than 0, at most {MAX_CLIP_SECONDS}")
     if not 0 <= seed < 2 ** 63:
         raise ValueError(f"seed {seed}: it lies between 0 and 2^63")
     values = {}
@@ -83,7 +84,8 @@ def import_gradio():
     except ImportError:
         raise ValueError('--serve needs the gradio package: pip install "gradio>=6"') from None
     if int(gradio.__version__.split(".")[0]) < 6:
-        raise ValueError(f'--serve needs gradio 6 or later, not {gradio.__version__}: pip install -U "gradio>=6"')
+        raise ValueError(f"--serve needs gradio 6 or later, not {gradio.__version__}: "
+                         'pip install -U "gradio>=6"')
     return gradio
 
 
@@ -114,9 +116,10 @@ def build_page(gradio, music, folder: str, title: str, **first):
         return gradio.Number(value, label=condition.label)
 
     player = gradio.Audio(label="Music", type="filepath", buttons=["download"])        # no button that shares
+    # uploads and results are forgotten after an hour
     return gradio.Interface(act, [component(*field) for field in fields.items()], player, title=title,
-                            submit_btn="Generate", flagging_mode="never", analytics_enabled=False, api_name="generate",
-                            delete_cache=(3600, 3600))       # uploads and results are forgotten after an hour
+                            submit_btn="Generate", flagging_mode="never", analytics_enabled=False,
+                            api_name="generate", delete_cache=(3600, 3600))
 
 
 def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
@@ -125,13 +128,15 @@ def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
     if not 0 < port < 1 << 16:
         raise ValueError(f"--port {port}: it lies between 1 and 65535")
     os.environ["GRADIO_RUN_HISTORY"] = "False"
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])    # none from elsewhere
+    # fonts of this machine: none is fetched
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     with tempfile.TemporaryDirectory() as folder:
         page = build_page(gradio, music, folder, title, **first)
         try:
-            page.launch(server_name=host, server_port=port, share=False, quiet=True, max_file_size=UPLOAD, ssr_mode=False,
-                        footer_links=["api"], prevent_thread_lock=True, theme=theme)
+            page.launch(server_name=host, server_port=port, share=False, quiet=True, max_file_size=UPLOAD,
+                        ssr_mode=False, footer_links=["api"], prevent_thread_lock=True, theme=theme)
         except OSError:                                              # gradio's message names its own settings
-            raise ValueError(f"--host {host} --port {port}: in use, or not of this machine; give another") from None
+            raise ValueError(f"--host {host} --port {port}: in use, or not of this machine; "
+                             "give another") from None
         print(f"serving {title} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
         page.block_thread()

@@ -232,11 +232,6 @@ def stereo_cache(s) -> None:
     s.digests.add_folder("stereo_cache", s.path("stereo_cache"))
 
 
-@stage()
-def toy_cache(s) -> None:
-    """A token cache of toy clips."""
-
-
 @stage("cache")
 def cache_run(s) -> None:
     """Trained from the cache, with a melody and a style; the codec is the fitted one."""

@@ -108,7 +108,7 @@ def test_extrapolation_takes_the_bias_away():
     rng = np.random.default_rng(3)
     reference = moments(rng.standard_normal((20_000, 16)))
     clips = [moments(rng.standard_normal((1, 16))) for _ in range(60)]
-    groups = [embeddings.sum_moments(clips[i::distances.GROUPS]) for i in range(distances.GROUPS)]
+    groups = [embeddings.sum_moments(clips[i::distances.SUBSETS]) for i in range(distances.SUBSETS)]
     finite = frechet(reference, embeddings.sum_moments(clips))
     infinite = distances.frechet_inf(reference, groups)
     assert finite > 1 and abs(infinite) < 0.35 * finite

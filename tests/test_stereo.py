@@ -11,6 +11,7 @@ import data
 from support import audio, flags
 from support.scan import scan_dataset
 import generate
+from evaluate import page
 from interop import load
 import patterns
 import tokenizer
@@ -257,7 +258,7 @@ def test_the_reference_run_is_no_measure_of_stereo(runs, tmp_path, monkeypatch, 
     import json
     records = [dict(args=dict(dataset="toy", size="debug")), *lines(runs / "mono")]
     (tmp_path / "reference.jsonl").write_text("\n".join(map(json.dumps, records)))
-    monkeypatch.setattr(train, "REFERENCE_RUN", tmp_path / "reference.jsonl")
+    monkeypatch.setattr(page, "REFERENCE_RUN", tmp_path / "reference.jsonl")
     for name, more, beside in (("a", [], True), ("b", ["--channels", "2"], False),
                                ("c", ["--init_from", str(runs / "mono")], False)):
         assert run(tmp_path / name, *more, *ONE_EPOCH) == 0
