@@ -212,9 +212,9 @@ def build_codec(name: str, config: dict, state: dict, num_codebooks: int | None 
     wanted = {k: x.shape for k, x in codec.state_dict().items() if not k.endswith(TRAINING_BUFFERS)}
     wrong = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
     if wrong:
-        key = wrong[0]
-        raise ValueError(f"{name}: its weights do not fit its configuration: {len(wrong)} missing, unexpected or "
-                         f"of another shape, such as {key}: {found.get(key)}, not {wanted.get(key)}")
+        key, there, here = wrong[0], found.get(wrong[0]), wanted.get(wrong[0])
+        raise ValueError(f"{name}: its weights do not fit its configuration: {len(wrong)} missing, "
+                         f"unexpected or of another shape, such as {key}: {there}, not {here}")
     codec.load_state_dict({k: x.float() for k, x in state.items()}, strict=False)
     codec.config = config
     return codec

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 import tokenizer
 from conditioning import CONDITIONS, Conditioner, ConditionerConfig
-from evaluate import board, page, stages
+from evaluate import board, stages
 from interop import load
 from model import ModelConfig, MusicGen, decay_groups
 from support import checkpoint, common, distributed, resume

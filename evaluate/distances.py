@@ -34,7 +34,7 @@ from evaluate import analyser
 from evaluate.embeddings import Moments, load_embedding, sum_moments
 from support import chroma
 
-SUBSETS = 20                                              # parts of a set: `frechet_inf` draws subsets of them
+SUBSETS = 20                                             # parts of a set: `frechet_inf` draws subsets of them
 SEED = 20_200_524                                        # of subsets and of noise
 SETS = ("reference", "generated", "codec", "noise")
 COMPARED = dict(generated="generated", ceiling="codec", floor="noise")       # column of a table: its set

@@ -157,6 +157,7 @@ def read_published(path: str | Path, t5_folder: str | Path | None = None, codec:
     conditioner = read_conditioner_config({**found.conditioner, "melody_rate": melody_rate})
     return dict(
         format=common.FORMAT, model=state, model_config=asdict(config),
-        conditioner_config=conditioner.to_dict(), assets={"text": common.bytes_to_tensor(pieces)}, codec=codec.reference,
+        conditioner_config=conditioner.to_dict(), assets={"text": common.bytes_to_tensor(pieces)},
+        codec=codec.reference,
         sampling={**SAMPLING, **found.sampling},
         segment_frames=math.ceil(found.segment_seconds * codec.frame_rate), metrics={}, step=0, args={})

@@ -35,6 +35,7 @@ class GrowingCache(Cache):
             torch._dynamo.mark_dynamic(kv, 3)
 
     def end(self, S: int) -> int:
+        """Steps that are filled, as a size that the compiler knows to change."""
         return super().end(S) if self.filled is None else self.filled.shape[0]
 
 
@@ -68,6 +69,7 @@ class FixedCache(Cache):
                     torch._dynamo.mark_static_address(x, guard=False)
 
     def append(self, layer: int, kv: Tensor) -> Tensor:
+        """As `Cache.append`; a step is written in place, and all the room is read."""
         if self.stepping:
             return self.kv[layer].index_copy_(3, self.position, kv.to(self.kv[layer].dtype))
         self.make_room(kv.shape[3])

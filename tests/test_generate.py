@@ -128,7 +128,8 @@ def test_windows():
 
     generate.generate_codes = spy
     try:
-        codes = generate_long(m, texts("slow organ"), 60, GREEDY, window=30, stride=18, progress=lambda *a: calls.append(a))
+        codes = generate_long(m, texts("slow organ"), 60, GREEDY, window=30, stride=18,
+                              progress=lambda *a: calls.append(a))
     finally:
         generate.generate_codes = original
     assert codes.shape == (1, 3, 60) and [T for T, _ in seen] == [30, 30, 24]

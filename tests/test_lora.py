@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from interop import convert
-from support import flags
+from support import flags, resume
 import generate
 import train
 from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, count_parameters

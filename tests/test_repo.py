@@ -1,4 +1,4 @@
-"""The repository itself: its layout, names and imports, and that README and docs/ tell the truth of the commands."""
+"""The repository itself: layout, names and imports; README and docs/ name commands and flags that exist."""
 
 import ast
 import importlib

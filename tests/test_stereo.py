@@ -254,7 +254,7 @@ def test_a_run_goes_on_with_its_channels_only(runs, capsys):
 
 
 def test_the_reference_run_is_no_measure_of_stereo(runs, tmp_path, monkeypatch, capsys):
-    """All flags but the channels are the same. Runs of more codebooks or from other weights do not compare."""
+    """All flags but the channels are the same. Runs of more codebooks or other weights do not compare."""
     import json
     records = [dict(args=dict(dataset="toy", size="debug")), *lines(runs / "mono")]
     (tmp_path / "reference.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -12,8 +12,8 @@ import torch
 
 from interop import load
 from support import resume
+import data
 import generate
-from interop import load
 import model
 from evaluate import listen
 import train
@@ -192,7 +192,8 @@ def test_resume_keeps_the_vocabulary_of_the_checkpoint(finished, tmp_path, monke
     """Captions that changed since the start must not give the ids of text another meaning."""
     import shutil
     shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setattr(build, "sample_captions", lambda *a: ["entirely other captions"] * 50)
+    other = [{"description": "entirely other captions"}] * 50
+    monkeypatch.setattr(data.ToyDataset, "metadata", lambda *rest: other)
     assert run(tmp_path / "run", "--epochs", "3") == 0
     assert torch.equal(saved(tmp_path / "run")["assets"]["text"], saved(finished)["assets"]["text"])
     assert saved(tmp_path / "run")["step"] == 9

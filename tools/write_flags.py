@@ -16,8 +16,8 @@ Written by `python -m tools.write_flags`; a test compares it with the code.
 
 ## train.py
 
-A flag that is left out is filled in: by the dataset (toy, or any other), by `--init_from`, by the machine. The run
-prints what it chose and why. When a run goes on, the flags marked *may change* may be others than before.
+A flag that is left out is filled in: by the dataset (toy, or any other), by `--init_from`, by the machine.
+The run prints what it chose and why. When a run goes on, flags marked *may change* may be others than before.
 """
 
 
