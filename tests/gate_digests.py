@@ -82,6 +82,8 @@ class Digests:
                     self.add(f"{place}/{flag}", setting)
             elif section == "shards" and value:
                 self.add(place, dict(folder=value["folder"], files=sorted(value["files"])))
+            elif section == "xp.cfg":  # of a package: JSON as text, in any order
+                self.add(place, json.loads(value))
             elif holds_tensors(value):
                 self.add_parts(place, value)
             else:
