@@ -34,7 +34,7 @@ import tokenizer
 import train
 from bad_material import TEXTS, TINY_TRAINING, make_material, prepare
 from evaluate import analyser, metrics
-from support import flags
+from support import estimate
 from tools import fit_codec
 
 PROGRAMS = dict(train=train, data=data, tokenizer=tokenizer, generate=generate, metrics=metrics,
@@ -103,7 +103,7 @@ def run_case(name: str, command: str, place: Path, shared: Path) -> Ending:
         patch.chdir(place)
         patch.delenv("DEBUG", raising=False)
         patch.setattr(sys, "argv", [f"{program}.py"])
-        patch.setattr(flags, "machine_flops", lambda args: 1e9)    # measuring it takes seconds
+        patch.setattr(estimate, "machine_flops", lambda args: 1e9)    # measuring it takes seconds
         argv = []
         with contextlib.redirect_stdout(io.StringIO()):
             for word in words:

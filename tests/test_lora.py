@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from interop import convert
-from support import flags, resume
+from support import estimate, flags, resume
 import generate
 import train
 from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, count_parameters
@@ -117,7 +117,7 @@ def test_a_run_tunes_resumes_and_deploys(start, tmp_path, monkeypatch):
     added = {name for name in part(state, "model") if "_lora." in name}
     optimized = {name.split("/")[1] for name in part(state, "optimizer")}
     assert set(part(state, "ema")) == set(part(state, "best")) == optimized == added != set()
-    commit, seen = train.commit, []
+    commit, seen = resume.save_checkpoint, []
 
     def commit_and_die(run):
         commit(run)
@@ -160,9 +160,9 @@ def test_less_memory_is_estimated(start, tmp_path, capsys):
     assert "0.01M more are trained (rank 2)" in capsys.readouterr().out
     args = flags.build_parser().parse_args(["--init_from", str(start)])
     flags.fill_flags(args, 1)
-    full = flags.plan(args, CONFIG, 100, 1, 1e12)
+    full = estimate.plan_run(args, CONFIG, 100, 1, 1e12)
     args.lora = 2
-    low, added = flags.plan(args, CONFIG, 100, 1, 1e12), count_parameters(CONFIG, 2)
+    low, added = estimate.plan_run(args, CONFIG, 100, 1, 1e12), count_parameters(CONFIG, 2)
     assert low.memory["weights"] * 2**30 == 4 * (count_parameters(CONFIG) + added)
     assert low.memory["optimiser"] * 2**30 == 8 * added and low.memory["EMA"] * 2**30 == 4 * added
     heads = 4 * CONFIG.K * CONFIG.card * CONFIG.dim / 2**30  # whose gradients wait for the backward pass
