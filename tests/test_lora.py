@@ -10,7 +10,6 @@ import torch
 from interop import convert
 from support import estimate, flags, resume
 import generate
-import train
 from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, count_parameters
 from support.lora import add_lora, merge_lora
 from train import Ema
