@@ -83,15 +83,15 @@ def compare(ours, theirs, their_codec, words: list, tune) -> None:
     """Prints and asserts: logits, sequences, greedy codes with guidance, codes and audio of the codec.
 
     ours: a MusicGenerator; tune(seconds, seed): audio to follow, or None."""
-    from generate import Sampling, at_window, generate_codes
+    from generate import Sampling, generate_codes, values_at
     model, codec, texts = ours.model, ours.codec, words + [None]
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, model.config.card, (5, model.config.K, 60), generator=generator)
     wavs = [tune and tune(2.5, seed).expand(codec.channels, -1) for seed in range(4)]
-    rows = (texts, [None] + wavs) if tune else (texts, [None] * 5)   # a text alone, a melody alone, both
-    wanted = theirs.compute_predictions(codes, asked(*rows, codec.sample_rate))
-    attributes = at_window(model, ours.attributes(*rows), 0)
-    found, mask = model.predict(codes, model.conditioner(model.conditioner.prepare(attributes)))
+    melodies = [None] + wavs    # a text alone, a melody alone, both; or texts alone
+    wanted = theirs.compute_predictions(codes, asked(texts, melodies, codec.sample_rate))
+    values = values_at(model, ours.condition_values(texts, melody=melodies), 0)
+    found, mask = model.predict(codes, model.conditioner(model.conditioner.prepare(values)))
     assert torch.equal(wanted.mask[0], mask)
     logits = float((wanted.logits - found)[wanted.mask].abs().max())
     their_pattern, our_pattern = theirs.pattern_provider.get_pattern(60), model.config.layout(60)
@@ -99,8 +99,8 @@ def compare(ours, theirs, their_codec, words: list, tune) -> None:
     same_sequence = torch.equal(sequence, our_pattern.build(codes, model.special, valid_only=False))
     greedy = theirs.generate(None, asked(words, wavs, codec.sample_rate), max_gen_len=100, use_sampling=False,
                              cfg_coef=3.0)
-    attributes = at_window(model, ours.attributes(words, wavs), 0)
-    same_greedy = torch.equal(greedy, generate_codes(model, attributes, 100, Sampling(cfg=3, temperature=0)))
+    values = values_at(model, ours.condition_values(words, melody=wavs), 0)
+    same_greedy = torch.equal(greedy, generate_codes(model, values, 100, Sampling(cfg=3, temperature=0)))
     wav = torch.randn(3, codec.channels, 5000, generator=torch.Generator().manual_seed(0)) * 0.3
     encoded = their_codec.encode(wav)[0]
     audio = float((their_codec.decode(encoded) - codec.decode(encoded)).abs().max())

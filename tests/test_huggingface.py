@@ -14,7 +14,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-import conditioning
 import tokenizer
 import toy
 from conditioning import ConditionerConfig
@@ -25,6 +24,7 @@ from model import SIZES, ModelConfig
 from foreign import PIECES, WORDS, extractor, greedy, needs_transformers, old_weight_norm, published
 from foreign import save, transformers, tune
 from support import chroma
+from support.melody import Melody, MelodyConfig
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_chroma_is_that_of_their_feature_extractor(rate, seconds):
 
     A frame of less than 94 dB below full scale is silence here, a class of its own there."""
     frames = chroma.count_frames(round(seconds * rate), rate)
-    part = conditioning.MelodyConditioner(ConditionerConfig(melody_frames=frames, melody_null_bin0=True), 8)
+    part = Melody(MelodyConfig(frames=frames, null_bin0=True), 8)
     for wav in (tune(seconds, 1, rate), torch.randn(1, round(seconds * rate)) * 0.1, torch.zeros(1, rate)):
         wanted = extractor(rate)(wav[0].numpy(), sampling_rate=rate, return_tensors="pt").input_features
         found, mask = part.prepare([chroma.chromagram(wav, rate)])
@@ -154,6 +154,7 @@ def test_greedy_generation_with_melody(tuned, given):
     The audio to follow is shorter than a segment (it begins again) or longer (it is cut)."""
     theirs, ours, _ = tuned
     texts = [None] * 4 if given == "melody" else WORDS
+    guided = Sampling(cfg=3, temperature=0)
     ids, mask = ours.model.conditioner.parts["text"].prepare(texts)
     for seconds in (1.5, 4.0):
         wavs, features = [None] * 4, {}
@@ -162,9 +163,9 @@ def test_greedy_generation_with_melody(tuned, given):
             features = extractor()([w[0].numpy() for w in wavs], sampling_rate=16_000, return_tensors="pt")
         # with a cache 4.57.1 loses all conditions (its issue 45647)
         wanted = greedy(theirs, ids, mask, 100, use_cache=False, **features)
-        found = ours.codes(ours.attributes(texts, wavs), 2.0, sampling=Sampling(cfg=3, temperature=0))
+        found = ours.codes(ours.condition_values(texts, melody=wavs), 2.0, sampling=guided)
         assert torch.equal(found, wanted) and len(found.unique()) > 10
-        plain = ours.codes(ours.attributes(WORDS), 2.0, sampling=Sampling(cfg=3, temperature=0))
+        plain = ours.codes(ours.condition_values(WORDS), 2.0, sampling=guided)
         assert torch.equal(found, plain) == (given == "text")
 
 
@@ -257,8 +258,8 @@ def unigram(captions) -> tuple[bytes, dict]:
 @needs_transformers
 def test_vocabulary_from_tokenizer_json(tmp_path, capsys):
     """The ids of spiece.model and of their fast tokenizer, on 200 captions and odd characters."""
-    texts = [toy.draw_clip(1, 0, i)[1] for i in range(200)] + ["ﬁne Ｔｅｘｔ ½ é — “x”", "  two   spaces",
-                                                               "日本 drums", "Émile ☃"]
+    texts = [toy.draw_clip(1, 0, i)[1] for i in range(200)]
+    texts += ["ﬁne Ｔｅｘｔ ½ é — “x”", "  two   spaces", "日本 drums", "Émile ☃"]
     model, content = unigram([toy.draw_clip(0, 0, i)[1] for i in range(2000)] + ["ﬁne Ｔｅｘｔ é"] * 3)
     folder = save(published(), tmp_path / "hf")
     (folder / "spiece.model").unlink()

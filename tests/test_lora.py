@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from interop import convert
-from support import estimate, flags, resume
+from support import flags, resume
 import generate
 from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, count_parameters
+from support.estimate import plan_run
 from support.lora import add_lora, merge_lora
 from train import Ema
 from test_train import HERE, SMALL, lines, part, run, saved
@@ -71,12 +72,12 @@ def test_only_the_additions_are_trained():
     _, added = models()
     seq, conditions = inputs()
     added.logits(seq, conditions).square().sum().backward()
-    learnt = {name for name, p in added.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert learnt == {name for name, _ in added.named_parameters() if "_lora." in name} != set()
+    trained = {name for name, p in added.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained == {name for name, _ in added.named_parameters() if "_lora." in name} != set()
     matrices = sum(isinstance(m, Attention) for m in added.modules()) * 2 + 2 * CONFIG.num_layers
-    assert len(learnt) == 2 * matrices
-    trained = sum(p.numel() for name, p in added.named_parameters() if "_lora." in name)
-    assert count_parameters(CONFIG, 2) == trained
+    assert len(trained) == 2 * matrices
+    numbers = sum(p.numel() for name, p in added.named_parameters() if "_lora." in name)
+    assert count_parameters(CONFIG, 2) == numbers
     D, R = CONFIG.dim, 2  # both attentions: q|k|v and out; feed-forward: up and down
     assert count_parameters(CONFIG, R) == CONFIG.num_layers * R * (2 * (4 * D + 2 * D) + 2 * 5 * D)
 
@@ -106,7 +107,7 @@ def tuned(out, start, *more) -> int:
     return run(out, "--init_from", str(start), "--lora", "2", "--ema_every", "1", *more)
 
 
-def test_a_run_tunes_resumes_and_deploys(start, tmp_path, monkeypatch):
+def test_a_run_tunes_resumes_and_exports(start, tmp_path, monkeypatch):
     """Best weights are of a plain model, which starts another run and is exported; resuming is exact."""
     assert tuned(tmp_path / "whole", start) == 0
     first, best = (torch.load(d / "best.pt", weights_only=True) for d in (start, tmp_path / "whole"))
@@ -116,18 +117,18 @@ def test_a_run_tunes_resumes_and_deploys(start, tmp_path, monkeypatch):
     added = {name for name in part(state, "model") if "_lora." in name}
     optimized = {name.split("/")[1] for name in part(state, "optimizer")}
     assert set(part(state, "ema")) == set(part(state, "best")) == optimized == added != set()
-    commit, seen = resume.save_checkpoint, []
+    save_checkpoint, seen = resume.save_checkpoint, []
 
-    def commit_and_die(run):
-        commit(run)
+    def save_and_die(run):
+        save_checkpoint(run)
         seen.append(run.step)
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(resume, "save_checkpoint", commit_and_die)
+    monkeypatch.setattr(resume, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "killed", start, "--save_minutes", "0")
-    monkeypatch.setattr(resume, "save_checkpoint", commit)
+    monkeypatch.setattr(resume, "save_checkpoint", save_checkpoint)
     assert tuned(tmp_path / "killed", start, "--save_minutes", "0") == 0
     again = saved(tmp_path / "killed")
     assert all(torch.equal(x, again["tensors"][name]) for name, x in state["tensors"].items())
@@ -159,11 +160,11 @@ def test_less_memory_is_estimated(start, tmp_path, capsys):
     assert "0.01M more are trained (rank 2)" in capsys.readouterr().out
     args = flags.build_parser().parse_args(["--init_from", str(start)])
     flags.fill_flags(args, 1)
-    full = estimate.plan_run(args, CONFIG, 100, 1, 1e12)
+    full = plan_run(args, CONFIG, 100, 1, 1e12)
     args.lora = 2
-    low, added = estimate.plan_run(args, CONFIG, 100, 1, 1e12), count_parameters(CONFIG, 2)
+    low, added = plan_run(args, CONFIG, 100, 1, 1e12), count_parameters(CONFIG, 2)
     assert low.memory["weights"] * 2**30 == 4 * (count_parameters(CONFIG) + added)
-    assert low.memory["optimiser"] * 2**30 == 8 * added and low.memory["EMA"] * 2**30 == 4 * added
+    assert low.memory["optimizer"] * 2**30 == 8 * added and low.memory["EMA"] * 2**30 == 4 * added
     heads = 4 * CONFIG.K * CONFIG.card * CONFIG.dim / 2**30  # whose gradients wait for the backward pass
     assert low.memory["activations"] == pytest.approx(full.memory["activations"] - heads)
     assert low.flops == full.flops * 2 / 3

@@ -8,7 +8,8 @@ import soundfile
 import torch
 
 import data
-from support import audio, estimate
+from support import audio, flags
+from support.estimate import plan_run
 from support.scan import scan_dataset
 import generate
 from evaluate import page
@@ -120,7 +121,7 @@ def test_numbers_of_channels_that_no_codec_has(tmp_path):
     assert (codec.channels, codec.streams, codec.K) == (2, 1, 4)
     assert codec.decode(codec.encode(clips(1))).shape == (1, 2, 25_600)
     args = train.build_parser().parse_args(SMALL + ["--channels", "2"])
-    train.fill_flags(args, 1)
+    flags.fill_flags(args, 1)
     assert train.model_config(args, codec).delays is None
 
 
@@ -140,7 +141,7 @@ def test_round_trip_command(tmp_path, capsys):
                          [("delay", 1 + 100 + 3), ("parallel", 1 + 100), ("unrolled", 1 + 4 * 100)])
 def test_left_and_right_of_a_level_stand_at_the_same_step(pattern, steps, stereo):
     args = train.build_parser().parse_args(SMALL + ["--channels", "2", "--pattern", pattern])
-    train.fill_flags(args, 1)
+    flags.fill_flags(args, 1)
     config = train.model_config(args, stereo)
     layout, one = config.layout(100), patterns.make_pattern(pattern, 100, 4)
     assert config.K == 8 and layout.S == steps == one.S
@@ -276,8 +277,8 @@ def test_other_patterns_train(pattern, tmp_path):
 def test_the_estimate_counts_all_codebooks(mono, stereo):
     args = [train.build_parser().parse_args(SMALL + ["--channels", str(c)]) for c in (1, 2)]
     for a in args:
-        train.fill_flags(a, 1)
-    one, two = (estimate.plan_run(a, train.model_config(a, c), 100, 1, 1e12) for a, c in zip(args, (mono, stereo)))
+        flags.fill_flags(a, 1)
+    one, two = (plan_run(a, train.model_config(a, c), 100, 1, 1e12) for a, c in zip(args, (mono, stereo)))
     # four more embeddings and heads of width 64; the activations are the gradients of the heads
     assert two.parameters - one.parameters == 4 * (257 + 256) * 64
     more = two.memory["activations"] - one.memory["activations"]

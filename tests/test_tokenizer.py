@@ -112,7 +112,7 @@ def test_fewer_codebooks_are_the_first_levels(codec):
             tokenizer.load_codec("toy", K)
 
 
-def test_quantiser_is_a_nearest_neighbour_after_another(codec):
+def test_quantizer_is_a_nearest_neighbor_after_another(codec):
     z = codec.encoder(valid_clips(1)[..., :3200])[0].T                                                # [T, D]
     codes = codec.encode(valid_clips(1)[..., :3200])[0]                                               # [K, T]
     for t, residual in enumerate(z.double()):

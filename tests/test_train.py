@@ -21,8 +21,8 @@ from support.flags import flags_by_name
 from train import Ema
 
 HERE = Path(__file__).parent.parent
-SMALL = ("--size debug --batch_size 4 --updates_per_epoch 3 --epochs 2 --valid_samples 8 --eval_samples 2 --lr 0.01 "
-         "--warmup_steps 2 --generate_samples 2 --log_every 1 --ema_every 2 --device cpu").split()
+SMALL = ("--size debug --batch_size 4 --updates_per_epoch 3 --epochs 2 --valid_samples 8 --eval_samples 2 "
+         "--lr 0.01 --warmup_steps 2 --generate_samples 2 --log_every 1 --ema_every 2 --device cpu").split()
 
 
 def run(out, *flags) -> int:
@@ -35,7 +35,8 @@ def saved(out) -> dict:
 
 def part(checkpoint: dict, group: str) -> dict:
     """The tensors of a checkpoint that belong to "model", "ema", "best" or "optimizer"."""
-    return {name.removeprefix(f"{group}/"): x for name, x in checkpoint["tensors"].items() if name.startswith(f"{group}/")}
+    prefix, tensors = f"{group}/", checkpoint["tensors"]
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def lines(out) -> list:
@@ -48,8 +49,10 @@ def largest_difference(a: dict, b: dict) -> float:
 
 
 def assert_same_run(a, b) -> None:
-    """Equal up to the order of float32 sums. A few weights whose gradient is nearly zero may move by more: Adam divides
-    by its size; so the mean difference of each tensor is bounded tightly, the largest loosely."""
+    """Equal up to the order of float32 sums.
+
+    A few weights whose gradient is nearly zero may move by more, because Adam divides by its size. So the
+    mean difference of each tensor is bounded tightly, the largest loosely."""
     for x, y in zip(lines(a), lines(b), strict=True):
         if "ce" in x:
             assert x["ce"] == pytest.approx(y["ce"], abs=1e-5)
@@ -69,28 +72,31 @@ def finished(tmp_path_factory):
 def test_log_has_flat_records(finished):
     records = lines(finished)
     stages = [(r["stage"], r["epoch"], r["step"]) for r in records if r["kind"] == "stage"]
-    assert stages == [("train", 1, 3), ("valid", 1, 3), ("train", 2, 6), ("valid", 2, 6), ("evaluate", 2, 6),
-                      ("generate", 2, 6)]
+    assert stages == [("train", 1, 3), ("valid", 1, 3), ("train", 2, 6), ("valid", 2, 6),
+                      ("evaluate", 2, 6), ("generate", 2, 6)]
     steps = [r for r in records if r["kind"] == "step"]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    wanted = {"ce", "ppl", "ce_q1", "ce_q4", "ppl_q4", "grad_norm", "lr", "frames_per_second", "skipped"}
     for r in steps:
-        assert {"ce", "ppl", "ce_q1", "ce_q4", "ppl_q4", "grad_norm", "lr", "frames_per_second", "skipped"} <= r.keys()
+        assert wanted <= r.keys()
         assert abs(r["ce"] - sum(r[f"ce_q{k}"] for k in (1, 2, 3, 4)) / 4) < 1e-9
         assert abs(r["ppl"] - math.exp(r["ce"])) < 1e-6
-    assert steps[0]["ce"] == pytest.approx(math.log(256), abs=0.6) and steps[0]["lr"] > 0
-    epoch_two = [r for r in steps if r["epoch"] == 2]
-    mean = sum(r["ce"] for r in epoch_two) / 3                       # equal targets in every update
-    assert next(r for r in records if r["stage"] == "train" and r["kind"] == "stage" and r["epoch"] == 2)["ce"] == \
-        pytest.approx(mean, abs=1e-6)
+    assert steps[0]["ce"] == pytest.approx(math.log(256), abs=0.6)
+    assert steps[0]["lr"] > 0
+    # an epoch's loss is the mean of its updates here, because all have equally many targets
+    mean = sum(r["ce"] for r in steps if r["epoch"] == 2) / 3
+    epoch_two = next(r for r in records if r["kind"] == "stage" and r["stage"] == "train" and r["epoch"] == 2)
+    assert epoch_two["ce"] == pytest.approx(mean, abs=1e-6)
 
 
 def test_run_folder(finished):
-    assert {"config.json", "log.jsonl", "last.pt", "last.prev.pt", "best.pt", "samples", "index.html"} <= \
-        {p.name for p in finished.iterdir()}
+    wanted = {"config.json", "log.jsonl", "last.pt", "last.prev.pt", "best.pt", "samples", "index.html"}
+    assert wanted <= {p.name for p in finished.iterdir()}
     samples = sorted(p.name for p in (finished / "samples" / "epoch_0002").iterdir())
-    assert samples == sorted(f"00{i}_{kind}.{end}" for i in (0, 1) for kind in listen.SAMPLE_KINDS for end in ("json", "wav"))
-    assert sorted(p.name for p in (finished / "samples" / "reference").glob("*.wav")) == \
-        ["000_codec.wav", "000_reference.wav", "001_codec.wav", "001_reference.wav"]
+    stems = [f"00{i}_{kind}" for i in (0, 1) for kind in listen.SAMPLE_KINDS]
+    assert samples == sorted(f"{stem}.{end}" for stem in stems for end in ("json", "wav"))
+    references = sorted(p.name for p in (finished / "samples" / "reference").glob("*.wav"))
+    assert references == ["000_codec.wav", "000_reference.wav", "001_codec.wav", "001_reference.wav"]
     config = json.loads((finished / "config.json").read_text())
     assert config["args"]["batch_size"] == 4 and config["model"]["card"] == 256
     best = torch.load(finished / "best.pt", weights_only=True)
@@ -99,33 +105,40 @@ def test_run_folder(finished):
 
 def test_best_holds_the_averaged_weights(finished):
     best, last = torch.load(finished / "best.pt", weights_only=True), saved(finished)
-    assert last["best_ce"] == last["history"][3]["ce"]               # the loss fell: the second epoch is the best
+    assert last["best_ce"] == last["history"][3]["ce"]  # the loss fell: the second epoch is the best
     assert largest_difference(best["model"], part(last, "ema")) == 0
     assert largest_difference(best["model"], part(last, "model")) > 0
 
 
 def test_generate_command(finished, tmp_path):
-    flags = ["--run", str(finished), "--prompt", "a slow organ tune", "--prompt", "fast bells", "--seconds", "1"]
-    other = [*flags[:3], "a quick chip lead", *flags[4:], "--temperature", "1"]
-    for name, words in (("a", flags), ("b", flags), ("c", other), ("d", [*flags, "--temperature", "1"])):
+    second = ["--prompt", "fast bells", "--run", str(finished), "--seconds", "1"]
+    flags = ["--prompt", "a slow organ tune", *second]
+    warm = [*flags, "--temperature", "1"]
+    other = ["--prompt", "a quick chip lead", *second, "--temperature", "1"]
+    for name, words in (("a", flags), ("b", flags), ("c", other), ("d", warm)):
         assert generate.main([*words, "--out", str(tmp_path / name)]) == 0
     a, b, c, d = ([(tmp_path / name / f"00{i}.wav").read_bytes() for i in (0, 1)] for name in "abcd")
-    assert a == b                                                    # bit for bit
-    assert c[0] != d[0]                                              # same seed, other prompt
+    assert a == b        # bit for bit
+    assert c[0] != d[0]  # same seed, other prompt
     record = json.loads((tmp_path / "a" / "001.json").read_text())
-    assert record["prompt"] == "fast bells" and record["seconds"] == 1 and record["cfg"] == flags_by_name()["cfg"].toy
-    assert generate.main([*flags, "--out", str(tmp_path / "a")]) == 0                # nothing is overwritten
-    assert (tmp_path / "a" / "002.wav").exists() and (tmp_path / "a" / "000.wav").read_bytes() == a[0]
+    assert record["prompt"] == "fast bells" and record["seconds"] == 1
+    assert record["cfg"] == flags_by_name()["cfg"].toy
+    # nothing is overwritten
+    assert generate.main([*flags, "--out", str(tmp_path / "a")]) == 0
+    assert (tmp_path / "a" / "002.wav").exists()
+    assert (tmp_path / "a" / "000.wav").read_bytes() == a[0]
 
 
 def test_generate_longer_and_continued(finished, tmp_path):
     import soundfile
     flags = ["--run", str(finished), "--out", str(tmp_path)]
-    assert generate.main([*flags, "--prompt", "fast bells", "--seconds", "5", "--stride", "1", "--n", "2"]) == 0
+    long = [*flags, "--prompt", "fast bells", "--seconds", "5", "--stride", "1", "--n", "2"]
+    assert generate.main(long) == 0
     assert soundfile.info(tmp_path / "001.wav").duration == 5
-    assert generate.main([*flags, "--unconditional", "--continue", str(tmp_path / "000.wav"), "--seconds", "6"]) == 0
+    continued = [*flags, "--unconditional", "--continue", str(tmp_path / "000.wav")]
+    assert generate.main([*continued, "--seconds", "6"]) == 0
     assert soundfile.info(tmp_path / "002.wav").duration == 6
-    assert generate.main([*flags, "--unconditional", "--continue", str(tmp_path / "000.wav"), "--seconds", "4"]) == 2
+    assert generate.main([*continued, "--seconds", "4"]) == 2  # no longer than what it continues
 
 
 def test_pieces_of_a_text_with_the_vocabulary_of_a_run(finished, capsys):
@@ -148,44 +161,51 @@ def test_micro_batches_change_nothing(finished, tmp_path):
 
 
 def test_two_ranks_equal_one(finished, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
-               str(HERE / "train.py"), *SMALL, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    command = [sys.executable, "-m", *torchrun, str(HERE / "train.py"), *SMALL, "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(finished, tmp_path)
 
 
-@pytest.mark.parametrize("commits", (1, 2, 4))
-def test_resume_equals_the_uninterrupted_run(commits, tmp_path, monkeypatch, capsys):
-    """Killed after a commit (within an epoch, before its validation, after it) and started again: the same bits."""
+@pytest.mark.parametrize("checkpoints", (1, 2, 4))
+def test_resume_equals_the_uninterrupted_run(checkpoints, tmp_path, monkeypatch, capsys):
+    """Killed after a checkpoint and started again: the same bits.
+
+    The checkpoint stands within an epoch, before its validation, or after it."""
     class Killed(Exception):
         pass
 
-    commit, left = resume.save_checkpoint, [commits]
+    save_checkpoint, left = resume.save_checkpoint, [checkpoints]
 
-    def commit_and_die(run):
-        commit(run)
+    def save_and_die(run):
+        save_checkpoint(run)
         left[0] -= 1
         if not left[0]:
             raise Killed
 
     flags = ["--dropout", "0.1", "--updates_per_epoch", "2", "--save_minutes", "0", "--log_every", "2"]
-    monkeypatch.setattr(resume, "save_checkpoint", commit_and_die)
+    monkeypatch.setattr(resume, "save_checkpoint", save_and_die)
     with pytest.raises(Killed):
         run(tmp_path, *flags)
-    monkeypatch.setattr(resume, "save_checkpoint", commit)
-    assert (saved(tmp_path)["step"], saved(tmp_path)["epoch"]) == {1: (1, 0), 2: (2, 0), 4: (3, 1)}[commits]
-    with open(tmp_path / "log.jsonl", "a") as log:                   # as if it had been killed a little later
-        log.write(json.dumps(dict(kind="step", stage="train", epoch=2, step=4, ce=99.0)) + "\n" + '{"kind": "st')
+    monkeypatch.setattr(resume, "save_checkpoint", save_checkpoint)
+    killed = saved(tmp_path)
+    assert (killed["step"], killed["epoch"]) == {1: (1, 0), 2: (2, 0), 4: (3, 1)}[checkpoints]
+    # as if it had been killed a little later: one record more, and the beginning of another
+    record = dict(kind="step", stage="train", epoch=2, step=4, ce=99.0)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n" + '{"kind": "st')
     assert run(tmp_path, *flags) == 0
     assert "going on from step" in capsys.readouterr().out
     whole = tmp_path / "whole"
     assert run(whole, *flags) == 0
     resumed, straight = saved(tmp_path), saved(whole)
     assert largest_difference(resumed["tensors"], straight["tensors"]) == 0
-    assert [r["ce"] for r in resumed["history"] if "ce" in r] == [r["ce"] for r in straight["history"] if "ce" in r]
-    assert [(r["stage"], r["step"], r.get("ce")) for r in lines(tmp_path)] == \
-        [(r["stage"], r["step"], r.get("ce")) for r in lines(whole)]
+    history, wanted = ([r["ce"] for r in c["history"] if "ce" in r] for c in (resumed, straight))
+    assert history == wanted
+    log, wanted = ([(r["stage"], r["step"], r.get("ce")) for r in lines(out)] for out in (tmp_path, whole))
+    assert log == wanted
 
 
 def test_resume_keeps_the_vocabulary_of_the_checkpoint(finished, tmp_path, monkeypatch):
@@ -203,7 +223,8 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, capsys):
     before = (finished / "last.pt").read_bytes()
     assert run(finished) == 0
     out = capsys.readouterr().out
-    assert "going on from" in out and "epoch 2 valid" in out and (finished / "last.pt").read_bytes() == before
+    assert "going on from" in out and "epoch 2 valid" in out
+    assert (finished / "last.pt").read_bytes() == before
 
 
 def test_another_configuration_is_refused(finished, capsys):
@@ -216,27 +237,31 @@ def test_another_configuration_is_refused(finished, capsys):
 
 @pytest.mark.parametrize("pattern", ("delay", "parallel", "unrolled"))
 def test_overfit_one_batch_falls(pattern, tmp_path):
-    """The commands of the README reach 0.05 with the tiny size; here a debug model has to get well on the way."""
-    flags = ["--overfit_one_batch", "--updates_per_epoch", "60", "--epochs", "1", "--pattern", pattern, "--log_every", "60"]
-    assert run(tmp_path, *flags) == 0
+    """The commands of the README reach 0.05 with the tiny size. Here a debug model gets well on the way."""
+    flags = ["--overfit_one_batch", "--updates_per_epoch", "60", "--epochs", "1", "--log_every", "60"]
+    assert run(tmp_path, *flags, "--pattern", pattern) == 0
     ce = [r["ce"] for r in lines(tmp_path) if r["kind"] == "step"]
     assert ce[-1] < 3.2 < math.log(256)
 
 
 def test_overfitting_goes_on_with_the_same_batch(tmp_path, monkeypatch):
     """Stopped within its epoch, it must not go on with the batch that would stand there."""
-    monkeypatch.setattr(train, "update", lambda run, micros, update=train.update: (seen.append(micros[0][0].clone()), update(run, micros))[1])
-    flags, seen = ["--overfit_one_batch", "--updates_per_epoch", "3", "--epochs", "1", "--save_minutes", "0"], []
-    commit = resume.save_checkpoint
+    seen, update, save_checkpoint = [], train.update, resume.save_checkpoint
+
+    def remember_codes(run, micros):
+        seen.append(micros[0][0].clone())
+        return update(run, micros)
 
     def stop_at_two(run):
-        commit(run)
+        save_checkpoint(run)
         if run.step == 2 and not seen[2:]:
             raise train.Stopped("SIGTERM")
 
+    flags = ["--overfit_one_batch", "--updates_per_epoch", "3", "--epochs", "1", "--save_minutes", "0"]
+    monkeypatch.setattr(train, "update", remember_codes)
     monkeypatch.setattr(resume, "save_checkpoint", stop_at_two)
     assert run(tmp_path, *flags) == 0 and len(seen) == 2
-    monkeypatch.setattr(resume, "save_checkpoint", commit)
+    monkeypatch.setattr(resume, "save_checkpoint", save_checkpoint)
     assert run(tmp_path, *flags) == 0 and len(seen) == 3
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
@@ -244,14 +269,17 @@ def test_overfitting_goes_on_with_the_same_batch(tmp_path, monkeypatch):
 def test_unconditional_and_other_fuses(tmp_path):
     short = ["--epochs", "1", "--updates_per_epoch", "1"]
     assert run(tmp_path / "a", "--no_text", *short) == 0
-    assert generate.main(["--run", str(tmp_path / "a"), "--unconditional", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
-    assert generate.main(["--run", str(tmp_path / "a"), "--prompt", "x", "--out", str(tmp_path)]) == 2
+    flags = ["--run", str(tmp_path / "a"), "--out", str(tmp_path)]
+    assert generate.main([*flags, "--unconditional", "--seconds", "0.5"]) == 0
+    assert generate.main([*flags, "--prompt", "x"]) == 2
     assert run(tmp_path / "b", "--fuse", "text=prepend", *short) == 0
     assert run(tmp_path / "c", "--fuse", "text=sum", "--dtype", "bfloat16", "--checkpointing", *short) == 0
 
 
 def test_gradients_not_finite(tmp_path, monkeypatch, capsys):
-    """Weights stay as they are, the update is counted, and after --max_skipped in a row it stops and names the tensor."""
+    """Weights stay as they are, the update is counted, the tensor is named.
+
+    After --max_skipped in a row the run stops."""
     norm = torch.nn.utils.get_total_norm
 
     def poison(gradients, *rest):
@@ -285,7 +313,8 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
 
     def poison(*rest):
         calls[0] += 1
-        return loss(*rest) * (float("inf") if calls[0] == 6 else 1)                          # update 2, codebook 2
+        in_update_two_codebook_two = calls[0] == 6
+        return loss(*rest) * (float("inf") if in_update_two_codebook_two else 1)
 
     monkeypatch.setattr(model, "head_loss", poison)
     assert run(tmp_path) == 0
@@ -301,7 +330,10 @@ def test_ema_sequence():
         model.weight.data.fill_(value)
         ema.update(model)
         weights.append(1 / ema.count)
-        average = value if average is None else average + weights[-1] * (value - average)
+        if average is None:
+            average = value
+        else:
+            average += weights[-1] * (value - average)
         assert float(ema.model.weight) == pytest.approx(average)
     assert weights[:3] == pytest.approx([1, 0.50251, 0.33668], abs=1e-4)
 
@@ -311,23 +343,29 @@ def test_the_text_encoder_has_its_own_learning_rate(finished):
     model = load.build_model(load.read_model(finished))
     args = train.build_parser().parse_args(["--lr", "8e-3", "--text_lr", "2e-3"])
     groups = train.optimizer_groups(model, args)
-    assert sorted((g["lr_scale"], g["weight_decay"]) for g in groups) == [(0.25, 0.0), (0.25, 0.1), (1.0, 0.0), (1.0, 0.1)]
+    kinds = sorted((g["lr_scale"], g["weight_decay"]) for g in groups)
+    assert kinds == [(0.25, 0.0), (0.25, 0.1), (1.0, 0.0), (1.0, 0.1)]
     grouped = [id(p) for g in groups for p in g["params"]]
-    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters()}
     text = {id(p) for p in model.conditioner.parameters()}
     assert all((id(p) in text) == (g["lr_scale"] == 0.25) for g in groups for p in g["params"])
 
 
 def test_learning_rate():
-    args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "4", "--epochs", "1", "--updates_per_epoch", "24"])
+    flags = ["--lr", "1", "--warmup_steps", "4", "--epochs", "1", "--updates_per_epoch", "24"]
+    args = train.build_parser().parse_args(flags)
     rates = [train.learning_rate(n, args) for n in range(25)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[14] == pytest.approx(0.5) and rates[24] == 0
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[14] == pytest.approx(0.5)
+    assert rates[24] == 0
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     assert run(tmp_path / "new", "--dry_run", "--size", "small") == 0
     out = capsys.readouterr().out
-    assert "GiB" in out and "time, about" in out and not (tmp_path / "new").exists()
+    assert "GiB" in out and "time, about" in out
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -369,6 +407,6 @@ def test_mistyped_flags(flags, tmp_path, capsys):
 
 
 def test_read_only_run_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda *a: False)              # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda *a: False)  # root may write anywhere
     assert run(tmp_path / "x") == 2
     assert "cannot be written" in capsys.readouterr().err
