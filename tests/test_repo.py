@@ -18,14 +18,16 @@ from support.flag import NOT_SAID
 from support.flags import flags_by_name
 
 HERE = Path(__file__).parent.parent
-TOP = ("patterns", "model", "conditioning", "tokenizer", "toy", "data", "generate", "train")     # in reading order
+# in reading order
+TOP = ("patterns", "model", "conditioning", "tokenizer", "toy", "data", "generate", "train")
 ROOMS = ("support", "evaluate", "interop", "tools")
 FILES = {p.stem: p for p in sorted(HERE.glob("*.py"))}
 FILES |= {f"{room}.{p.stem}": p for room in ROOMS for p in sorted((HERE / room).glob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 TESTS = sorted((HERE / "tests").glob("*.py"))
 MOST_LINES = 620                               # of a file
-UNNAMED = ("forward", "backward", "find_spec", "create_module", "exec_module")     # methods that PyTorch and Python name
+# methods that PyTorch and Python name
+UNNAMED = ("forward", "backward", "find_spec", "create_module", "exec_module")
 
 
 def line_count(path: Path) -> int:
@@ -54,7 +56,8 @@ def test_the_eight_are_not_written_densely(tmp_path):
     pytest.importorskip("ruff")
     for name in TOP:
         (tmp_path / f"{name}.py").write_text(FILES[name].read_text())
-    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", "--line-length", "110", str(tmp_path)], check=True)
+    command = [sys.executable, "-m", "ruff", "format", "-q", "--line-length", "110", str(tmp_path)]
+    subprocess.run(command, check=True)
     assert sum(map(line_count, tmp_path.glob("*.py"))) <= 3_700
 
 
@@ -127,7 +130,8 @@ def test_a_name_stands_for_one_thing():
                 names[node.name] += 1
             elif isinstance(node, ast.Assign):
                 names.update(t.id for t in node.targets if isinstance(t, ast.Name))
-    assert not [name for name, times in names.items() if times > 1 and name != "main" and not name.startswith("_")]
+    twice = [name for name, times in names.items() if times > 1]
+    assert not [name for name in twice if name != "main" and not name.startswith("_")]
 
 
 def test_a_new_flag_says_what_runs_had_before():
