@@ -36,9 +36,6 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> Start:
         fuse = (content["conditioner_config"] or {}).get("fuse")
         theirs = ModelConfig(**content["model_config"])
         there, assets = model_traits(theirs, fuse), content["assets"]
-        # its vocabulary must be one, too
-        load.skeleton(theirs, load.read_conditioner_config(content["conditioner_config"]),
-                      {name: common.tensor_to_bytes(x) for name, x in assets.items()})
         stored = dict(channels=1) | content["codec"]                 # older files: mono
         their_codes = "codes {K} of {name} (channels {channels}, {fingerprint:.12})".format(**stored)
         weights = content["model"]
@@ -66,6 +63,14 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> Start:
     if differ:
         raise ValueError(f"--init_from {args.init_from} does not fit: {'; '.join(differ)}. Give the flags it "
                          "was trained with")
+
+    # a model can be made of it; its vocabulary must be one, for instance
+    try:
+        load.skeleton(theirs, load.read_conditioner_config(content["conditioner_config"]),
+                      {name: common.tensor_to_bytes(x) for name, x in assets.items()})
+    except Exception as error:                                       # a foreign file can fail in any way
+        problem = common.describe_error(error)
+        raise ValueError(f"{args.init_from}: not {common.MODEL_FILE}, or damaged ({problem})") from None
     return Start(weights, assets, content["conditioner_config"], added, copies)
 
 

@@ -34,11 +34,12 @@ import tokenizer
 import train
 from bad_material import TEXTS, TINY_TRAINING, make_material, prepare
 from evaluate import analyser, metrics
-from support import estimate
+from support import chroma, estimate, style
 from tools import fit_codec
 
 PROGRAMS = dict(train=train, data=data, tokenizer=tokenizer, generate=generate, metrics=metrics,
-                conditioning=conditioning, analyser=analyser, fit_codec=fit_codec)
+                conditioning=conditioning, analyser=analyser, fit_codec=fit_codec, chroma=chroma,
+                style=style)
 FIRST = {    # flags put before those of a case
     "train": TINY_TRAINING,
     "generate": "--seconds 0.1 --device cpu --out out".split(),

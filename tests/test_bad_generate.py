@@ -145,11 +145,10 @@ REFUSED = {
     "metrics: codec unknown": ("metrics --codec mystery", "'mystery'", "toy, encodec_24khz"),
     "metrics: codec is a pickle": ("metrics --codec @pickle.pt", "pickle.pt", "not a codec file"),
     # conditioning
-    "conditioning: nothing": ("conditioning --run @tune", "--melody", "--style"),
-    "conditioning: style without a run": ("conditioning --style @good.wav", "--run"),
-    "conditioning: style of a run without": (
-        "conditioning --style @good.wav --run @model", "model", "without style"),
-    "conditioning: melody missing": ("conditioning --melody gone.wav", "gone.wav", "not readable as audio"),
+    "conditioning: nothing": ("conditioning --run @tune", "text"),
+    "style: without a run": ("style @good.wav", "--run"),
+    "style: of a run without": ("style @good.wav --run @model", "model", "without style"),
+    "chroma: missing": ("chroma gone.wav", "gone.wav", "not readable as audio"),
     "conditioning: no text": ("conditioning", "text"),
     "conditioning: run missing": ("conditioning organ --run no/such", "no/such", "give the folder of a run"),
     "conditioning: run is a pickle": ("conditioning organ --run @best_pickle", "best_pickle", "not a model"),
