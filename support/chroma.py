@@ -223,10 +223,10 @@ def print_chroma(path: str) -> None:
     print(draw_chroma(chromagram(audio.read_audio(path), audio.audio_info(path).sample_rate)))
 
 
-@command("chroma.py")
+@command("support.chroma")
 def main(argv: list | None = None) -> None:
     """Draws the chroma of an audio file."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m support.chroma", description=main.__doc__)
     parser.add_argument("audio")
     print_chroma(parser.parse_args(argv).audio)
 

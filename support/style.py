@@ -312,7 +312,8 @@ def print_style(path: str, run: str) -> None:
 @common.command("support.style")
 def main(argv: list | None = None) -> None:
     """The command at the head of this file."""
-    parser = argparse.ArgumentParser(description="Prints what a run's bottleneck leaves of an excerpt.")
+    parser = argparse.ArgumentParser(prog="python -m support.style",
+                                     description="Prints what a run's bottleneck leaves of an excerpt.")
     parser.add_argument("audio")
     parser.add_argument("--run", required=True, help="folder of a run that was trained with a style")
     args = parser.parse_args(argv)
