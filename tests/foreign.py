@@ -59,8 +59,8 @@ def save(model, folder, **kwargs):
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["mono", "stereo"])
-def pair(request, tmp_path_factory):
+@pytest.fixture(name="pair", scope="module", params=[1, 2], ids=["mono", "stereo"])
+def pair_fixture(request, tmp_path_factory):
     """(theirs, ours as a MusicGenerator, folder)."""
     if transformers is None:
         pytest.skip(MISSING)
@@ -69,9 +69,9 @@ def pair(request, tmp_path_factory):
     return theirs, MusicGenerator.load(folder), folder
 
 
-@pytest.fixture(scope="module", params=[dict(), dict(channels=2), dict(width=24)],
+@pytest.fixture(name="tuned", scope="module", params=[dict(), dict(channels=2), dict(width=24)],
                 ids=["mono", "stereo", "text as wide as the model"])
-def tuned(request, tmp_path_factory):
+def tuned_fixture(request, tmp_path_factory):
     """(theirs, ours as a MusicGenerator, folder) with melody and text in front of the codes."""
     if transformers is None:
         pytest.skip(MISSING)

@@ -12,6 +12,7 @@ import train
 from generate import MusicGenerator, Sampling, generate_codes
 from interop import convert, load
 from interop.tensors import open_hf_folder
+from foreign import pair_fixture, tuned_fixture  # noqa: F401, pytest finds them by their names
 from foreign import TINY, greedy, needs_transformers, published, save, transformers, tune, write
 from support import audio, common
 

@@ -21,6 +21,7 @@ from generate import MusicGenerator, Sampling, generate_codes
 from interop import convert, load, t5
 from interop.huggingface import MELODY, TEXT, hf_names
 from model import SIZES, ModelConfig
+from foreign import pair_fixture, tuned_fixture  # noqa: F401, pytest finds them by their names
 from foreign import PIECES, WORDS, extractor, greedy, needs_transformers, old_weight_norm, published
 from foreign import save, transformers, tune
 from support import chroma

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from interop import load
-from support import resume
+import conditioning
 import data
 import generate
 import model
-from evaluate import listen
 import train
+from evaluate import listen
+from interop import load
+from support import resume
 from support.flags import flags_by_name
 from train import Ema
 
@@ -142,7 +143,6 @@ def test_generate_longer_and_continued(finished, tmp_path):
 
 
 def test_pieces_of_a_text_with_the_vocabulary_of_a_run(finished, capsys):
-    import conditioning
     conditioning.main(["a slow organ", "--run", str(finished)])
     out = capsys.readouterr().out.splitlines()
     assert "pieces in the vocabulary" in out[0] and "organ" in out[1] and out[2].endswith(" 1")
