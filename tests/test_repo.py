@@ -190,3 +190,42 @@ def test_generating_commands_of_the_readme_parse(capsys):
 
 def test_the_readme_is_short():
     assert len((HERE / "README.md").read_text().splitlines()) <= 250
+
+
+def test_the_readme_knows_the_eight():
+    """Each with about as many lines as it has."""
+    rows = re.findall(r"^\| `(\w+)\.py` \| (\d+) \|", (HERE / "README.md").read_text(), re.M)
+    assert sorted(name for name, _ in rows) == sorted(TOP)
+    for name, lines in rows:
+        assert abs(line_count(FILES[name]) - int(lines)) <= 20, name
+
+
+def test_the_readme_leads_from_the_paper_to_code_that_exists():
+    text = (HERE / "README.md").read_text()
+    table = text[text.index("| paper | code |"):].split("\n\n")[0]
+    names = re.findall(r"`([\w.]+)`", table)
+    assert len(names) > 10
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_docs_lead_somewhere(page):
+    """To a file, and to a heading by the name that GitHub gives it; pictures and sounds are of a run."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        if target.startswith("http") or path.endswith((".png", ".wav", ".mp3")):
+            continue
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), re.M)
+            assert heading in [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_docs_name_are_there(page):
+    for name in re.findall(r"`((?:\w+/)+\w+\.\w+)`", page.read_text()):
+        if name.split("/")[0] in (*ROOMS, "tests", "assets", "docs"):
+            assert (HERE / name).exists(), name
