@@ -1,5 +1,5 @@
-"""What the music is conditioned on: the text, all conditions together, the dropouts of training, and where
-each enters.
+"""What the music is conditioned on: the text, all conditions together, what training drops, where each
+enters.
 
 Copet et al. 2023 (arXiv:2306.05284), sec. 2.3 and 2.4. A sample's conditions are a plain dict {name: value},
 with None for what it lacks. A condition turns the values of a batch into embeddings of the language model's
@@ -8,17 +8,20 @@ and a fusing method says how they enter:
 
     text      "a slow waltz" ─sentencepiece─► ids [B, L] ─encoder as T5's─► [B, L, E] ─projection─► [B, L, D]
 
-    cross     the transformer attends to them                                    (text, the default)
+    cross     the transformer attends to them                                    (text; on toy: cross+sum)
     prepend   they stand in front of the codes                                   (melody and style)
     sum       their sum over sqrt(L) is added to the input of every step         (several at once: cross+sum)
 
     [{name: value}] ─drop─► ─prepare (host)─► ids, masks ─forward─► {name: (emb [B, L, D], mask [B, L])}
     ─fuse─► Conditions
 
+The text encoder is small and learns with the model, from random weights; the paper's T5 is pretrained and
+frozen, as it is here with published weights (--init_from) or --freeze_text_encoder.
+
 Classifier-free guidance (Ho & Salimans 2022) needs a model that also knows the unconditional distribution. So
 in training all conditions of a sample are dropped together with probability `cfg_dropout`, and each alone
-with its own. There is one draw a sample, from (seed, step, index of the sample in its epoch): the same for
-any number of ranks and micro-batches, and after a restart.
+with its own. Each sample has a generator of its own, from (seed, step, index of the sample in its epoch): the
+same for any number of ranks and micro-batches, and after a restart.
 
 Legend: B batch, K codebooks, T frames, L condition tokens, E width of the text encoder, D width of the
 language model.
@@ -50,7 +53,7 @@ from support.style import Style
 PAD, EOS, UNK = 0, 1, 2                        # sentencepiece ids, T5's
 METHODS = ("cross", "prepend", "sum")
 METADATA = ("key", "bpm", "genre", "moods", "keywords", "instrument")          # may be merged into the text
-DROP_STREAM = 11                              # random numbers of the dropouts; a condition has its own stream
+CONDITION_DROP_STREAM = 11                    # random numbers of the dropouts; a condition has its own stream
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,7 +74,7 @@ def merge_metadata(meta: dict, rng: np.random.Generator, merge_text_p: float = 0
     `drop_other_p` was really the probability of keeping."""
     description = meta.get("description")
     if rng.random() >= merge_text_p:
-        return description if description else full_text(meta)
+        return full_text(meta)
     kept = [text for text in metadata_texts(meta) if rng.random() < keep_other_p]
     rng.shuffle(kept)
     if rng.random() < drop_desc_p:
@@ -221,17 +224,24 @@ def relative_buckets(L: int, buckets: int, max_distance: int, device) -> Tensor:
     distance = positions[None] - positions[:, None]                                              # key - query
     half, exact = buckets // 2, buckets // 4
     d = distance.abs()
-    octaves = torch.log(d.clamp_min(1).float() / exact) / math.log(max_distance / exact)
-    far = exact + (octaves * (half - exact)).long()
+    log_ratio = torch.log(d.clamp_min(1).float() / exact) / math.log(max_distance / exact)
+    far = exact + (log_ratio * (half - exact)).long()
     return torch.where(d < exact, d, far.clamp(max=half - 1)) + half * (distance > 0)
 
 
 class Text(Condition):
     """Text to embeddings of the language model's width. A null text gives exact zeros, and so does
     padding."""
-    name, plural, label, widget, metavar = "text", "captions", "Prompt (empty: none)", "text", "TEXT"
-    Config, stream, is_text, learns_at_text_lr = TextConfig, 12, True, True
-    fuse = {"toy": "cross+sum", "audio": "cross"}
+    name = "text"
+    plural = "captions"
+    label = "Prompt (empty: none)"
+    widget = "text"
+    metavar = "TEXT"
+    Config = TextConfig
+    rng_stream = 12
+    default_method = {"toy": "cross+sum", "audio": "cross"}
+    is_text = True
+    learns_at_text_lr = True
     flags = (
         Flag("no_text", "without text: alone, an unconditional model", bool, False, before=False),
         Flag("freeze_text_encoder", "leave the text encoder as it is (default: yes for published weights)",
@@ -331,8 +341,8 @@ class Text(Condition):
 # --------------------------------------------------------------------------------------------------
 # all conditions together
 
-# Every condition there is. In front of the codes the later ones stand first, so that a new one at the end
-# moves none.
+# Every condition there is; append a new one. Where several are prepended they stand in reverse order
+# (flags.fuse_methods): the new one comes first and moves none of the others away from the codes.
 CONDITIONS = {c.name: c for c in (Text, Melody, Style)}
 
 
@@ -378,33 +388,33 @@ class Conditioner(nn.Module):
         self.parts = nn.ModuleDict({name: CONDITIONS[name](shape, dim, assets.get(name))
                                     for name, shape in config.shapes.items()})
 
-    @property
-    def names(self) -> list:
-        """Names of the conditions, in the order of fusing."""
-        return list(self.parts)
-
-    def read(self, examples: list, codes: Tensor, frame_mask: Tensor, args, codec, step: int | None) -> tuple:
-        """Values [{name: value or None}] of training examples, and the frames that count in the loss, bool
-        [B, T].
+    def example_values(self, examples: list, codes: Tensor, frame_mask: Tensor, args, codec, step):
+        """(values [{name: value or None}] of training examples, frames that count in the loss, bool [B, T]).
 
         codes [B, K, T] of the examples; frame_mask [B, T], True where there is audio. In update `step` the
         values are random (merged metadata, the place of an excerpt) and dropped at random. With None nothing
         is random and nothing dropped."""
-        everything, loss_mask = [], frame_mask.clone()
-        for example, row, counts in zip(examples, codes, loss_mask):
-            values, excerpts = {}, {}
+        values, loss_mask = [], frame_mask.clone()
+        for i, example in enumerate(examples):
+            # its value of each condition, and the excerpt that a condition has read
+            sample, excerpts = {}, {}
             for name, part in self.parts.items():
-                rng = None if step is None else random_generator(args.seed, part.stream, step, example.index)
-                values[name], excerpts[name] = part.from_example(example, row, args, codec, rng)
+                rng = None
+                if step is not None:
+                    rng = random_generator(args.seed, part.rng_stream, step, example.index)
+                sample[name], excerpts[name] = part.from_example(example, codes[i], args, codec, rng)
+            # dropped at random, for guidance
             if step is not None:
-                rng = random_generator(args.seed, DROP_STREAM, step, example.index)
-                alone = {name: getattr(args, f"{name}_dropout") for name in values}
-                values = drop_conditions(values, rng, args.cfg_dropout, alone)
+                rng = random_generator(args.seed, CONDITION_DROP_STREAM, step, example.index)
+                alone = {name: getattr(args, f"{name}_dropout") for name in sample}
+                sample = drop_conditions(sample, rng, args.cfg_dropout, alone)
+            # an excerpt that is an input is no target: the model would learn to copy it
             for name, excerpt in excerpts.items():
-                if excerpt is not None and values[name] is not None:
-                    counts[slice(*excerpt)] = False            # the model has read it and would learn to copy
-            everything.append(values)
-        return everything, loss_mask
+                if excerpt is not None and sample[name] is not None:
+                    start, stop = excerpt
+                    loss_mask[i, start:stop] = False
+            values.append(sample)
+        return values, loss_mask
 
     def prepare(self, values: list, device="cpu") -> dict:
         """Host side of a batch: [{name: value or None}] -> {name: tuple of tensors on `device`}.

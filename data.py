@@ -31,14 +31,13 @@ from torch import Tensor
 
 import tokenizer
 import toy
+from conditioning import CONDITIONS
 from support.cache import CachedEntry, make_cache, open_cache, read_rows
-from support.chroma import Chroma
 from support.common import command, random_generator
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
 
 FILES, SEGMENT = 1, 2  # streams of random numbers: each has its own generator
 MAX_TRIES = 10  # files drawn in place of an unreadable one before giving up
-FEATURES = (Chroma,)  # what conditions may ask of the audio: all that a token cache holds
 
 
 @dataclass
@@ -184,8 +183,8 @@ class CacheDataset(SegmentDataset):
     def read_feature(self, name: str, entry: CachedEntry, start_frame: int) -> np.ndarray:
         """A feature [F, columns] of the segment from a frame of codes on, from its own nearest frame on.
 
-        That of live audio differs: its frames begin with the segment, here up to half a frame beside it. Its
-        first and last mirror the segment's edges, where these have heard what comes before and after."""
+        Live features are of the segment alone, mirrored at its edges. These are of the whole file: they may
+        lie half a frame off, and have heard what is beyond the edges."""
         feature, (offset, stored) = self.features[name], entry.features.get(name, (0, 0))
         first = round(start_frame * self.hop / feature.hop_length(self.sample_rate))
         count = min(feature.count_frames(self.samples, self.sample_rate), stored - first)
@@ -274,12 +273,14 @@ def ignore_signals(worker: int) -> None:
 
 def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank: int = 0,
             world_size: int = 1, workers: int = 0) -> Iterator[list[Example]]:
-    """This rank's examples of updates start..stop-1 of an epoch. None depends on ranks, workers or the start.
+    """This rank's examples of updates start..stop-1 of an epoch; the same for any ranks, workers and start.
 
     Errors: ValueError, also where too many files in a row cannot be read."""
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(f"batch_size {batch_size}: a multiple of the {world_size} ranks")
     share = batch_size // world_size  # of each update, a rank's examples
+    # the loader's items are first indices, one an update; its collate function reads the examples, in a
+    # worker
     firsts = [update * batch_size + rank * share for update in range(start, stop)]
     loader = torch.utils.data.DataLoader(
         firsts, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
@@ -326,8 +327,9 @@ def main(argv: list | None = None) -> int:
     cache.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, codes of each")
     cache.add_argument("--out", required=True, help="folder of the cache")
     cache.add_argument("--device", default="cpu", help="where the codec runs")
-    for feature in FEATURES:
-        feature.add_flags(cache)
+    for condition in CONDITIONS.values():
+        for flag in condition.cache_flags:
+            flag.add_to(cache)
     args = parser.parse_args(argv)
     if args.command == "check" and args.dataset == "toy":
         caption = toy.draw_clip(0, 0, 0)[1]
@@ -338,7 +340,9 @@ def main(argv: list | None = None) -> int:
     else:
         try:
             codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device, args.channels)
-            features = {feature.name: feature.of_flags(args) for feature in FEATURES}
+            features = {}
+            for condition in CONDITIONS.values():
+                features |= condition.features(args)
             make_cache(args.dataset, args.out, codec, args.valid, args.device, features)
         except KeyboardInterrupt:
             print("data.py: stopped; the same command goes on from here", file=sys.stderr)

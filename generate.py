@@ -1,15 +1,15 @@
 """Music from a trained model: sampling with guidance, continuation, lengths past the training window.
 
-Copet et al. 2023 (arXiv:2306.05284), sec. 2.2 and 3.1. The pattern is walked step by step; each step's codes
-are sampled from the K heads and written into the cells that are still open. Rows with and without
-conditions go through in one batch (Ho & Salimans 2022; cfg 1 needs the first half alone):
+Copet et al. 2023 (arXiv:2306.05284), sec. 2.2 and 2.3. The pattern is walked step by step; each step's codes
+are sampled from the K heads and written into the cells that are still open (no prompt fills them). Rows with
+and without conditions go through in one batch (Ho & Salimans 2022; with cfg 1 those without are left out):
 
-    logits = nothing + cfg * (everything - nothing)
+    logits = uncond + cfg * (cond - uncond)
 
-A text beside a style or a melody is drowned by it, which says more. Double guidance (Rouard et al. 2024,
+A style or a melody says more than a text and drowns it. Double guidance (Rouard et al. 2024,
 arXiv:2407.12563, sec. 3) pushes the text further, with rows for all but the text as well:
 
-    logits = nothing + cfg * (textless + cfg_style * (everything - textless) - nothing)
+    logits = uncond + cfg * (cond_without_text + cfg_style * (cond - cond_without_text) - uncond)
 
 Longer than the training window: a first window, then windows whose beginning is the end of the one before. A
 melody is read on in each from where it begins, and begins again after its end.
@@ -66,7 +66,8 @@ class Sampling:
 
 
 def sample_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """logits [...,card] -> codes [...]. The draw is argmax(p / exponential noise): no trip to the host."""
+    """logits [...,card] -> codes [...]. The draw is argmax(p / exponential noise), an
+    exponential race, as torch.multinomial's: no trip to the host."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits, codes = logits.float() / sampling.temperature, None
@@ -86,7 +87,7 @@ def sample_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator 
 def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
                    generator: torch.Generator | None = None, prompt: Tensor | None = None, progress=None,
                    dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes [B, K, T] for a list of B conditions ({name: value or None}).
+    """Codes [B, K, T] for the conditions of B samples, each {name: value or None}.
 
     prompt [B, K, T'] with T' < T is kept as it is and continued; progress(done, total) is called after every
     step; dtype: of autocast and of the key-value cache. The model is put into eval mode for the while."""
@@ -128,15 +129,15 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
             if open_heads[s]:
                 # guidance
                 logits = logits[:, :, 0].float()                                           # [rows*B, k, card]
-                everything, *others = logits.chunk(rows)
+                cond, *others = logits.chunk(rows)
                 if coefficient is not None:
-                    textless = others.pop(0)
-                    everything = textless + coefficient * (everything - textless)
+                    cond_without_text = others.pop(0)
+                    cond = cond_without_text + coefficient * (cond - cond_without_text)
                 if guided:
-                    null = others[0]
-                    everything = null + sampling.cfg * (everything - null)
+                    uncond = others[0]
+                    cond = uncond + sampling.cfg * (cond - uncond)
                 # sampling
-                drawn = sample_codes(everything, sampling, generator)                           # [B, k]
+                drawn = sample_codes(cond, sampling, generator)                                 # [B, k]
                 seq[:, slice(None) if which is None else which, s] = drawn
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)
@@ -193,7 +194,7 @@ def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, 
     The prompt counts in T; a melody is read from frame `began` on. Errors: ValueError if the stride does not
     leave a prompt."""
     if not 0 < stride < window:
-        raise ValueError(f"stride {stride} frames: it lies between 1 and the window of {window} less 1")
+        raise ValueError(f"stride {stride} frames: 1 to {window - 1}, less than the window")
     context = window - stride                                        # frames that a window takes over
     common_arguments = dict(generator=generator, dtype=dtype)
 
@@ -207,7 +208,7 @@ def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, 
     codes, total = prompt, T if prompt is None else T - prompt.shape[2]
     done = 0                                                         # new frames
     while done < total:
-        if codes is None or done == 0:
+        if done == 0:
             kept, start = codes, began
         else:
             kept, start = codes[..., -context:], began + codes.shape[2] - context
@@ -294,7 +295,7 @@ class MusicGenerator:
                              stride=stride, generator=generator, prompt=prompt, progress=progress,
                              dtype=self.dtype)
 
-    def condition_values(self, prompts: list, **given) -> list:
+    def condition_values(self, texts: list, **given) -> list:
         """[{name: value or None}] of texts (None: without), and of what is given for other conditions by
         name.
 
@@ -302,14 +303,14 @@ class MusicGenerator:
         may be. Errors: ValueError for what the model was not trained on, or what holds no such condition."""
         columns = {}
         for name, condition in CONDITIONS.items():
-            column = prompts if condition.is_text else given.pop(name, None)
-            columns[name] = column if isinstance(column, (list, tuple)) else [column] * len(prompts)
+            column = texts if condition.is_text else given.pop(name, None)
+            columns[name] = column if isinstance(column, (list, tuple)) else [column] * len(texts)
         if given:
             raise ValueError(f"condition {next(iter(given))!r}: choose from {', '.join(CONDITIONS)}")
-        values = [{} for _ in prompts]
+        values = [{} for _ in texts]
         for name, column in columns.items():
-            if len(column) != len(prompts):
-                raise ValueError(f"{len(column)} of {name} for {len(prompts)} of text: give one for all, "
+            if len(column) != len(texts):
+                raise ValueError(f"{len(column)} of {name} for {len(texts)} of text: give one for all, "
                                  "or as many")
             if name not in self.conditions and any(item is not None for item in column):
                 hint = ": use --unconditional" if CONDITIONS[name].is_text else ""
@@ -321,13 +322,13 @@ class MusicGenerator:
                 row[name] = None if item is None else known[id(item)]
         return values
 
-    def generate(self, prompts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
+    def generate(self, texts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
                  stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None,
                  **given) -> Tensor:
         """Audio [B, C, N] for texts (None: without), with other conditions by name as in `condition_values`.
 
         The rest is as in `codes`."""
-        values = self.condition_values(prompts, **given)
+        values = self.condition_values(texts, **given)
         codes = self.codes(values, seconds, seed, sampling, stride_seconds=stride_seconds, prompt=prompt,
                            progress=progress)
         return self.codec.decode(codes).cpu()

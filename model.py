@@ -1,6 +1,6 @@
 """The language model of MusicGen: a decoder-only transformer over the K parallel code streams of a codec.
 
-Copet et al. 2023 (arXiv:2306.05284), sec. 2.1 to 2.3. K embedding tables are summed into one vector a step, a
+Copet et al. 2023 (arXiv:2306.05284), sec. 2.2 to 2.4. K embedding tables are summed into one vector a step, a
 pre-norm transformer with causal self-attention (and cross-attention to the text) reads them, K linear heads
 predict the next codes. Parameters are named as in the public checkpoints.
 
@@ -218,10 +218,10 @@ class Transformer(nn.Module):
         self.checkpointing = False
 
     def forward(self, x: Tensor, mask: Tensor | None, cross: Tensor | None, cross_mask: Tensor | None,
-                cache: Cache | None = None, keys: Tensor | None = None) -> Tensor:
-        """x [B,S,D] -> [B,S,D]. keys [B] or [B,S] int32: see `Dropout`; the rest as in `Layer`."""
+                cache: Cache | None = None, dropout_keys: Tensor | None = None) -> Tensor:
+        """x [B,S,D] -> [B,S,D]. dropout_keys [B] or [B,S] int32: see `Dropout`; the rest as in `Layer`."""
         for i, layer in enumerate(self.layers):
-            dropout = Dropout(self.dropout, keys, i)
+            dropout = Dropout(self.dropout, dropout_keys, i)
             if self.checkpointing and self.training:
                 x = recompute(layer, x, mask, cross, cross_mask, None, i, dropout)
             else:
@@ -265,8 +265,8 @@ class MusicGen(nn.Module):
         """Truncated normal; std = 1/sqrt(fan_in), in the layers see `init_transformer`.
 
         Source: audiocraft's scheme, which its packed q, k and v escape by accident; here they follow it.
-        Embeddings of 1/sqrt(D) are ten times smaller than the position vectors that are added to them.
-        `emb_std` can make them as large, from which a short run gains much."""
+        Embeddings of 1/sqrt(D) are small beside the position vectors added to them (RMS 0.7): the wider the
+        smaller. `emb_std` can make them as large, from which a short run gains much."""
         for table in self.emb:
             trunc_normal(table.weight, self.config.emb_std or self.config.dim ** -0.5)
         for head in self.linears:
@@ -278,10 +278,10 @@ class MusicGen(nn.Module):
         return sum(table(codes) for table, codes in zip(self.emb, seq.unbind(1)))
 
     def hidden(self, seq: Tensor, conditions: Conditions | None = None, cache: Cache | None = None,
-               keys: Tensor | None = None) -> Tensor:
+               dropout_keys: Tensor | None = None) -> Tensor:
         """Codes in the pattern, seq [B,K,S] -> [B,S,D], normalized, ready for the heads.
 
-        cache: an empty one, which `decode_step` then goes on with. keys [B] int32: dropout's, one a sample;
+        cache: an empty one, which `decode_step` then goes on with. dropout_keys [B] int32: one a sample;
         without them nothing is dropped."""
         B, K, S = seq.shape
         assert K == self.config.K, f"{K} codebooks, the model has {self.config.K}"
@@ -297,7 +297,7 @@ class MusicGen(nn.Module):
             P, prefix_mask = c.prefix.shape[1], c.prefix_mask if self.config.mask_padding else None
             x = torch.cat([c.prefix.to(x.dtype), x], 1)                               # [B, P+S, D]
 
-        # Positions. With a mask the codes begin at 0 and the prefix stands at -1, -2, .. before them: padding
+        # Positions. With a mask the codes begin at 0 and n prefix tokens stand at -n..-1 before them: padding
         # does not move the codes. Without a mask the prefix begins at 0, as in the public weights.
         steps = torch.arange(P + S, device=x.device)
         positions = steps[None]                                                       # [1, P+S]
@@ -319,8 +319,8 @@ class MusicGen(nn.Module):
             cross_mask = (c.cross_mask | empty)[:, None, None]                        # [B, 1, 1, L]
 
         # Dropout. With a padded prefix a step's key depends on its position, which padding does not move.
-        if keys is not None and prefix_mask is not None:
-            keys = hash_int32(keys[:, None] + positions.int())                        # [B, P+S]
+        if dropout_keys is not None and prefix_mask is not None:
+            dropout_keys = hash_int32(dropout_keys[:, None] + positions.int())                      # [B, P+S]
 
         # What further steps need of the conditions.
         if cache is not None:
@@ -329,7 +329,7 @@ class MusicGen(nn.Module):
             cache.cross_mask, cache.summed, cache.prefix_mask = cross_mask, c.summed, prefix_mask
             cache.origin = 0 if prefix_mask is None else P
 
-        x = self.transformer(x, mask, c.cross, cross_mask, cache, keys)               # [B, P+S, D]
+        x = self.transformer(x, mask, c.cross, cross_mask, cache, dropout_keys)               # [B, P+S, D]
         if cache is not None:
             cache.advance(P + S)
         return self.out_norm(x[:, P:])                                                # [B, S, D]
@@ -364,12 +364,12 @@ class MusicGen(nn.Module):
         return pattern.revert_logits(self.logits(pattern.build(codes, self.special), conditions))
 
     def forward(self, codes: Tensor, frame_mask: Tensor | None = None, inputs=None,
-                keys: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
+                dropout_keys: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """The loss: cross-entropy summed over the valid targets of each codebook, [K] float32.
 
         To be divided by `count_targets`. codes [B,K,T]. frame_mask [B,T]: False at padding, which is read as
         the special token and not predicted. loss_mask [B,T], within frame_mask: False at frames that are read
-        but not predicted. inputs: from the conditioner's `prepare`. keys [B] int32: see `hidden`."""
+        but not predicted. inputs: from the conditioner's `prepare`. dropout_keys [B] int32: see `hidden`."""
         # The conditions.
         conditions = self.conditioner(inputs) if self.conditioner is not None else None
 
@@ -382,14 +382,14 @@ class MusicGen(nn.Module):
         seq = pattern.build(codes, self.special)[..., :-1]                            # [B, K, S-1]
 
         # The transformer, once for all codebooks; then a head and a loss for each.
-        x = self.hidden(seq, conditions, keys=keys).flatten(0, 1)                     # [B*(S-1), D]
+        x = self.hidden(seq, conditions, dropout_keys=dropout_keys).flatten(0, 1)               # [B*(S-1), D]
         pairs = zip(self.linears, targets.unbind(1))
         return torch.stack([head_loss(x, head.weight, target.flatten()) for head, target in pairs])    # [K]
 
-    def count_targets(self, frame_mask: Tensor) -> Tensor:
-        """Number of supervised codes of each codebook [K] for frames [B,T]."""
-        supervised = self.config.layout(frame_mask.shape[1]).supervised.to(frame_mask.device)     # [K, T]
-        return (frame_mask[:, None] & supervised).sum((0, 2))
+    def count_targets(self, loss_mask: Tensor) -> Tensor:
+        """Number of targets of each codebook [K], where loss_mask [B,T] is True."""
+        supervised = self.config.layout(loss_mask.shape[1]).supervised.to(loss_mask.device)       # [K, T]
+        return (loss_mask[:, None] & supervised).sum((0, 2))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list:
@@ -401,7 +401,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list:
     return [dict(params=matrix, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
 
-def flops_per_step(config: ModelConfig, S: int, L: int = 0) -> int:
+def forward_flops(config: ModelConfig, S: int, L: int = 0) -> int:
     """Forward FLOPs of one sequence of S steps with L condition tokens. Backward costs twice as much.
 
     A multiply-add is 2. Source: PaLM (Chowdhery et al. 2022, appendix B), attention at its full S x S."""
@@ -437,7 +437,7 @@ def main(argv: list | None = None) -> None:
         config = ModelConfig(**shape)
         full = count_parameters(config) / 1e6
         plain = count_parameters(ModelConfig(**shape, cross_attention=False)) / 1e6
-        flops = flops_per_step(config, args.T, 16) / 1e9
+        flops = forward_flops(config, args.T, 16) / 1e9
         print(f"{name:<8}{config.dim:>6}{config.num_layers:>8}{config.num_heads:>7}"
               f"{full:>12.1f}M{plain:>11.1f}M{flops:>26.1f}")
 

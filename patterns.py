@@ -162,15 +162,17 @@ def unrolled(T: int, flattening, delays=None) -> Pattern:
     inner_delay = np.zeros(inner_steps, dtype=np.int64)
     inner_delay[list(flattening)] = delays
 
+    # Sort the cells (inner step, frame) by when they are due, then by frame, then by inner step; cells of
+    # inner steps that no codebook uses go before others. A cell stands at its place in that order.
     i, t = np.indices((inner_steps, times))                                               # [I, times] each
-    time = t + inner_delay[:, None]                                                     # [I, times] when due
-    stands = time < times                                                                 # [I, times]
-    keys = (i, np.where(used[i], t, -1), time)                                         # the last counts first
-    order = np.lexsort([key[stands] for key in keys])                                     # [S-1]
+    due = t + inner_delay[:, None]                                                        # [I, times]
+    inside = due < times                                                                  # [I, times]
+    keys = (i, np.where(used[i], t, -1), due)                                          # the last counts first
+    order = np.lexsort([key[inside] for key in keys])                                     # [S-1]
     step = np.full((inner_steps, times), -1)
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    step[stands] = 1 + rank                                                               # [I, times]
+    step[inside] = 1 + rank                                                               # [I, times]
     S = 1 + len(order)
     # As in the reference, the delays' range is cut off in steps, not in frames. With delays the valid steps
     # may therefore still hold special tokens at the end, and miss codes of the last frames.

@@ -107,7 +107,7 @@ class Codec(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of K, streams and all weights: codes of codecs that share it are interchangeable."""
+        """sha256 (hex) of K, rate, streams and weights: codes of codecs that share it are interchangeable."""
         text = f"{self.K} {self.sample_rate} "
         if self.streams > 1:
             text += f"{self.streams} lanes "         # the word that fingerprints in files were made with

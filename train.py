@@ -3,12 +3,16 @@
 Copet et al. 2023 (arXiv:2306.05284), sec. 3. The protocol, spelled in `run_epochs`:
 
     restore
-    for each epoch:  train ─► valid (EMA) ─► keep_best ─► evaluate, generate (best weights) if due ─► save
+    for each epoch:  train ─► save ─► valid (EMA) ─► keep_best ─► evaluate, generate if due ─► save
 
-One update: audio ─frozen codec─► codes; captions and other conditions ─dropouts─► embeddings; cross-entropy
-of each codebook, summed over the micro-batches and divided by the number of targets of all micro-batches and
-ranks; the mean over codebooks; backward, unscale, clip, step, EMA. Whatever is random is a function of (seed,
-step or epoch, index of the sample), so ranks, micro-batches and restarts change nothing.
+    last.pt    all that resuming takes          best.pt    the best average, all that generating takes
+               (support/resume.py says what each holds)
+
+One update: audio ─frozen codec─► codes; conditions, dropped at random ─► embeddings; cross-entropy of each
+codebook, summed over the micro-batches and divided by the number of targets of all micro-batches and ranks;
+the mean over codebooks; backward, unscale, clip, step, EMA. Whatever is random is a function of (seed, step
+or epoch, index of the sample), so ranks, micro-batches and restarts change nothing. support/flags.py has
+every default.
 
 Legend: B batch, K codebooks, T frames.
     python train.py                                    the embedded default: offline, minutes on two CPU cores
@@ -51,16 +55,17 @@ from support.scan import Scan, skip_lines
 from support.signals import Stop, Stopped
 from support.start import Start, load_start, read_start
 
-DROPOUT_STREAM = 13                            # random numbers of the transformer's dropout
+MODEL_DROPOUT_STREAM = 13                      # of the transformer's dropout, see common.random_generator
 
 
 class Ema:
     """Bias-corrected average of the weights, a model of its own beside the trained one, in float32.
 
-    count = count * decay + 1; weight of the newest = 1 / count: 1, .5025, .3367, ... towards 1 - decay. What
-    is frozen is its own average: it lies in memory once (`share`), unless the models will be sharded."""
+    count = count * decay + 1; weight of the newest = 1 / count: 1, .5025, .3367, .. towards .01 at decay .99.
+    What is frozen is its own average: it lies in memory once (`share`), unless the models will be sharded."""
 
     def __init__(self, model: nn.Module, decay: float, share: bool = True):
+        # deepcopy's memo: what is in it is shared, not copied
         frozen = {id(p): p for p in model.parameters() if share and not p.requires_grad}
         self.model = copy.deepcopy(model, frozen).requires_grad_(False).eval()
         self.decay, self.count = decay, 0.0
@@ -93,7 +98,7 @@ class Run:
     out: Path
     stop: Stop
     history: list                              # records of the finished stages
-    sums: Tensor                           # [2, 2, K] loss and targets: of the epoch, since the last log line
+    sums: Tensor                           # [epoch | since last log line, loss | targets, K]
     step: int = 0                              # updates done
     epoch: int = 0                             # epochs done with all their stages
     skipped: int = 0                           # updates skipped, in all
@@ -133,7 +138,7 @@ class Run:
 
 
 class MicroBatch(NamedTuple):
-    """The arguments of MusicGen.forward, in its order."""
+    """The arguments of MusicGen.forward, in its order and by its names."""
     codes: Tensor                              # [B, K, T]
     frame_mask: Tensor                         # [B, T] True where there is audio
     inputs: dict | None                        # of the conditions, prepared
@@ -161,12 +166,13 @@ def micro_batches(run: Run, examples: list) -> list:
     # conditions: values, dropped at random for guidance; the loss leaves out what a style was read from
     values, loss_mask = [], frame_mask
     if conditioner is not None:
-        values, loss_mask = conditioner.read(examples, codes, frame_mask, args, run.codec, step)
+        values, loss_mask = conditioner.example_values(examples, codes, frame_mask, args, run.codec, step)
 
     # dropout: what is dropped is a hash of one key a sample
     dropout_keys = None
     if args.dropout > 0:
-        keys = [random_generator(args.seed, DROPOUT_STREAM, step, e.index).integers(2**31) for e in examples]
+        rngs = [random_generator(args.seed, MODEL_DROPOUT_STREAM, step, e.index) for e in examples]
+        keys = [rng.integers(2**31) for rng in rngs]
         dropout_keys = torch.tensor(keys, dtype=torch.int32, device=device)                     # [B]
 
     parts = []
@@ -184,8 +190,9 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, args) * group["lr_scale"]
 
-    # forward and backward of each micro-batch; with the last one the gradients of all ranks meet
-    counts = ranks.sum(sum(model.count_targets(m.loss_mask) for m in micros)).clamp_min(1)      # [K]
+    # forward and backward of each micro-batch; in the last backward pass DDP or FSDP averages over the ranks
+    counts = sum(model.count_targets(m.loss_mask) for m in micros)                              # [K]
+    counts = ranks.sum(counts).clamp_min(1)
     sums = torch.zeros(model.config.K, device=ranks.device)
     for i, micro in enumerate(micros):
         with distributed.gradient_sync(run.wrapped, last=i == len(micros) - 1):
@@ -195,7 +202,7 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
             run.scaler.scale(loss).backward()
         sums += part.detach()
 
-    # unscale, clip; what is not finite stays where it is, to be named
+    # unscale, clip; gradients that are not finite are not clipped, so that count_skipped can name them
     run.scaler.unscale_(run.optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = distributed.full_tensor(nn.utils.get_total_norm(gradients))
@@ -208,7 +215,7 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     if finite or run.scaler.is_enabled():
         run.scaler.step(run.optimizer)
         run.scaler.update()
-    if model.conditioner is not None:
+    if model.conditioner is not None:                                # what learns without gradients
         model.conditioner.end_update(ranks.sum, keep=finite and not args.lora)
     count_skipped(run, norm, sums)
     run.optimizer.zero_grad(set_to_none=True)
@@ -263,9 +270,9 @@ def train_stage(run: Run) -> dict:
     args, ranks, epoch = run.args, run.ranks, run.epoch
     begun = run.step - epoch * args.updates_per_epoch           # updates of this epoch that a killed run made
     run.wrapped.train()
-    first = (0, 0) if args.overfit_one_batch else (epoch, begun)
-    loader = data.batches(run.train_set, *first, args.updates_per_epoch, args.batch_size, rank=ranks.rank,
-                          world_size=ranks.world_size, workers=args.workers)
+    data_epoch, start = (0, 0) if args.overfit_one_batch else (epoch, begun)         # always the same batch
+    loader = data.batches(run.train_set, data_epoch, start, args.updates_per_epoch, args.batch_size,
+                          rank=ranks.rank, world_size=ranks.world_size, workers=args.workers)
     fixed = micro_batches(run, next(loader)) if args.overfit_one_batch else None
 
     epoch_began = interval_began = time.perf_counter()
@@ -276,7 +283,7 @@ def train_stage(run: Run) -> dict:
         sums, counts, norm = update(run, fixed or micro_batches(run, next(loader)))
 
         # log
-        run.sums += torch.stack([sums, counts / ranks.world_size])   # counts are of all ranks already
+        run.sums += torch.stack([sums, counts / ranks.world_size])   # to both sums; counts are of all ranks
         timed += 1
         last = position == args.updates_per_epoch
         if last or position % args.log_every == 0:
@@ -328,7 +335,7 @@ def keep_best(run: Run, metrics: dict) -> None:
 
 
 def run_epochs(run: Run) -> None:
-    """The protocol: train, valid, keep_best, evaluate, generate, save."""
+    """The protocol: train, save, valid, keep_best, evaluate, generate, save."""
     args = run.args
     while run.epoch < args.epochs:
         epoch = run.epoch + 1
@@ -339,7 +346,7 @@ def run_epochs(run: Run) -> None:
 
         if run.step < epoch * args.updates_per_epoch:      # else a run was killed after this epoch's training
             with run.stop.hold():
-                finish_stage(run, "train", train_stage(run))
+                finish_stage(run, "train", train_stage(run))       # a signal waits in here until it has saved
                 resume.save_checkpoint(run)
         keep_best(run, finish_stage(run, "valid", stages.valid_stage(run)))
         if is_due(args.evaluate_every):
@@ -362,21 +369,21 @@ def run_epochs(run: Run) -> None:
 def model_config(args: argparse.Namespace, codec) -> ModelConfig:
     """The language model's shape from the flags and the codec."""
     cross = any("cross" in method for method in fuse_methods(args).values())
-    pairs = None
+    levels = None
     if codec.streams > 1:                                            # 0 0 1 1 ..: left and right at once
-        pairs = [k // codec.streams for k in range(codec.K)]
+        levels = [k // codec.streams for k in range(codec.K)]
     return ModelConfig(
         **parse_size(args.size), K=codec.K, card=codec.card, dropout=args.dropout, cross_attention=cross,
         emb_std=args.emb_std, mask_padding=args.mask_padding, pattern=args.pattern,
-        delays=pairs if args.pattern == "delay" else None,
-        flattening=pairs if args.pattern == "unrolled" else None)
+        delays=levels if args.pattern == "delay" else None,
+        flattening=levels if args.pattern == "unrolled" else None)
 
 
 def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, assets: dict, flat: dict):
     """The conditions that the flags ask for; None if none.
 
-    assets, flat: of the checkpoint or start that the run goes on from, or empty. What these lack is made anew
-    from the training set. They win over it, because captions may have changed since."""
+    assets, flat: of the checkpoint or start that the run goes on from, or empty. A stored asset wins over one
+    fitted again, because captions may have changed since; what is missing is fitted to the training set."""
     methods, size = fuse_methods(args), parse_size(args.size)
     if not methods:
         return None
@@ -545,8 +552,7 @@ def error_text(error: Exception) -> str | None:
     if not isinstance(error, RuntimeError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return ("the GPU's memory is too small: lower --micro_batch_size, or give --checkpointing or "
-                "--parallel fsdp")
+        return "the GPU's memory is too small: lower --micro_batch_size, give --checkpointing or --parallel fsdp"
     problem, way_out = common.describe_error(error), "the same command goes on from the last checkpoint"
     if distributed.is_lost_peer(error):
         return f"lost the other ranks ({problem}); {way_out}"
@@ -558,7 +564,8 @@ def error_text(error: Exception) -> str | None:
 def main(argv: list | None = None) -> int:
     """Runs -> exit code: 0; 2 and one line for a mistake of the user; 1 for what went wrong on the way."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args, run, code, stop = build_parser().parse_args(argv), None, 0, Stop()
+    args, stop = build_parser().parse_args(argv), Stop()
+    run, code = None, 0
 
     def stopped(signal) -> int:
         if rank == 0:
@@ -592,8 +599,8 @@ def main(argv: list | None = None) -> int:
         elif text and not os.environ.get("DEBUG"):                   # DEBUG=1 shows where an error was raised
             # before the run every rank makes the same mistake: one a machine says so
             if run is not None or not mistake or os.environ.get("LOCAL_RANK", "0") == "0":
-                everybody = world == 1 or run is None and mistake and rank == 0
-                who = "" if everybody else f", rank {rank}"
+                of_all = world == 1 or (run is None and mistake and rank == 0)
+                who = "" if of_all else f", rank {rank}"
                 print(f"train.py{who}: {text}", file=sys.stderr, flush=True)
             code = 2 if mistake else 1
         elif world == 1:

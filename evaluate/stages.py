@@ -52,7 +52,7 @@ def all_conditions(run, examples: list, codes: Tensor, frame_mask: Tensor) -> tu
     conditioner = run.model.conditioner
     if conditioner is None:
         return [{} for _ in examples], frame_mask
-    return conditioner.read(examples, codes, frame_mask, run.args, run.codec, step=None)
+    return conditioner.example_values(examples, codes, frame_mask, run.args, run.codec, step=None)
 
 
 def load_valid(run) -> list:

@@ -195,17 +195,6 @@ class Chroma:
             return "melodies with drums and bass: leave out --melody_stems"
         return "melodies without drums and bass: give --melody_stems"
 
-    @staticmethod
-    def add_flags(parser: argparse.ArgumentParser) -> None:
-        """Adds its flags to those of `data.py cache`."""
-        parser.add_argument("--melody_stems", action="store_true",
-                            help="melodies without drums and bass (needs demucs)")
-
-    @classmethod
-    def of_flags(cls, args: argparse.Namespace) -> "Chroma":
-        """The feature that the flags ask for."""
-        return cls(args.melody_stems)
-
 
 def draw_chroma(x: Tensor, columns: int = 96) -> str:
     """chroma [F, 12] as a grid of 12 rows, B on top, a column a frame or several: darker is stronger."""

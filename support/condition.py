@@ -1,18 +1,18 @@
-"""What a condition is: the interface that text, melody and style implement, and that everything else loops
-over.
+"""What a condition is: what text, melody and style implement, and what everything else loops over.
 
 A condition is one class in one file. It says which flags it has, what its value is for a training example and
 for what a user gives at generation, and how a batch of values becomes embeddings of the language model's
 width D:
 
     example ─from_example─► value ─┐
-                                   ├─ prepare (host) ─► tensors ─ forward (device) ─► emb [B, L, D], mask [B,
+                                   ├─ prepare (host) ─► inputs ─ forward (device) ─► emb [B, L, D], mask [B,
                                    L]
     user's  ─from_user────► value ─┘
 
-To add one: write a subclass (support/melody.py is the shortest to copy) and add it to CONDITIONS in
-conditioning.py. train.py, generate.py, the evaluation, the page and the flags find it there; none of them
-names a condition. tests/test_new_condition.py does so with the tempo as a number.
+To add one: write a subclass, import it in conditioning.py and append it to CONDITIONS there. The shortest to
+copy is the tempo as a number in tests/test_new_condition.py; support/melody.py reads audio. train.py,
+generate.py, data.py, the evaluation, the page and the flags find it in CONDITIONS; none of them names a
+condition.
 
 Legend: B batch, K codebooks, T frames, L condition tokens, D width of the language model, C channels, N
 samples.
@@ -44,10 +44,11 @@ class Condition(nn.Module):
     widget = "audio"                  # of that field: text, audio or number
     metavar = "AUDIO"                 # of its flag of generate.py
     Config: type = NoConfig           # dataclass of plain data; checkpoints hold its fields as NAME_FIELD
-    stream: int                       # of its random numbers in training: a number that no other stream has
-    fuse: str | dict = "prepend"      # how it enters by default, for all datasets or {"toy": .., "audio": ..}
+    rng_stream: int                   # of its random numbers in training, see common.random_generator
+    default_method: str | dict = "prepend"     # how it enters, for all datasets or {"toy": .., "audio": ..}
     flags: tuple = ()                 # of train.py, each a Flag
     generate_flags: tuple = ()        # of generate.py, beside the one that gives its value
+    cache_flags: tuple = ()           # of data.py cache: which its `features` need
     is_text = False   # --prompt gives it, double guidance pushes it, captions on the toy set are judged by it
     learns_at_text_lr = False         # its parameters learn at --text_lr, not at --lr
     reads_codes = False               # of the music: a mono model of it does not start a stereo one
@@ -59,7 +60,6 @@ class Condition(nn.Module):
         self.config = config
 
     # ----- flags of train.py
-    # -----------------------------------------------------------------------------------------
 
     @classmethod
     def is_active(cls, args: argparse.Namespace) -> bool:
@@ -76,7 +76,6 @@ class Condition(nn.Module):
         """Errors: ValueError for flags that contradict each other. Called whether it is active or not."""
 
     # ----- making one
-    # ------------------------------------------------------------------------------------------------
 
     @classmethod
     def make_asset(cls, args: argparse.Namespace, train_set) -> bytes | None:
@@ -101,7 +100,6 @@ class Condition(nn.Module):
         return {}
 
     # ----- its value
-    # -------------------------------------------------------------------------------------------------
 
     def from_example(self, example, codes: Tensor, args, codec, rng: np.random.Generator | None) -> tuple:
         """(value of a data.Example or None, frames (start, stop) that the loss must leave out or None).
@@ -130,7 +128,6 @@ class Condition(nn.Module):
         """Takes the `generate_flags` given to generate.py. Errors: ValueError."""
 
     # ----- in the model
-    # ----------------------------------------------------------------------------------------------
 
     def prepare(self, values: list) -> tuple:
         """B values, None for a null one -> tensors on the host, which `forward` takes. Not part of the

@@ -188,7 +188,7 @@ def shard_model(model: nn.Module, ranks: Ranks, dtype: torch.dtype, zero: int, c
     """Shards a MusicGen over the ranks, in place. A layer is one group: gathered together and freed together.
 
     Layers are gathered in `dtype`, the rest (embeddings, heads, conditioners) in float32. Gradients are
-    summed in float32. Autocast decides the type of activations between layers, as without sharding."""
+    averaged in float32. Autocast decides the type of activations between layers, as without sharding."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if cpu_offload else OffloadPolicy()
     common = dict(mesh=mesh, reshard_after_forward=zero == 3, offload_policy=offload)

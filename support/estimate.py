@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import ModelConfig, count_parameters, flops_per_step
+from model import ModelConfig, count_parameters, forward_flops
 from support.kernels import LOGITS_AT_ONCE, linear
 
 UTILIZATION = 0.5                     # of the peak that an update is assumed to reach
@@ -66,7 +66,7 @@ def plan_run(args: argparse.Namespace, config: ModelConfig, T: int, world: int, 
         activations=B * S * kept * number + 3 * 4 * LOGITS_AT_ONCE + head_gradients)
 
     passes = (2 if added else 3) + args.checkpointing         # forward, backward to inputs, to weights, again
-    flops = passes * flops_per_step(config, S, TEXT_TOKENS) * args.batch_size / world
+    flops = passes * forward_flops(config, S, TEXT_TOKENS) * args.batch_size / world
     seconds = flops / (UTILIZATION * speed) * args.epochs * args.updates_per_epoch
     return Plan(N, {k: v / 2**30 for k, v in memory.items() if v}, flops, seconds)
 

@@ -20,6 +20,7 @@ from conditioning import CONDITIONS, ConditionerConfig
 from generate import Sampling
 from interop import load
 from model import SIZES
+from patterns import PATTERNS
 from support import common
 from support.compiled import require_compiler
 from support.flag import NOT_SAID, Flag
@@ -46,7 +47,7 @@ GROUPS = {
     "model": (
         Flag("size", f"{', '.join(SIZES)}, or WIDTHxLAYERSxHEADS, such as 320x6x5",
              toy="tiny", audio="small"),
-        Flag("pattern", "codebook pattern", default="delay", choices=("delay", "parallel", "unrolled")),
+        Flag("pattern", "codebook pattern", default="delay", choices=PATTERNS),
         Flag("dropout", "dropout in the transformer", float, 0.0, range="share"),
         Flag("lora", "train additions of rank R to the matrices of --init_from, and nothing else",
              int, metavar="R", range="count", of_launch=True, before=None),
@@ -211,7 +212,7 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     for name, flag in flags_by_name().items():
         fill(name, getattr(flag, kind), f"default for {kind}")
     chosen = [CONDITIONS[name] for name in args.conditions]
-    fuse = [f"{c.name}={c.fuse[kind]}" for c in chosen if isinstance(c.fuse, dict)]
+    fuse = [f"{c.name}={c.default_method[kind]}" for c in chosen if isinstance(c.default_method, dict)]
     fill("fuse", fuse or None, f"default for {kind}")
     args.fuse = args.fuse or []
 
@@ -280,7 +281,9 @@ def fuse_methods(args: argparse.Namespace) -> dict:
     methods = {}
     for name, condition in reversed(CONDITIONS.items()):
         if condition.is_active(args):
-            usual = condition.fuse[kind] if isinstance(condition.fuse, dict) else condition.fuse
+            usual = condition.default_method
+            if isinstance(usual, dict):
+                usual = usual[kind]
             methods[name] = asked.get(name, usual)
     return methods
 

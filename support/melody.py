@@ -34,11 +34,18 @@ class MelodyConfig:
 class Melody(Condition):
     """Chroma to embeddings, a frame a token. A null melody gives exact zeros, and so does what lies after its
     end."""
-    name, plural, label = "melody", "melodies", "Melody to follow"
-    Config, stream, sounds_like_chroma = MelodyConfig, 15, True
+    name = "melody"
+    plural = "melodies"
+    label = "Melody to follow"
+    Config = MelodyConfig
+    rng_stream = 15
+    sounds_like_chroma = True
     flags = (
         Flag("melody_argmax", "melody: a frame's strongest class alone", bool, True),
         Flag("melody_stems", "melody without drums and bass (needs demucs)", bool, False),
+    )
+    cache_flags = (
+        Flag("melody_stems", "melodies without drums and bass (needs demucs)", bool, False),
     )
     generate_flags = (
         Flag("melody_stems", "without its drums and bass (needs demucs; as trained, if trained so)",

@@ -1,14 +1,14 @@
 """The two files of a run: best.pt to generate and to ship, last.pt to go on from.
 
     write_best        ─► best.pt                  averaged weights of the lowest validation loss, and all that
-                                                  generating takes but the codec: its path and fingerprint
+                                                  generating takes; of the codec the path and fingerprint
     save_checkpoint   ─► last.pt, last.prev.pt    all tensors and numbers that resuming takes: bit for bit
     find_checkpoint   ─► restore                  and back
 
-What is in last.pt and not in best.pt: the trained weights and the average as they are now (best.pt has the
-average of the best epoch alone), the optimizer, the scaler, counters, the history of stages, sums of the
-epoch under way. Several ranks, each with its own shards, write and read them together. How the files are
-written is in checkpoint.py.
+Only last.pt holds the trained weights and the average as they are now (--lora: apart from the matrices that
+they add to), the optimizer, the scaler, counters, the history of stages and the sums of the epoch under way;
+it holds the best average, too. Several ranks, each with its own shards, write and read them together. How the
+files are written is in checkpoint.py.
 
 A full disk ends no run: what could not be written is named, and tried again at the next checkpoint.
 """

@@ -166,8 +166,13 @@ class Bottleneck(nn.Module):
 
 class Style(Condition):
     """The codes of an excerpt to a few embeddings, through a bottleneck. A null style gives exact zeros."""
-    name, plural, label = "style", "styles", "Style to take"
-    Config, stream, learns_at_text_lr, reads_codes = StyleConfig, 14, True, True
+    name = "style"
+    plural = "styles"
+    label = "Style to take"
+    Config = StyleConfig
+    rng_stream = 14
+    learns_at_text_lr = True
+    reads_codes = True
     flags = (
         Flag("style_seconds", "length of a style excerpt, seconds",
              float, nargs=2, metavar=("LOW", "HIGH")),

@@ -105,7 +105,7 @@ def compare(ours, theirs, their_codec, words: list, tune) -> None:
     encoded = their_codec.encode(wav)[0]
     audio = float((their_codec.decode(encoded) - codec.decode(encoded)).abs().max())
     same_codes = torch.equal(encoded, codec.encode(wav))
-    print(f"channels {codec.channels}, {' and '.join(model.conditioner.names)}: logits {logits:.1e}, "
+    print(f"channels {codec.channels}, {' and '.join(model.conditioner.parts)}: logits {logits:.1e}, "
           f"sequences equal {same_sequence}, greedy codes equal {same_greedy}, "
           f"codec's codes equal {same_codes}, audio {audio:.1e}")
     assert logits < 1e-4 and audio < 1e-4 and same_sequence and same_greedy and same_codes

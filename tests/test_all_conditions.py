@@ -55,7 +55,7 @@ def test_dropouts_of_three_conditions_are_independent():
     rates, names = dict(text=0.1, melody=0.3, style=0.5), ["melody", "style", "text"]
 
     def dropped(index, names=names):
-        rng = conditioning.random_generator(0, conditioning.DROP_STREAM, 3, index)
+        rng = conditioning.random_generator(0, conditioning.CONDITION_DROP_STREAM, 3, index)
         values = conditioning.drop_conditions(dict.fromkeys(names, 1), rng, 0.2, rates)
         return [values[name] is None for name in names]
 
@@ -134,7 +134,7 @@ def test_generate_with_melody_and_style(finished, tmp_path, capsys):
 def test_any_subset_trains_and_generates(conditions, tmp_path):
     assert train.main([*SHORT, "--conditions", *conditions, "--out", str(tmp_path / "run")]) == 0
     music = generate.MusicGenerator.load(tmp_path / "run")
-    assert sorted(music.model.conditioner.names) == sorted(conditions)
+    assert sorted(music.model.conditioner.parts) == sorted(conditions)
     assert music.generate([None], 0.2).isfinite().all()
 
 

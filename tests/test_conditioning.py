@@ -73,7 +73,7 @@ def test_relative_buckets_by_hand():
 def test_dropout_frequencies_and_independence():
     """CFG and attribute dropout fall per sample at their own rates, independently of each other."""
     def dropped(step, index, cfg, alone):
-        rng = conditioning.random_generator(0, conditioning.DROP_STREAM, step, index)
+        rng = conditioning.random_generator(0, conditioning.CONDITION_DROP_STREAM, step, index)
         out = conditioning.drop_conditions({"text": 1, "melody": 2}, rng, cfg, alone)
         return [out["text"] is None, out["melody"] is None]
 
@@ -98,7 +98,7 @@ def test_training_attributes_depend_on_seed_step_and_index_alone():
 
     def draw(seed, step, index):
         example = SimpleNamespace(meta=meta, index=index)
-        values, _ = conditioner.read([example], codes, frames, SimpleNamespace(seed=seed, **args), None, step)
+        values, _ = conditioner.example_values([example], codes, frames, SimpleNamespace(seed=seed, **args), None, step)
         return values[0]["text"]
 
     table = {(s, i): draw(0, s, i) for s in range(10) for i in range(8)}

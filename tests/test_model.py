@@ -314,7 +314,7 @@ def test_compiled_layers_drop_the_same_when_recomputed():
         m.transformer.checkpointing = True
         for layer in m.transformer.layers if compiled else ():
             layer.compile(backend="aot_eager")
-        m(codes, keys=keys).sum().backward()
+        m(codes, dropout_keys=keys).sum().backward()
         grads.append([p.grad for name, p in m.named_parameters() if "cross" not in name])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 

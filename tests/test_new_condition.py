@@ -34,7 +34,7 @@ class TempoConfig:
 class Tempo(Condition):
     """Beats a minute to one token: a point on a line between two learned vectors."""
     name, plural, label, widget, metavar = "tempo", "tempi", "Tempo", "number", "BPM"
-    Config, stream = TempoConfig, 16
+    Config, rng_stream = TempoConfig, 16
     flags = (
         Flag("tempo_low", "beats a minute at one end of the line",
              float, 60.0, range="positive", before=60.0),

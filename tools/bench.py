@@ -41,7 +41,7 @@ import data
 import patterns
 import tokenizer
 from generate import Sampling, generate_codes
-from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, flops_per_step
+from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, forward_flops
 from support import common
 from support.cache import CachedEntry, shard_path, write_array
 from support.compiled import compile_step, require_compiler
@@ -243,13 +243,13 @@ def measure_limits(args: argparse.Namespace) -> MachineLimits:
 
 
 def update_flops(config: ModelConfig, B: int, T: int, L: int) -> int:
-    """FLOPs of an update: the forward pass by `flops_per_step`, and twice as much backwards.
+    """FLOPs of an update: the forward pass by `forward_flops`, and twice as much backwards.
 
     What checkpointing computes again is not counted. The model FLOP utilization of PaLM (Chowdhery et al.
     2022, appendix B) follows:
 
         MFU = 3 * forward FLOPs / (seconds * peak FLOP/s)"""
-    return 3 * B * flops_per_step(config, config.layout(T).S_valid - 1, L)
+    return 3 * B * forward_flops(config, config.layout(T).S_valid - 1, L)
 
 
 def step_bytes(config: ModelConfig, rows: int, S: int, L: int, itemsize: int) -> float:
