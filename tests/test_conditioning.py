@@ -98,7 +98,8 @@ def test_training_attributes_depend_on_seed_step_and_index_alone():
 
     def draw(seed, step, index):
         example = SimpleNamespace(meta=meta, index=index)
-        values, _ = conditioner.example_values([example], codes, frames, SimpleNamespace(seed=seed, **args), None, step)
+        flags = SimpleNamespace(seed=seed, **args)
+        values, _ = conditioner.example_values([example], codes, frames, flags, None, step)
         return values[0]["text"]
 
     table = {(s, i): draw(0, s, i) for s in range(10) for i in range(8)}

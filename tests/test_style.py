@@ -42,7 +42,8 @@ def test_the_excerpt_does_not_count_in_the_loss():
     args = SimpleNamespace(seed=0, style_seconds=[0.4, 0.4], cfg_dropout=0.0, style_dropout=0.5)
 
     def read(step):
-        return model.conditioner.example_values(examples, codes, frames, args, SimpleNamespace(frame_rate=10.0), step)
+        codec = SimpleNamespace(frame_rate=10.0)
+        return model.conditioner.example_values(examples, codes, frames, args, codec, step)
 
     # an update that drops the second style alone
     step = next(s for s in range(99) if [v["style"] is None for v in read(s)[0]] == [False, True])
