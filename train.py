@@ -552,7 +552,7 @@ def error_text(error: Exception) -> str | None:
     if not isinstance(error, RuntimeError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's is out of memory: lower --micro_batch_size, or give --checkpointing or --parallel fsdp"
+        return "the GPU is out of memory: lower --micro_batch_size, give --checkpointing or --parallel fsdp"
     problem, way_out = common.describe_error(error), "the same command goes on from the last checkpoint"
     if distributed.is_lost_peer(error):
         return f"lost the other ranks ({problem}); {way_out}"
