@@ -1,5 +1,4 @@
-"""What the music is conditioned on: the text, all conditions together, what training drops, where each
-enters.
+"""What the music is conditioned on: text, all conditions together, what training drops, where each enters.
 
 Copet et al. 2023 (arXiv:2306.05284), sec. 2.3 and 2.4. A sample's conditions are a plain dict {name: value},
 with None for what it lacks. A condition turns the values of a batch into embeddings of the language model's
@@ -169,7 +168,7 @@ class RMSNorm(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Pre-norm block of self-attention (no 1/sqrt(d), as T5: it is in the initialisation) and a ReLU
+    """Pre-norm block: self-attention (without 1/sqrt(d), as T5: the weights' start has it), ReLU
     feed-forward."""
 
     def __init__(self, c: TextConfig):
@@ -194,8 +193,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """ids [B,L], mask [B,L] -> [B,L,E]. Relative position buckets, shared by all layers; no biases
-    anywhere."""
+    """ids [B,L], mask [B,L] -> [B,L,E]. All layers share relative position buckets; no biases."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -218,8 +216,7 @@ class TextEncoder(nn.Module):
 
 
 def relative_buckets(L: int, buckets: int, max_distance: int, device) -> Tensor:
-    """T5's bucket of each pair (query, key) [L,L]: half for each direction, exact up to a quarter, then
-    logarithmic."""
+    """T5's bucket of each (query, key) [L,L]: half a direction, exact up to a quarter, then logarithmic."""
     positions = torch.arange(L, device=device)
     distance = positions[None] - positions[:, None]                                              # key - query
     half, exact = buckets // 2, buckets // 4
@@ -230,8 +227,7 @@ def relative_buckets(L: int, buckets: int, max_distance: int, device) -> Tensor:
 
 
 class Text(Condition):
-    """Text to embeddings of the language model's width. A null text gives exact zeros, and so does
-    padding."""
+    """Text to embeddings of the language model's width. A null text and padding give exact zeros."""
     name = "text"
     plural = "captions"
     label = "Prompt (empty: none)"
@@ -320,8 +316,7 @@ class Text(Condition):
         return text
 
     def prepare(self, values: list) -> tuple[Tensor, Tensor]:
-        """Texts or None -> (ids [B, L] long, mask [B, L] bool) on the host; a null text is one padded
-        token."""
+        """Texts or None -> (ids [B, L] long, mask [B, L] bool); a null text is one padded token."""
         texts = [clean_text(v) for v in values]
         rows = [self.processor.encode(t)[: self.config.max_tokens - 1] + [EOS] if t else [] for t in texts]
         L = max(1, max(map(len, rows)))
@@ -349,8 +344,8 @@ CONDITIONS = {c.name: c for c in (Text, Melody, Style)}
 class ConditionerConfig:
     """Which conditions a model has, how each enters (`fuse`, in the order of fusing), and the shape of each.
 
-    Files hold it flat, see `to_dict`: {"fuse": {"text": "cross"}, "text_dim": 128, ..}. It is made of the
-    same by name."""
+    Files hold it flat, see `to_dict`: {"fuse": {"text": "cross"}, "text_dim": 128, ..}.
+    ConditionerConfig(**flat) reads that back."""
 
     def __init__(self, fuse: dict | None = None, **flat):
         self.fuse = {"text": "cross"} if fuse is None else fuse
@@ -444,8 +439,8 @@ def text_of(values: dict) -> str | None:
 def drop_conditions(values: dict, rng: np.random.Generator, cfg_dropout: float, alone: dict) -> dict:
     """Nulls all conditions of a sample with `cfg_dropout`, and each one by itself with alone[name].
 
-    Every condition there is has its own draw, so that neither a probability nor a condition more changes the
-    others'."""
+    There is one draw for each of CONDITIONS, used or not: so another probability, or a new condition at
+    the end, leaves the other draws as they are."""
     everything, *each = rng.random(1 + len(CONDITIONS))
     if everything < cfg_dropout:
         return dict.fromkeys(values)
@@ -454,8 +449,7 @@ def drop_conditions(values: dict, rng: np.random.Generator, cfg_dropout: float, 
 
 
 def fuse(encoded: dict, methods: dict) -> Conditions:
-    """{name: (emb [B, L, D], mask [B, L])} -> Conditions, each by its method; several of one kind stand in
-    their order."""
+    """{name: (emb [B, L, D], mask [B, L])} -> Conditions, each by its method, in the order given."""
     def concatenate(method):
         chosen = [encoded[name] for name in encoded if method in methods[name].split("+")]
         if not chosen:
@@ -478,8 +472,7 @@ def fuse(encoded: dict, methods: dict) -> Conditions:
 
 
 def vocabulary_of_run(run: str) -> bytes:
-    """The vocabulary of a run, a serialized sentencepiece model. Errors: ValueError says what is missing or
-    wrong."""
+    """The vocabulary of a run, a serialized sentencepiece model. Errors: ValueError."""
     path = Path(run, "best.pt")
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the folder of a run that has finished an epoch")

@@ -149,8 +149,7 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
 
 
 def guidance_coefficient(values: list, sampling: Sampling, device) -> Tensor | None:
-    """Double guidance's second coefficient of each sample, [B, 1, 1]: 1 where the text stands alone or is
-    missing.
+    """Double guidance's second coefficient of each sample [B, 1, 1]; 1 for a text alone, or none.
 
     None where no sample needs it."""
     both = []
@@ -164,8 +163,7 @@ def guidance_coefficient(values: list, sampling: Sampling, device) -> Tensor | N
 
 
 def encode_conditions(model: MusicGen, values: list, guided: bool, double: bool = False) -> Conditions:
-    """Conditions of the batch; if `double`, then as many without their texts; if `guided`, then as many null
-    ones."""
+    """Conditions of the batch; if `double`, the same without texts; if `guided`, as many null ones."""
     if model.conditioner is None:
         return Conditions()
     rows = list(values)
@@ -241,8 +239,7 @@ class MusicGenerator:
     def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype=torch.float32):
         """From a run folder, a best.pt, or a folder with published weights.
 
-        codec: where its codec lies now, if not where it was in training. Errors: ValueError says what is
-        wrong."""
+        codec: where its codec lies now, if not where it was in training. Errors: ValueError."""
         content = load.read_model(run)
         try:
             model, window = load.build_model(content), content["segment_frames"]
@@ -296,8 +293,7 @@ class MusicGenerator:
                              dtype=self.dtype)
 
     def condition_values(self, texts: list, **given) -> list:
-        """[{name: value or None}] of texts (None: without), and of what is given for other conditions by
-        name.
+        """[{name: value or None}] of texts (None: without) and of what is given for others by name.
 
         Each is one for all, or a list with one or None for each text; see `Condition.from_user` for what it
         may be. Errors: ValueError for what the model was not trained on, or what holds no such condition."""
@@ -417,8 +413,7 @@ def read_requests(args: argparse.Namespace) -> list:
 
 
 def read_values(music: MusicGenerator, requests: list) -> list:
-    """The conditions of the samples asked for; every file is read once. Errors: ValueError names the flag and
-    the file."""
+    """The conditions of the samples; every file is read once. Errors: ValueError names flag and file."""
     known = {}
     for request in requests:
         for name, given in request.items():
@@ -436,8 +431,7 @@ def read_values(music: MusicGenerator, requests: list) -> list:
 
 
 def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling:
-    """The run's own settings, but for those that the command line gives. Errors: ValueError, also for seconds
-    and seed."""
+    """The run's own settings, but for those given. Errors: ValueError, also for seconds and seed."""
     if args.seconds is not None and not 0 < args.seconds <= 3600:
         raise ValueError(f"--seconds {args.seconds:g}: more than 0, at most 3600")
     if not 0 <= args.seed < 2 ** 63:
@@ -447,8 +441,8 @@ def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling
 
 
 def serve_page(args: argparse.Namespace) -> None:
-    """--serve: the page, on which the settings of the command line come first. Errors: ValueError, also for
-    other flags."""
+    """--serve: the page; it begins with the settings given. Errors: ValueError, also for flags it cannot
+    use."""
     from support import serve                                        # nothing else needs it
     unused = ["prompt", "prompts", "unconditional", "continued", "stride"]
     for name, condition in CONDITIONS.items():
@@ -469,8 +463,7 @@ def serve_page(args: argparse.Namespace) -> None:
 
 
 def free_number(folder: Path) -> int:
-    """The first number under which neither wav nor json exists in a folder, so that nothing is
-    overwritten."""
+    """One more than the highest number in use in a folder, so that nothing is overwritten."""
     taken = [int(p.stem) for p in folder.glob("*.*") if p.stem.isdecimal()]
     return max(taken, default=-1) + 1
 

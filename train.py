@@ -147,8 +147,7 @@ class MicroBatch(NamedTuple):
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up that starts above zero, then a cosine to the
-    minimum."""
+    """Learning rate of update `step` (from 0): linear warm-up from above zero, then a cosine."""
     total = args.epochs * args.updates_per_epoch
     if step < args.warmup_steps:
         return args.lr * (step + 1) / (args.warmup_steps + 1)
@@ -404,8 +403,8 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
 
 
 def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
-    """Groups of the optimizer: decayed and not; some conditions at a learning rate of their own (`lr_scale`
-    times it)."""
+    """Groups of the optimizer: decayed and not, at the learning rate or, some conditions, lr_scale times
+    it."""
     parts = model.conditioner.parts.values() if model.conditioner is not None else []
     slower = {id(p) for part in parts if part.learns_at_text_lr for p in part.parameters()}
     groups = []
@@ -419,8 +418,7 @@ def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
 
 def build_run(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, stop: Stop, *,
               saved: dict | None = None, begin: Start | None = None) -> Run:
-    """Opens the data and allocates model, average and optimizer. Every rank draws the same initial weights
-    from the seed.
+    """Opens the data; allocates model, average and optimizer. All ranks draw the same weights from the seed.
 
     found: what `find_data` gave; saved: the checkpoint or best.pt whose weights will be filled in; begin: of
     --init_from."""
@@ -525,8 +523,7 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
 
 
 def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> None:
-    """--only: a stage of the run in --out with its best weights; prints a line a figure. Its files stay as
-    they are."""
+    """--only: a stage of the run in --out with its best weights; prints a line a number, changes no file."""
     out, best = Path(args.out), load.read_model(args.out)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     if codec.fingerprint != best["codec"]["fingerprint"]:

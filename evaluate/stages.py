@@ -1,5 +1,4 @@
-"""The stages of an epoch after training: valid (averaged weights), evaluate and generate (best weights), the
-page.
+"""The stages of an epoch after training: valid (averaged weights), evaluate, generate (best ones), the page.
 
 valid: the loss on held-out clips, which are encoded once. evaluate: what each condition is worth to the loss,
 how near generated clips are to real ones, and on the toy set how well they follow their captions. generate:
@@ -105,8 +104,7 @@ def valid_stage(run) -> dict:
 
 
 def best_music(run) -> generate.MusicGenerator:
-    """The best weights as a whole model on every rank, with the run's sampling settings. All ranks call
-    it."""
+    """The best weights as a whole model on every rank, with the run's sampling. All ranks call it."""
     content = resume.export_best(run)
     model = load.build_model(content).to(run.ranks.device)
     sampling = generate.Sampling(**content["sampling"])
@@ -114,8 +112,7 @@ def best_music(run) -> generate.MusicGenerator:
 
 
 def evaluate_stage(run) -> dict:
-    """What each condition is worth to the loss; how near generated clips are to real ones; what toy clips
-    follow."""
+    """What conditions are worth to the loss; how near clips are to real ones; what toy clips follow."""
     began, music = time.perf_counter(), best_music(run)
     args, ranks, model = run.args, run.ranks, music.model
     result = mean_loss(run, model)
@@ -146,8 +143,7 @@ def evaluate_stage(run) -> dict:
 
 
 def toy_adherence(run, music: generate.MusicGenerator) -> dict:
-    """Caption adherence on combinations of values seen in training and on those held out; prints both
-    tables."""
+    """Caption adherence on combinations of values seen in training and on others; prints both tables."""
     args, result = run.args, {}
     for split, title in (("valid", "combinations seen in training"), ("heldout", "combinations held out")):
         table = adherence.measure_adherence(music, split, args.eval_samples, args.seed, ranks=run.ranks)
@@ -157,8 +153,7 @@ def toy_adherence(run, music: generate.MusicGenerator) -> dict:
 
 
 def valid_clips(run, music: generate.MusicGenerator, first: int, stop: int) -> tuple[list, list]:
-    """Validation clips first..stop-1: the audio [C, N] of each, without padding, and its conditions {name:
-    value}.
+    """Validation clips first..stop-1: their audio [C, N] without padding, their conditions {name: value}.
 
     A token cache has no audio: then it is what the codec makes of its codes. Errors: ValueError where one
     cannot be read."""
@@ -175,8 +170,7 @@ def valid_clips(run, music: generate.MusicGenerator, first: int, stop: int) -> t
 
 
 def valid_distances(run, music: generate.MusicGenerator) -> dict:
-    """Distances of clips generated for the conditions of validation clips from these; prints them. All ranks
-    call it."""
+    """Distances of clips generated for the conditions of validation clips from these. All ranks call it."""
     args, n = run.args, run.args.eval_samples
 
     def make(first: int, stop: int) -> tuple[list, list]:
@@ -201,8 +195,7 @@ def valid_distances(run, music: generate.MusicGenerator) -> dict:
 
 
 def generate_stage(run, folder: str) -> dict:
-    """Writes samples for the conditions of fixed validation clips, wav and json, under samples/FOLDER: see
-    page.py.
+    """Writes samples for the conditions of fixed validation clips under samples/FOLDER: see listen.py.
 
     Once, under samples/reference, it writes the clips themselves, and what the codec leaves of them."""
     args, began = run.args, time.perf_counter()
@@ -263,8 +256,7 @@ def write_samples(run, folder: str, sets: dict, conditions: list, record: dict) 
 
 
 def compare_with_reference(run) -> None:
-    """Prints how far the validation loss of this run is from the reference run's, at the same number of
-    updates."""
+    """Prints how far the validation loss is from the reference run's at the same number of updates."""
     reference = page.reference_curve(vars(run.args))
     theirs = {record["step"]: record for record in reference if record["stage"] == "valid"}
     mine = {record["step"]: record for record in run.history if record["stage"] == "valid"}
@@ -280,8 +272,7 @@ def compare_with_reference(run) -> None:
 def draw_page(run, final: bool) -> None:
     """Writes index.html, on rank 0.
 
-    Epochs so short that drawing would take over a twentieth of the time share a page; the last has its
-    own."""
+    Epochs so short that drawing takes over a twentieth of the time share one; the last has its own."""
     if not run.ranks.is_main or not final and time.monotonic() - run.drawn_at < 20 * run.drawing_seconds:
         return
     began = time.monotonic()

@@ -79,8 +79,7 @@ def write_json(path: Path, content, indent: int | None = 1) -> None:
 
 
 def read_torch(path: Path, what: str, mapped: bool = False):
-    """What torch.save wrote, on the CPU; no code of it runs. `mapped`: tensors stay on the disk until they
-    are used.
+    """What torch.save wrote, on the CPU; no code of it runs. mapped: tensors are read when used.
 
     what: what was expected, for the message. Errors: ValueError naming the file."""
     try:
@@ -143,8 +142,7 @@ def output_folder(name: str | Path) -> Path:
 
 
 def command(name: str) -> Callable:
-    """Decorates a `main(argv)`: the user's mistake (ValueError, OSError) becomes one line and exit code 2,
-    Ctrl-C 130.
+    """Decorates a `main(argv)`: a ValueError or OSError becomes one line and exit code 2, Ctrl-C 130.
 
     With DEBUG=1 in the environment the error is raised, to see where it comes from."""
     def decorate(main: Callable) -> Callable:

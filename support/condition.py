@@ -35,8 +35,7 @@ class NoConfig:
 
 
 class Condition(nn.Module):
-    """One thing that music is conditioned on. Subclasses set the class attributes and override what
-    differs."""
+    """What music is conditioned on. Subclasses set the class attributes and override what differs."""
 
     name: str                         # in flags, logs and checkpoints; no underscore
     plural: str                       # "captions", for lines of the evaluation
@@ -68,8 +67,7 @@ class Condition(nn.Module):
 
     @classmethod
     def fill_flags(cls, args: argparse.Namespace, fill: Callable, start) -> None:
-        """Fills in flags that were left out, by fill(name, value, reason). start: the `Config` of --init_from
-        or None."""
+        """Fills in flags left out, by fill(name, value, reason). start: `Config` of --init_from or None."""
 
     @classmethod
     def check_flags(cls, args: argparse.Namespace) -> None:
@@ -95,8 +93,7 @@ class Condition(nn.Module):
 
     @classmethod
     def features(cls, args: argparse.Namespace) -> dict:
-        """{name: Feature} of the audio, which the data set computes where it reads files, or takes from its
-        cache."""
+        """{name: Feature} of the audio, which the data set computes, or takes from its cache."""
         return {}
 
     # ----- its value
@@ -109,15 +106,13 @@ class Condition(nn.Module):
         raise NotImplementedError
 
     def from_user(self, given, codec):
-        """The value of what a user gave: a string of the command line, or in Python also audio [C, N] or a
-        number.
+        """The value of what a user gave: a string, or in Python also audio [C, N] or a number.
 
         Errors: ValueError saying what is wrong with it."""
         raise NotImplementedError
 
     def from_toy(self, clip, text: str, wav: Tensor):
-        """What a user would give to get this toy clip (wav [C, N] at the codec's rate); None if a clip has no
-        such thing."""
+        """What a user would give to get this toy clip (wav [C, N]); None if a clip has no such thing."""
         return None
 
     def at_window(self, value, start_frame: int):
@@ -130,8 +125,7 @@ class Condition(nn.Module):
     # ----- in the model
 
     def prepare(self, values: list) -> tuple:
-        """B values, None for a null one -> tensors on the host, which `forward` takes. Not part of the
-        graph."""
+        """B values, None for a null one -> the tensors that `forward` takes, on the host."""
         raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:

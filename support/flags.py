@@ -266,8 +266,7 @@ def parse_size(size: str) -> dict:
 
 
 def fuse_methods(args: argparse.Namespace) -> dict:
-    """{name: method} of the conditions trained on, in the order in which they stand before the codes: the
-    newest first.
+    """{name: method} of the conditions trained on, in the order before the codes: the newest first.
 
     Errors: ValueError for a --fuse that is no NAME=METHOD, or of a condition that is not trained on."""
     if any(entry.count("=") != 1 for entry in args.fuse):
@@ -298,8 +297,8 @@ def segment_frames(args: argparse.Namespace, codec) -> int:
 
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
-    """Refuses flags that contradict each other or lie outside their range. Errors: ValueError with the way
-    out."""
+    """Errors: ValueError, with the way out, for flags that contradict each other or lie outside their
+    range."""
     for name, flag in flags_by_name().items():
         flag.check(getattr(args, name))
     if args.seed >= 2 ** 31:

@@ -1,5 +1,4 @@
-"""Conditioning on a melody: the strongest pitch class of each chroma frame, a token a frame, in front of the
-codes.
+"""Conditioning on a melody: the strongest pitch class of each chroma frame, a token in front of the codes.
 
 Copet et al. 2023 (arXiv:2306.05284), sec. 2.3. The chroma keeps a tune and forgets its instruments
 (chroma.py). In training it is that of the segment itself, at generation that of a file. Music longer than a
@@ -32,7 +31,7 @@ class MelodyConfig:
 
 
 class Melody(Condition):
-    """Chroma to embeddings, a frame a token. A null melody gives exact zeros, and so does what lies after its
+    """Chroma to embeddings, a frame a token. A null melody gives exact zeros, as does what follows its
     end."""
     name = "melody"
     plural = "melodies"
@@ -84,8 +83,7 @@ class Melody(Condition):
         return example.features["chroma"], None
 
     def from_user(self, given, codec) -> Tensor:
-        """The chroma [F, 12] of a file, or of audio [C, N]. Errors: ValueError if it is too short or
-        silent."""
+        """The chroma [F, 12] of a file or of audio [C, N]. Errors: ValueError if too short or silent."""
         wav, rate = given_audio(given, codec), codec.sample_rate
         if wav.shape[-1] < 4 * chroma.hop_length(rate):
             raise ValueError(f"a melody lasts at least {4 * chroma.HOP_SECONDS:g} s, this has "
@@ -111,8 +109,7 @@ class Melody(Condition):
             self.config.stems = True
 
     def prepare(self, values: list) -> tuple[Tensor, Tensor]:
-        """Chroma [F', 12] or None each -> (chroma [B, F, 12], mask [B, F]): cut to a segment's F frames, or
-        padded."""
+        """Chroma [F', 12] or None each -> (chroma [B, F, 12], mask [B, F]), cut or padded to F frames."""
         c, B = self.config, len(values)
         x, mask = torch.zeros(B, c.frames, 12), torch.zeros(B, c.frames, dtype=torch.bool)
         for i, value in enumerate(values):

@@ -66,8 +66,7 @@ def stored_conditions(model: MusicGen) -> dict:
 
 
 def write_best(run) -> None:
-    """Writes best.pt. All ranks call it. Where the disk is full it says so, and the next checkpoint tries
-    again."""
+    """Writes best.pt. All ranks call it. On a full disk the next checkpoint tries again."""
     content, problem = export_best(run, keep=run.ranks.is_main), None
     if run.ranks.is_main:
         problem = try_to_write(common.write_torch, run.out / "best.pt", content)
@@ -75,8 +74,7 @@ def write_best(run) -> None:
 
 
 def export_best(run, keep: bool = True) -> dict:
-    """The content of best.pt: plain tensors and plain data. All ranks call it; those that do not `keep` get
-    no weights."""
+    """The content of best.pt, plain tensors and data. All ranks call it; weights for those that `keep`."""
     args, model = run.args, run.model
     # no best weights yet where every validation so far was not finite
     weights = distributed.named_tensors(run.ema.model) | (run.best or {})
@@ -188,8 +186,7 @@ def restore(run, saved: dict) -> None:
 
 
 def allocate_tensors(run, names: list) -> None:
-    """Makes the tensors that a checkpoint has and a new run has not yet: the optimizer's and the best
-    weights."""
+    """Makes the tensors that a new run has not yet: the optimizer's and the best weights."""
     params = dict(run.model.named_parameters())
     for name in names:
         group, _, rest = name.partition("/")

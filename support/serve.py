@@ -30,8 +30,7 @@ LABELS = dict(seconds="Seconds", cfg="Guidance (1: none)",
 
 
 def page_fields(music, seconds: float | None = None, seed: int = 0) -> dict:
-    """The fields of the page for a generate.MusicGenerator and what they hold at first: its conditions, then
-    numbers."""
+    """The fields of the page for a generate.MusicGenerator and their first values."""
     conditions = {name: None for name in CONDITIONS if name in music.conditions}
     sampling = dataclasses.asdict(music.sampling)
     texts = [name for name in conditions if CONDITIONS[name].is_text]
@@ -52,8 +51,7 @@ def check_number(name: str, value) -> float | int:
 
 
 def perform(music, asked: dict, progress=None) -> Tensor:
-    """Audio [C, N] of a generate.MusicGenerator for the fields of `page_fields`: a text, paths of audio
-    files, numbers.
+    """Audio [C, N] of a generate.MusicGenerator for the fields of `page_fields`.
 
     The same as the command line makes of the same. Errors: ValueError says in one line what is wrong."""
     numbers = {name: check_number(name, value) for name, value in asked.items()
@@ -123,8 +121,7 @@ def build_page(gradio, music, folder: str, title: str, **first):
 
 
 def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
-    """Shows the page until Ctrl-C. first: as `page_fields` takes. Errors: ValueError where the address cannot
-    be had."""
+    """Shows the page until Ctrl-C. first: as `page_fields` takes. Errors: ValueError for the address."""
     if not 0 < port < 1 << 16:
         raise ValueError(f"--port {port}: it lies between 1 and 65535")
     os.environ["GRADIO_RUN_HISTORY"] = "False"

@@ -1,5 +1,4 @@
-"""A start from other weights (--init_from): a run of this project, or a published model; a mono one also for
-a stereo run.
+"""A start from other weights (--init_from): a run or a published model; mono also starts stereo.
 
 Everything that would make the numbers mean something else is compared first, and named: shape, conditions,
 codec. Conditions that the other model does not have begin anew.
@@ -75,8 +74,7 @@ def read_start(args: argparse.Namespace, config: ModelConfig, codec) -> Start:
 
 
 def load_start(model: MusicGen, start: Start, where: str) -> None:
-    """Fills a new model with the weights of `read_start`. Errors: ValueError where a name or a shape is
-    another."""
+    """Fills a new model with the weights of `read_start`. Errors: ValueError if names or shapes differ."""
     try:
         weights = copy_channels(start.weights, start.copies)
         found = {name: list(x.shape) for name, x in weights.items()}
@@ -93,8 +91,7 @@ def load_start(model: MusicGen, start: Start, where: str) -> None:
 
 
 def model_traits(config: ModelConfig, fuse: dict | None) -> dict:
-    """What a model cannot start from another without. Codebooks and their delays are compared by the
-    codec."""
+    """What must be equal to start from a model. Codebooks and delays are compared by the codec."""
     free = ("K", "delays", "flattening", "dropout", "emb_std")
     return {k: v for k, v in asdict(config).items() if k not in free} | dict(conditions=fuse)
 

@@ -87,8 +87,7 @@ class Bottleneck(nn.Module):
         self.collected = None                    # no buffer: DDP and checkpoints leave it alone
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, L, E], mask [B, L] -> quantized [B, L, E]; the gradient passes as if nothing had been
-        rounded."""
+        """x [B, L, E], mask [B, L] -> quantized [B, L, E]; the gradient passes straight through."""
         z = self.normalize(x)
         residual = z.detach().flatten(0, 1)                                                         # [B*L, E]
         real = mask.flatten()[:, None].float()                                                      # [B*L, 1]
@@ -147,8 +146,7 @@ class Bottleneck(nn.Module):
         self.revive(weight > 0)
 
     def revive(self, ready: Tensor) -> None:
-        """The least used vector, if dead, moves beside the most used one and takes half of its frames; so the
-        second, ..
+        """The least used vector, if dead, moves beside the most used and takes half its frames; and so on.
 
         Linde, Buzo & Gray 1980 grow a codebook so. Nothing is random, so nothing depends on ranks or
         restarts."""
