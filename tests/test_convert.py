@@ -207,10 +207,13 @@ def test_a_trained_melody_run_generates_the_same_in_transformers(tmp_path, capsy
         given = words(texts, padding=True, return_tensors="pt")
         heard = features([w[0].numpy() for w in wavs], sampling_rate=16_000, return_tensors="pt")
         wanted = greedy(theirs.eval(), given.input_ids, given.attention_mask, 60, **heard)
-        sampling = Sampling(cfg=3, temperature=0)
-        assert torch.equal(wanted, music.codes(music.attributes(texts, wavs), 60 / 50, sampling=sampling))
-        swapped = music.codes(music.attributes(texts, wavs[::-1]), 60 / 50, sampling=sampling)
-        assert not torch.equal(wanted, swapped)
+
+        def made(melodies: list) -> torch.Tensor:
+            values = music.condition_values(texts, melody=melodies)
+            return music.codes(values, 60 / 50, sampling=Sampling(cfg=3, temperature=0))
+
+        assert torch.equal(wanted, made(wavs))
+        assert not torch.equal(wanted, made(wavs[::-1]))
 
 
 def test_a_melody_run_that_cannot_be_written(tmp_path, capsys):
