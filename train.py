@@ -106,6 +106,7 @@ class Run:
     best_ce: float = math.inf
     best: dict | None = None                   # averaged weights of the best epoch, sharded as the model is
     best_values: dict | None = None            # and what validation said of them
+    best_step: int = 0                         # when that was; 0: not since this process began
     valid_batches: list | None = None          # of stages.load_valid
     saved_at: float = 0.0                      # time.monotonic of the last checkpoint
     unwritten: tuple = ()                      # files that a full disk has kept from being written
@@ -328,7 +329,7 @@ def finish_stage(run: Run, stage: str, metrics: dict) -> dict:
 def keep_best(run: Run, metrics: dict) -> None:
     """Keeps the averaged weights, and writes best.pt, if the validation loss is the lowest so far."""
     if metrics["ce"] < run.best_ce:
-        run.best_ce, run.best_values = metrics["ce"], metrics
+        run.best_ce, run.best_values, run.best_step = metrics["ce"], metrics, run.step
         run.best = {name: distributed.detached_copy(x) for name, x in resume.averages(run).items()}
         resume.write_best(run)
 

@@ -82,7 +82,7 @@ def export_best(run, keep: bool = True) -> dict:
     return dict(format=common.FORMAT, model=merge_lora(distributed.gather_state(weights, keep)),
                 model_config=asdict(model.config), **stored_conditions(model), codec=run.codec.reference,
                 segment_frames=segment_frames(args, run.codec), sampling=asdict(sampling),
-                metrics=dict(run.best_values or {}), step=run.step, args=vars(args))
+                metrics=dict(run.best_values or {}), step=run.best_step or run.step, args=vars(args))
 
 
 # --------------------------------------------------------------------------------------------------

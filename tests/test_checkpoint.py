@@ -159,6 +159,23 @@ def test_a_run_goes_on_when_its_disk_is_full(tmp_path, monkeypatch, capsys):
     assert faults.saved_step(tmp_path / "never") == 1
 
 
+def test_best_that_is_written_late_says_of_which_update_it_is(tmp_path, monkeypatch):
+    """The first two writes of best.pt fail; the third comes an update later, with the same weights."""
+    write, steps = common.write_torch, []
+
+    def full(path, content, *rest):
+        if Path(path).name == "best.pt":
+            steps.append(content["step"])
+            if len(steps) < 3:
+                raise OSError(28, "No space left on device")
+        write(path, content, *rest)
+
+    monkeypatch.setattr(common, "write_torch", full)
+    flags = [*faults.TINY, "--updates_per_epoch", "2", "--epochs", "2", "--save_minutes", "0"]
+    assert train.main([*flags, "--out", str(tmp_path)]) == 0
+    assert steps[:3] == [2, 2, 2]
+
+
 class Foreign:
     def __reduce__(self):
         return os.system, ("touch owned",)
