@@ -402,6 +402,10 @@ def read_requests(args: argparse.Namespace) -> list:
     Errors: ValueError where their numbers do not fit."""
     if args.n < 1:
         raise ValueError(f"--n {args.n}: at least 1")
+    for name, condition in CONDITIONS.items():
+        for flag in condition.generate_flags:
+            if getattr(args, flag.name) and not getattr(args, name):
+                raise ValueError(f"--{flag.name}: it changes --{name}, which is not given")
     columns = {name: read_prompts(args) if condition.is_text else getattr(args, name) or [None]
                for name, condition in CONDITIONS.items()}
     count = max(map(len, columns.values()))

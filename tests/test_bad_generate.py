@@ -128,6 +128,8 @@ REFUSED = {
         "generate --run @tune --style @one.wav", "--style", "one.wav", "at least"),
     "generate: three styles for two melodies": (
         "generate --run @tune --melody a b --style a b c", "2 of melody, 3 samples", "as many"),
+    "generate: stems without a melody": (
+        "generate --run @tune --unconditional --melody_stems", "--melody_stems", "is not given"),
     "generate: stems without demucs": (
         "generate --run @tune --melody @good.wav --melody_stems", "--melody_stems", "pip install demucs"),
     "generate: double guidance nan": (
