@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor
 
 import tokenizer
 import toy
 from conditioning import CONDITIONS
+from support import audio
 from support.cache import CachedEntry, make_cache, open_cache, read_rows
 from support.common import command, random_generator
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
@@ -204,7 +204,7 @@ class ToyDataset(SegmentDataset):
         """The clip of (seed, epoch, index)."""
         made = toy.make_clip(self.seed, epoch if self.split == "train" else 0, index, self.split)
         wav = torch.from_numpy(toy.pan(made.wav, made.clip, self.channels))  # [C, n]
-        wav = torchaudio.functional.resample(wav, toy.SAMPLE_RATE, self.sample_rate)
+        wav = audio.resample(wav, toy.SAMPLE_RATE, self.sample_rate)
         meta = {"description": made.text, "toy": asdict(made.clip)}
         return Example(segment_frames=self.segment_frames, meta=meta, path=f"toy:{self.split}/{index}",
                        index=index, start_seconds=0.0, **self.content_of_audio(wav))

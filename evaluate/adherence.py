@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor
 
 import conditioning
@@ -28,7 +27,7 @@ from evaluate import analyser, distances
 from evaluate.distances import ClipSet
 from evaluate.embeddings import load_embedding
 from model import MusicGen
-from support import chroma
+from support import audio, chroma
 
 FIRST_CLIP, FIRST_OTHER_CLIP = 100_000, 200_000          # indices far from those that validation reads
 
@@ -36,7 +35,7 @@ FIRST_CLIP, FIRST_OTHER_CLIP = 100_000, 200_000          # indices far from thos
 def render_clips(clips: list, codec) -> Tensor:
     """Toy clips as a codec takes them: [B,C,N] at its rate."""
     wav = torch.from_numpy(np.stack([toy.pan(toy.render(clip), clip, codec.channels) for clip in clips]))
-    return torchaudio.functional.resample(wav, toy.SAMPLE_RATE, codec.sample_rate)                # [B, C, N]
+    return audio.resample(wav, toy.SAMPLE_RATE, codec.sample_rate)                # [B, C, N]
 
 
 def render_through_codec(clips: list, codec) -> Tensor:
@@ -127,7 +126,7 @@ def measure_conditions(music, n: int, seed: int, *, batch: int = 64, ranks=None)
 
     def judge(wav: Tensor, i: int) -> list:
         """What clips [b,C,N] that should be clips i.. have of them."""
-        mono = torchaudio.functional.resample(wav.float().mean(1), rate, toy.SAMPLE_RATE)         # [b, N]
+        mono = audio.resample(wav.float().mean(1), rate, toy.SAMPLE_RATE)         # [b, N]
         judged = []
         for j, heard in enumerate(analyser.hear(wav, rate)):
             tune = chroma.chromagram(wav[j], rate)

@@ -273,7 +273,7 @@ def hear(wav: Tensor, sample_rate: int) -> list:
     """What the analyser hears in clips [B,C,N] of any rate: a list of {attribute: value or NONE}.
 
     A clip too short for it is none of the sounds it knows."""
-    mono = torchaudio.functional.resample(wav.float().cpu().mean(1), sample_rate, SAMPLE_RATE)   # [B, N]
+    mono = audio.resample(wav.float().cpu().mean(1), sample_rate, SAMPLE_RATE)   # [B, N]
     if mono.shape[1] < MIN_SAMPLES:
         return [dict.fromkeys(VALUES, NONE) for _ in mono]
     return Analyser()(mono)

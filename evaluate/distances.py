@@ -27,12 +27,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor
 
 from evaluate import analyser
 from evaluate.embeddings import Moments, load_embedding, sum_moments
-from support import chroma
+from support import audio, chroma
 
 SUBSETS = 20                                             # parts of a set: `frechet_inf` draws subsets of them
 SEED = 20_200_524                                        # of subsets and of noise
@@ -174,7 +173,7 @@ class ClipSet:
 
 def add_reference(sets: dict, wav: Tensor, number: int, sample_rate: int, codec) -> None:
     """Adds reference clip `number` [C,N], what the codec leaves of it, and noise like it to their sets."""
-    mono = torchaudio.functional.resample(wav.float().mean(0), sample_rate, codec.sample_rate)    # [N]
+    mono = audio.resample(wav.float().mean(0), sample_rate, codec.sample_rate)                       # [N]
     sets["reference"].add(wav, sample_rate)
     sets["codec"].add(reconstruction(mono.expand(codec.channels, -1), codec), codec.sample_rate)
     sets["noise"].add(noise_like(wav, number), sample_rate)

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torchaudio
 from torch import Tensor
 
-from support import common, quality
+from support import audio, common, quality
 
 EMBEDDINGS = ("codec", "mel", "clap")
 CHUNK_SECONDS = 30.0                                     # of audio embedded at once
@@ -83,7 +82,7 @@ class Embedding:
     def __call__(self, wav: Tensor, sample_rate: int) -> Moments:
         """The moments of a clip [C,N] of any rate, mixed to mono. A long one is embedded in pieces."""
         mono = wav.detach().float().mean(0)                                                       # [N]
-        mono = torchaudio.functional.resample(mono, sample_rate, self.sample_rate)
+        mono = audio.resample(mono, sample_rate, self.sample_rate)
         assert len(mono), "nothing to embed in a clip without samples"
         size = round(CHUNK_SECONDS * self.sample_rate)
         pieces = []
@@ -183,9 +182,9 @@ class Clap:
 
     def similarity(self, wav: Tensor, sample_rate: int, texts: list) -> list:
         """Cosine similarity of a clip [C,N] with each text, the mean over its pieces."""
-        mono = torchaudio.functional.resample(wav.float().mean(0), sample_rate, CLAP_RATE)        # [N]
-        audio = self.audio(mono)                                                                  # [n, D]
-        return [float(torch.cosine_similarity(audio, self.text(text)[None]).mean()) for text in texts]
+        mono = audio.resample(wav.float().mean(0), sample_rate, CLAP_RATE)                           # [N]
+        heard = self.audio(mono)                                                                  # [n, D]
+        return [float(torch.cosine_similarity(heard, self.text(text)[None]).mean()) for text in texts]
 
     def label_probabilities(self, wav: Tensor, sample_rate: int, labels: list) -> Tensor:
         """How likely each of V texts is to name a clip [C,N], if one of them does: [V] float64.

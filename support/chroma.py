@@ -129,15 +129,13 @@ def without_rhythm(wav: Tensor, sample_rate: int) -> Tensor:
     """wav [C,N] -> its vocals and other instruments, mono [N]: without drums and bass, which hide a melody.
 
     No random shifts, unlike demucs' default: the same audio gives the same melody."""
-    import torchaudio
     apply_model, model = load_separator()
-    resample = torchaudio.functional.resample
     stereo = wav[:2] if len(wav) > 1 else wav.expand(2, -1)
-    stereo = resample(stereo, sample_rate, model.samplerate)  # [2, n]
+    stereo = audio.resample(stereo, sample_rate, model.samplerate)  # [2, n]
     scale = stereo.std().clamp_min(1e-8)
     stems = apply_model(model, stereo[None] / scale, shifts=0)[0] * scale  # [stems, 2, n]
     kept = sum(stems[model.sources.index(name)] for name in ("vocals", "other")).mean(0)  # [n]
-    return resample(kept, model.samplerate, sample_rate)[:wav.shape[-1]]
+    return audio.resample(kept, model.samplerate, sample_rate)[:wav.shape[-1]]
 
 
 def melody_chroma(wav: Tensor, sample_rate: int, stems: bool = False) -> Tensor:

@@ -1,0 +1,95 @@
+"""Sound on its way through the project: resampling, measured with tones.
+
+Legend: N samples.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from support import audio
+
+ROOT = Path(__file__).parents[1]
+
+
+def sine(hertz, rate, seconds=1.0):
+    """[N] float64, at full scale."""
+    return torch.sin(2 * math.pi * hertz * torch.arange(round(seconds * rate), dtype=torch.float64) / rate)
+
+
+def levels(wav, rate, hertz):
+    """(of the tone at `hertz`, of the loudest other) in dB of full scale, away from the ends of wav [N]."""
+    middle = wav[len(wav) // 4:-(len(wav) // 4)].double()
+    window = torch.hann_window(len(middle), dtype=torch.float64)
+    level = 20 * (2 * torch.fft.rfft(middle * window).abs() / window.sum()).clamp_min(1e-9).log10()
+    near = (torch.arange(len(level)) * rate / len(middle) - hertz).abs() < 30
+    return float(level[near].max()) if near.any() else -180.0, float(level[~near].max())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# resampling
+
+
+@pytest.mark.parametrize("rate, new_rate, hertz", (
+    (44_100, 32_000, 17_000),                  # above the new Nyquist frequency: nothing may be left of it,
+    (48_000, 32_000, 16_500),                  # nor fold to 15,500 Hz
+    (44_100, 24_000, 12_500),
+    (44_100, 16_000, 9_000),
+    (44_099, 32_000, 17_000),                  # a rate that shares no factor with the other
+    (44_100, 32_000, 13_000),                  # below: it stays as it is,
+    (44_100, 32_000, 14_390),                  # to 0.9 of it
+    (48_000, 32_000, 14_000),
+    (44_100, 24_000, 10_500),
+    (44_100, 16_000, 7_000),
+    (16_000, 32_000, 7_000),                   # and is not mirrored to 9,000 Hz
+    (22_050, 32_000, 9_900),
+    (44_099, 32_000, 13_000)))
+def test_tones_pass_or_vanish(rate, new_rate, hertz, tmp_path):
+    soundfile.write(tmp_path / "tone.wav", sine(hertz, rate).numpy(), rate, "FLOAT")
+    wav = audio.read_audio(tmp_path / "tone.wav", sample_rate=new_rate)
+    assert wav.shape == (1, new_rate) and wav.dtype == torch.float32
+    tone, other = levels(wav[0], new_rate, hertz)
+    assert other < -95
+    assert hertz > new_rate / 2 or abs(tone) < 0.001
+
+
+def test_resampling_keeps_time_and_shape():
+    """Sample n of the result is the signal at n / new_rate, in every row; silence lies beyond the ends."""
+    for rate, new_rate in ((44_100, 32_000), (16_000, 44_100), (48_000, 16_000), (8_000, 44_099)):
+        tone = sine(440, rate, 0.5).float()
+        wav = torch.stack([tone, -0.5 * tone])[None]                       # [1, 2, N]
+        made = audio.resample(wav, rate, new_rate)
+        expected = sine(440, new_rate, 0.5)
+        assert made.shape == (1, 2, math.ceil(wav.shape[-1] * new_rate / rate))
+        inside = slice(new_rate // 20, -new_rate // 20)
+        assert (made[0, 0] - expected[:made.shape[-1]])[inside].abs().max() < 1e-5
+        torch.testing.assert_close(made[0, 1], -0.5 * made[0, 0])
+    for length, expected in ((0, 0), (1, 1), (5, 4)):
+        assert audio.resample(torch.ones(2, length), 44_100, 32_000).shape == (2, expected)
+
+
+@pytest.mark.parametrize("rate", (44_100, 48_000, 22_050, 44_099))
+@pytest.mark.parametrize("suffix", ("wav", "flac"))
+def test_a_part_of_a_file_is_that_of_the_whole(rate, suffix, tmp_path):
+    """Also at its edges, and where it begins between two samples of the file."""
+    path = tmp_path / f"noise.{suffix}"
+    noise = torch.rand(2 * rate, 2, generator=torch.Generator().manual_seed(0)) - 0.5
+    soundfile.write(path, noise.numpy(), rate)
+    whole = audio.read_audio(path, sample_rate=32_000, channels=1)
+    assert whole.shape == (1, 64_000)
+    for start, seconds in ((0.0, 0.5), (0.02, 0.4), (0.33333, 0.7), (1.5, 0.5), (1.9, 9.0), (1.25, None)):
+        first = round(start * 32_000)
+        stop = None if seconds is None else first + round(seconds * 32_000)
+        part = audio.read_audio(path, start, seconds, sample_rate=32_000, channels=1)
+        torch.testing.assert_close(part, whole[:, first:stop], atol=2e-6, rtol=0)
+    assert audio.read_audio(path, 2.0, 1.0, sample_rate=32_000).shape[1] == 0
+
+
+def test_one_function_resamples():
+    for path in ROOT.rglob("*.py"):
+        if "tests" not in path.parts:
+            assert not re.search(r"functional\.resample|transforms\.Resample", path.read_text()), path
