@@ -17,7 +17,6 @@ import argparse
 import functools
 import itertools
 import math
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from support import audio
 from support.cache import CachedEntry, make_cache, open_cache, read_rows
 from support.common import command, random_generator
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
+from support.signals import end_with_parent
 
 FILES, SEGMENT = 1, 2  # streams of random numbers: each has its own generator
 MAX_TRIES = 10  # files drawn in place of an unreadable one before giving up
@@ -263,14 +263,6 @@ def load_examples(dataset, epoch: int, count: int, first: int) -> list[Example] 
         return error
 
 
-def ignore_signals(worker: int) -> None:
-    """In a loading process: signals to the whole group, as torchrun sends them, are for the main process.
-
-    It finishes its update with what is loaded here, then ends this process. An orphan ends by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank: int = 0,
             world_size: int = 1, workers: int = 0) -> Iterator[list[Example]]:
     """This rank's examples of updates start..stop-1 of an epoch; the same for any ranks, workers and start.
@@ -283,7 +275,7 @@ def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank
     # worker
     firsts = [update * batch_size + rank * share for update in range(start, stop)]
     loader = torch.utils.data.DataLoader(
-        firsts, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
+        firsts, batch_size=None, num_workers=workers, worker_init_fn=end_with_parent,
         collate_fn=functools.partial(load_examples, dataset, epoch, share),
         generator=torch.Generator())  # without, it draws from the global generator
     for examples in loader:

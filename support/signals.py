@@ -1,11 +1,16 @@
-"""How a run is stopped: SIGTERM and Ctrl-C (SIGINT) end it at a moment at which everything is saved."""
+"""How a run is stopped: SIGTERM and Ctrl-C (SIGINT) end it at a moment at which everything is saved.
+
+And how its loading processes are: by the run, and by its death.
+"""
 
 import contextlib
 import os
 import signal
+import threading
 import time
 
 PATIENCE = 2.0    # seconds in which further signals count as the same request
+PARENT_SECONDS = 0.5    # between two looks of a loading process whether its parent lives
 
 
 class Stopped(BaseException):
@@ -60,3 +65,22 @@ class Stop:
             self.holding = False
         if self.requested:
             raise Stopped(self.requested)
+
+
+def end_with_parent(worker: int) -> None:
+    """Begins a loading process: it leaves signals to the main process, and ends as soon as that is gone.
+
+    torchrun, SLURM and a terminal signal every process of a run. The main one then finishes its update with
+    what is loaded here, saves, and ends this process. Where it is killed it cannot, and PyTorch's own watch
+    does not help: an orphan whose queue is full waits for ever to empty it, because its siblings keep the
+    pipe open (torch 2.11)."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,35 @@ def test_a_killed_run_lets_go_of_its_folder(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, timeout=15)
     assert done.returncode == -signal.SIGKILL
     os.close(checkpoint.lock_folder(tmp_path))
+
+
+def test_loading_processes_end_with_a_killed_run(tmp_path):
+    """They leave SIGTERM, which a whole job is sent, to the run; killed, it leaves none of them behind."""
+    flags = [*faults.TINY, "--updates_per_epoch", "5000", "--workers", "2", "--out", str(tmp_path)]
+    [run] = faults.launch(flags, 1, tmp_path / "log")
+
+    def wait_for(condition) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+
+    def names(pids) -> list:
+        return [Path(f"/proc/{pid}/comm").read_text() for pid in pids if Path(f"/proc/{pid}").exists()]
+
+    log = tmp_path / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text())
+    loaders = Path(f"/proc/{run}/task/{run}/children").read_text().split()
+    assert len(loaders) == 2
+    os.kill(int(loaders[0]), signal.SIGTERM)
+    size = log.stat().st_size
+    wait_for(lambda: log.stat().st_size > size + 2000)               # it goes on with both
+    assert len(names(loaders)) == 2
+    os.kill(run, signal.SIGKILL)
+    faults.wait([run])
+    killed = time.monotonic()
+    wait_for(lambda: not names(loaders))
+    assert time.monotonic() - killed < 5
 
 
 def test_signals_wait_for_what_must_be_whole():
