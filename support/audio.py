@@ -6,6 +6,7 @@ Legend: C channels, N samples.
 
 import functools
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 SAMPLE_RATES = (1_000, 1_000_000)              # Hz, the lowest and highest that we believe
 MAX_PEAK = 100.0                               # float files may exceed 1; 40 dB over full scale is no audio
+FULL_SCALE = 2 ** 15                           # of 16 bits
 MAX_RESAMPLER = 16_000_000                     # filter coefficients: far prime rates would need gigabytes
 ZEROS = 64                                     # of the resampler's sinc on each side: how steep it is
 CUTOFF = 0.95                                  # of the lower Nyquist frequency, where it is 6 dB down
@@ -147,16 +149,27 @@ def check_rate(path, rate: int, wanted: int) -> None:
 
 
 def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
-    """Writes wav [C, N], clipped to [-1, 1]; the suffix is the format, in 16 bits where it has a choice.
+    """Writes wav [C, N]; the suffix is the format, in 16 bits where it has a choice.
 
-    Errors: ValueError for a suffix that we cannot write, and where the disk refuses."""
+    What is beyond [-1, 1] is clipped, and said. Errors: ValueError for a suffix that we cannot write, for
+    samples that are not finite, and where the disk refuses."""
     assert wav.dim() == 2, f"write_audio takes [C, N], not {tuple(wav.shape)}"
     suffix = Path(path).suffix.lower()
     if suffix not in AUDIO_SUFFIXES:
         kind = suffix or "a file without suffix"
         raise ValueError(f"{path}: cannot write {kind}: use {', '.join(AUDIO_SUFFIXES)}")
-    samples = wav.detach().float().cpu().clamp(-1, 1).T.numpy()                     # [N, C]
-    subtype = "PCM_16" if suffix in (".wav", ".flac") else None
+    wav = wav.detach().float().cpu()
+    peak = float(wav.abs().max()) if wav.numel() else 0.0                           # nan if a sample is
+    if not math.isfinite(peak):
+        raise ValueError(f"{path}: not written: samples that are not finite")
+    if peak > 1 + 1 / FULL_SCALE:
+        print(f"{path}: clipped at full scale, its peak was {peak:.2f} times that", file=sys.stderr)
+    if suffix in (".wav", ".flac"):
+        # 16 bits are rounded here: libsndfile rounds down
+        subtype, wav = "PCM_16", (wav * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).short()
+    else:
+        subtype, wav = None, wav.clamp(-1, 1)
+    samples = wav.T.numpy()                                                         # [N, C]
     try:
         with soundfile.SoundFile(str(path), "w", sample_rate, samples.shape[1], subtype) as file:
             # libsndfile crashes on a long OGG in one piece

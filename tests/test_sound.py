@@ -1,4 +1,4 @@
-"""Sound on its way through the project: resampling, measured with tones.
+"""Sound on its way through the project: resampling, measured with tones; what is written of it.
 
 Legend: N samples.
 """
@@ -93,3 +93,36 @@ def test_one_function_resamples():
     for path in ROOT.rglob("*.py"):
         if "tests" not in path.parts:
             assert not re.search(r"functional\.resample|transforms\.Resample", path.read_text()), path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# writing
+
+
+@pytest.mark.parametrize("suffix", ("wav", "flac"))
+def test_sixteen_bits_are_rounded_to_the_nearest(suffix, tmp_path, capsys):
+    path = tmp_path / f"a.{suffix}"
+    wav = torch.rand(2, 50_000, generator=torch.Generator().manual_seed(0)) * 1.9 - 0.95
+    audio.write_audio(path, wav, 16_000)
+    assert soundfile.info(path).subtype == "PCM_16"
+    error = (torch.from_numpy(soundfile.read(path, dtype="int16")[0].T).double() - wav.double() * 2 ** 15)
+    assert error.abs().max() <= 0.5 and abs(error.mean()) < 0.005                # steps; 0.005 is 5 sigma
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", ("wav", "flac", "ogg"))
+def test_what_is_written_is_clipped_aloud(suffix, tmp_path, capsys):
+    path = tmp_path / f"a.{suffix}"
+    audio.write_audio(path, torch.tensor([[2.0, -2.0, 1.0, -1.0, 0.5]] * 2).repeat(1, 2000), 16_000)
+    assert f"{path}: clipped at full scale, its peak was 2.00 times that" in capsys.readouterr().err
+    if suffix != "ogg":
+        assert soundfile.read(path, dtype="int16")[0][:5, 0].tolist() == [32767, -32768, 32767, -32768, 16384]
+    audio.write_audio(path, torch.tensor([[1.0, -1.0]]), 16_000)
+    assert capsys.readouterr().err == ""
+
+
+def test_samples_that_are_not_finite_are_not_written(tmp_path):
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="a.wav: not written: samples that are not finite"):
+            audio.write_audio(tmp_path / "a.wav", torch.tensor([[0.0, bad]]), 16_000)
+    assert not (tmp_path / "a.wav").exists()
