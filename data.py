@@ -32,7 +32,7 @@ import toy
 from conditioning import CONDITIONS
 from support import audio
 from support.cache import CachedEntry, make_cache, open_cache, read_rows
-from support.common import command, random_generator
+from support.common import command, output_name, random_generator
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
 from support.signals import end_with_parent
 
@@ -317,7 +317,7 @@ def main(argv: list | None = None) -> int:
     cache.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec")
     cache.add_argument("--num_codebooks", type=int, help="of a channel, to keep; None: the codec's number")
     cache.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, codes of each")
-    cache.add_argument("--out", required=True, help="folder of the cache")
+    cache.add_argument("--out", type=output_name, required=True, help="folder of the cache")
     cache.add_argument("--device", default="cpu", help="where the codec runs")
     for condition in CONDITIONS.values():
         for flag in condition.cache_flags:
@@ -330,15 +330,11 @@ def main(argv: list | None = None) -> int:
         found = scan_dataset(args.dataset, headers=True)
         print_report(args.dataset, found, *split_entries(found.entries, args.valid))
     else:
-        try:
-            codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device, args.channels)
-            features = {}
-            for condition in CONDITIONS.values():
-                features |= condition.features(args)
-            make_cache(args.dataset, args.out, codec, args.valid, args.device, features)
-        except KeyboardInterrupt:
-            print("data.py: stopped; the same command goes on from here", file=sys.stderr)
-            return 130
+        codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device, args.channels)
+        features = {}
+        for condition in CONDITIONS.values():
+            features |= condition.features(args)
+        make_cache(args.dataset, args.out, codec, args.valid, args.device, features)
     return 0
 
 

@@ -29,7 +29,6 @@ Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
 
 import argparse
 import contextlib
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -364,7 +363,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
     new("--codec", help="where the codec lies, if it has moved since training")
     new("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 or mps")
     new("--compile", action="store_true", help="torch.compile the step: a minute at first, then faster")
-    new("--out", default="generated", help="folder for wav and json files; existing files are kept")
+    new("--out", type=common.output_name, default="generated",
+        help="folder for wav and json files; existing files are kept")
     new("--serve", action="store_true", help="instead: a page to try the model in the browser (needs gradio)")
     new("--host", default="127.0.0.1", help="of --serve; the default is for this machine alone")
     new("--port", type=int, default=7860, help="of --serve")
@@ -466,12 +466,6 @@ def serve_page(args: argparse.Namespace) -> None:
     serve.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
 
 
-def free_number(folder: Path) -> int:
-    """One more than the highest number in use in a folder, so that nothing is overwritten."""
-    taken = [int(p.stem) for p in folder.glob("*.*") if p.stem.isdecimal()]
-    return max(taken, default=-1) + 1
-
-
 @common.command("generate.py")
 def main(argv: list | None = None) -> None:
     """Generates and writes what the command line asks for."""
@@ -507,19 +501,18 @@ def main(argv: list | None = None) -> None:
     bar.close()
 
     # the audio, decoded one by one because it is larger than codes, with a record of every setting
-    first = free_number(out)
     flags = [flag.name for condition in CONDITIONS.values() for flag in condition.generate_flags]
-    for i, request in enumerate(requests):
-        path = out / f"{first + i:03d}.wav"
-        audio.write_audio(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate)
-        asked = {"prompt" if CONDITIONS[name].is_text else name: given for name, given in request.items()}
-        record = dict(**asked, seconds=seconds, seed=args.seed, index_in_batch=i, batch=len(requests),
-                      run=str(args.run), **{name: getattr(args, name) for name in flags},
-                      continued=args.continued, stride=args.stride, compile=args.compile,
-                      codec=codec.fingerprint, **asdict(sampling))
-        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        shown = [given if name == "prompt" else f"{name} {given}" for name, given in asked.items() if given]
-        print(f"wrote {path}: {', '.join(shown) or '(unconditional)'}")
+    with common.numbered_names(out, len(requests)) as names:
+        for i, request in enumerate(requests):
+            asked = {"prompt" if CONDITIONS[key].is_text else key: given for key, given in request.items()}
+            record = dict(**asked, seconds=seconds, seed=args.seed, index_in_batch=i, batch=len(requests),
+                          run=str(args.run), **{name: getattr(args, name) for name in flags},
+                          continued=args.continued, stride=args.stride, compile=args.compile,
+                          codec=codec.fingerprint, **asdict(sampling))
+            path = names[i].with_suffix(".wav")
+            audio.write_clip(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate, record)
+            shown = [given if key == "prompt" else f"{key} {given}" for key, given in asked.items() if given]
+            print(f"wrote {path}: {', '.join(shown) or '(unconditional)'}")
 
 
 if __name__ == "__main__":

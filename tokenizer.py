@@ -271,7 +271,8 @@ def main(argv: list | None = None) -> int:
         argv = argv[1:]
     parser = argparse.ArgumentParser(prog="tokenizer.py", description="Audio -> codes -> audio.")
     parser.add_argument("input", help="audio file")
-    parser.add_argument("output", help="audio file to write, at the codec's sample rate")
+    parser.add_argument("output", type=common.output_name,
+                        help="audio file to write, at the codec's sample rate")
     parser.add_argument("--codec", default="toy",
                         help="toy, encodec_24khz, a codec file, or a folder with an EnCodec (default toy)")
     parser.add_argument("--num_codebooks", type=int,
@@ -280,10 +281,12 @@ def main(argv: list | None = None) -> int:
                         help="2: stereo, each channel by itself (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
     args = parser.parse_args(argv)
-    if os.path.realpath(args.input) == os.path.realpath(args.output):
-        raise ValueError(f"{args.output}: is the input itself: name another file to write")
     if not Path(args.input).is_file():
         raise ValueError(f"{args.input}: no such file")
+    if Path(args.output).exists() and os.path.samefile(args.input, args.output):     # a link to it, too
+        raise ValueError(f"{args.output}: is the input itself: name another file to write")
+    if not Path(args.output).parent.is_dir():
+        raise ValueError(f"{args.output}: cannot be written: there is no folder {Path(args.output).parent}")
 
     codec = load_codec(args.codec, args.num_codebooks, args.device, args.channels)
     wav = audio.read_audio(args.input, sample_rate=codec.sample_rate, channels=codec.channels)
@@ -293,7 +296,7 @@ def main(argv: list | None = None) -> int:
         raise ValueError(f"{args.input}: holds no audio")
     codes = codec.encode(wav)                                                       # [1, K, T]
     back = codec.decode(codes)[..., :N]                                             # [1, C, N]
-    audio.write_audio(args.output, back[0], codec.sample_rate)
+    audio.write_audio(os.path.realpath(args.output), back[0], codec.sample_rate)    # through a link
 
     seconds = N / codec.sample_rate
     print(f"{args.input}: {seconds:.2f} s -> codes {list(codes.shape)} at {codec.frame_rate:g} Hz "

@@ -52,7 +52,7 @@ from support.flags import (build_parser, check_flags, fill_flags, flags_of_run, 
 from support.log import LOG_NAME, append_record, cut_log, loss_metrics, loss_text, stage_text, write_config
 from support.lora import add_lora
 from support.scan import Scan, skip_lines
-from support.signals import Stop, Stopped
+from support.signals import Stop, Stopped, exit_code
 from support.start import Start, load_start, read_start
 
 MODEL_DROPOUT_STREAM = 13                      # of the transformer's dropout, see common.random_generator
@@ -569,8 +569,8 @@ def main(argv: list | None = None) -> int:
         if rank == 0:
             where = "before the first update" if run is None else \
                 f"after update {run.step}; the same command goes on from there"
-            print(f"stopped by {signal} {where}", flush=True)
-        return 1 if run is not None and run.unwritten else 0
+            print(f"stopped by {signal}{'' if args.only else f' {where}'}", flush=True)
+        return exit_code(str(signal)) if run is None else int(bool(run.unwritten))
 
     try:
         with stop:
@@ -591,7 +591,7 @@ def main(argv: list | None = None) -> int:
     except Stopped as signal:
         code = stopped(signal)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        text, mistake = error_text(error), isinstance(error, ValueError)
+        text, mistake = common.stdout_problem() or error_text(error), isinstance(error, ValueError)
         if stop.requested and text and distributed.is_lost_peer(error):     # the others obeyed a signal first
             code = stopped(stop.requested)
         elif text and not os.environ.get("DEBUG"):                   # DEBUG=1 shows where an error was raised

@@ -222,7 +222,8 @@ class Analyser:
 
     def save(self, path: Path = HEADS_FILE) -> None:
         """Writes the heads as plain arrays."""
-        np.savez_compressed(path, **{k: v.numpy() for k, v in self.heads.items()})
+        arrays = {k: v.numpy() for k, v in self.heads.items()}
+        common.write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
     def _distances(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """How far features [1,D] are from each class of a head: [1,V]; and how far they may be."""

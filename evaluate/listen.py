@@ -12,7 +12,6 @@ would pass -1 dB of full scale.
 Legend: C channels, N samples, F frames.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -53,10 +52,9 @@ def write_sample(folder: Path, name: str, wav: Tensor, sample_rate: int, record:
     """Writes a sample [C,N], loudness-normalized, as NAME.wav, and what is known of it as NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     wav, gain = normalize_loudness(wav, sample_rate)
-    audio.write_audio(folder / f"{name}.wav", wav, sample_rate)
     loudness = f"{LUFS:g} LUFS (ITU-R BS.1770-4), peak at most {PEAK_DB:g} dB"
     record = dict(record, loudness=loudness, gain_db=round(gain, 2))
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    audio.write_clip(folder / f"{name}.wav", wav, sample_rate, record)
 
 
 def find_samples(out: Path) -> dict:

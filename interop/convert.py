@@ -10,6 +10,7 @@ A model that a target cannot express is refused with every reason. The new folde
 
 import argparse
 import os
+import secrets
 import shutil
 import sys
 from dataclasses import asdict
@@ -59,7 +60,7 @@ def write_model(data: dict, target: str, out: Path) -> list:
             notes.append(PADDING_NOTES[target])
 
     # written beside, then renamed: the folder is there whole or not at all
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")      # no other's, no leftover
     temporary.mkdir(parents=True)
     try:
         if target == "hf":
@@ -70,7 +71,7 @@ def write_model(data: dict, target: str, out: Path) -> list:
             common.write_torch(temporary / "best.pt", data)
         os.replace(temporary, out)
     except BaseException:
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     for path in sorted(out.iterdir()):
         notes.append(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -166,7 +167,7 @@ def main(argv: list | None = None) -> None:
                                      description="Published weights in, ours out.")
     parser.add_argument("model", help="run folder, best.pt, a Hugging Face folder, or an audiocraft package")
     parser.add_argument("--to", choices=TARGETS, help="what to write; without it, say what is there")
-    parser.add_argument("--out", help="folder to write")
+    parser.add_argument("--out", type=common.output_name, help="folder to write")
     parser.add_argument("--codec", help="where the codec lies, if it has moved or is not in the folder")
     parser.add_argument("--t5", help="folder with the T5 of a package: config.json, weights, spiece.model")
     args = parser.parse_args(argv)

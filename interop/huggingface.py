@@ -181,6 +181,7 @@ def write_hf(data: dict, codec, folder: Path) -> None:
     """Writes a folder for Musicgen(Melody)ForConditionalGeneration and Musicgen(Melody)Processor.
 
     data: what best.pt holds, its configs with all defaults; codec: a tokenizer.Codec."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, conditioner = data["model_config"], data["conditioner_config"]
     pieces = tensor_to_bytes(data["assets"]["text"])
@@ -195,7 +196,10 @@ def write_hf(data: dict, codec, folder: Path) -> None:
         if projected or not names[0].startswith(PROJECTION):
             tensors |= {name: part.contiguous() for name, part in zip(names, x.float().chunk(len(names)))}
     tensors |= {f"audio_encoder.{name}": x for name, x in codec_tensors.items()}
-    save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
+    try:
+        save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
+    except SafetensorError as error:                     # as it reports a full disk
+        raise OSError(f"{folder / 'model.safetensors'} could not be written ({error})") from None
 
     # config.json, generation_config.json
     kind, model_type = ("MusicgenMelody", "musicgen_melody") if melody else ("Musicgen", "musicgen")
@@ -215,7 +219,7 @@ def write_hf(data: dict, codec, folder: Path) -> None:
     common.write_json(folder / "generation_config.json", generation, indent=2)
 
     # the tokenizer of the text: T5 has 100 pieces <extra_id_N> that no text has, if there is room for them
-    (folder / "spiece.model").write_bytes(pieces)
+    common.write_atomically(folder / "spiece.model", lambda file: file.write(pieces))
     extra = 100 if conditioner["text_vocab"] - vocabulary_size(pieces) >= 100 else 0
     tokenizer_config = dict(
         tokenizer_class="T5Tokenizer", extra_ids=extra, legacy=True, pad_token="<pad>", eos_token="</s>",

@@ -5,6 +5,7 @@ Legend: C channels, N samples.
 """
 
 import functools
+import io
 import math
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 import soundfile
 import torch
 import torch.nn.functional as F
+
+from support import common
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 SAMPLE_RATES = (1_000, 1_000_000)              # Hz, the lowest and highest that we believe
@@ -151,8 +154,8 @@ def check_rate(path, rate: int, wanted: int) -> None:
 def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
     """Writes wav [C, N]; the suffix is the format, in 16 bits where it has a choice.
 
-    What is beyond [-1, 1] is clipped, and said. Errors: ValueError for a suffix that we cannot write, for
-    samples that are not finite, and where the disk refuses."""
+    What is beyond [-1, 1] is clipped, and said. The file is there in full or not at all. Errors: ValueError
+    for a suffix that we cannot write and for samples that are not finite; OSError where the disk refuses."""
     assert wav.dim() == 2, f"write_audio takes [C, N], not {tuple(wav.shape)}"
     suffix = Path(path).suffix.lower()
     if suffix not in AUDIO_SUFFIXES:
@@ -170,13 +173,26 @@ def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
     else:
         subtype, wav = None, wav.clamp(-1, 1)
     samples = wav.T.numpy()                                                         # [N, C]
+    content = io.BytesIO()                     # libsndfile does not say why a disk refuses
     try:
-        with soundfile.SoundFile(str(path), "w", sample_rate, samples.shape[1], subtype) as file:
+        with soundfile.SoundFile(content, "w", sample_rate, samples.shape[1], subtype,
+                                 format=suffix[1:]) as file:
             # libsndfile crashes on a long OGG in one piece
             for start in range(0, len(samples), sample_rate):
                 file.write(samples[start:start + sample_rate])
-    except (soundfile.SoundFileError, OSError) as error:
+    except soundfile.SoundFileError as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
+    common.write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def write_clip(path: Path, wav: torch.Tensor, sample_rate: int, record: dict) -> None:
+    """`write_audio`, and beside it what is known of the clip as .json: both or none. Errors: as there."""
+    write_audio(path, wav, sample_rate)
+    try:
+        common.write_json(path.with_suffix(".json"), record)
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def _unreadable(path, error: Exception) -> str:

@@ -277,10 +277,14 @@ def make_cache(dataset: str, out: str, codec, valid: str | float = 0.05, device=
     for feature in features.values():
         settings |= feature.settings
     begin_cache(out, settings)
-    for number, shard in enumerate(shards.values()):
-        if not shard_path(out, number, "json").is_file():
-            write_shard(out, number, shard, codec, device, features)
-            print(f"encoded shard {number + 1} of {len(shards)}: {len(shard)} files", flush=True)
+    try:
+        for number, shard in enumerate(shards.values()):
+            if not shard_path(out, number, "json").is_file():
+                write_shard(out, number, shard, codec, device, features)
+                print(f"encoded shard {number + 1} of {len(shards)}: {len(shard)} files", flush=True)
+    except BaseException:
+        print(f"{out} is unfinished: the same command goes on from here", flush=True)
+        raise
 
     # What came of it
     done = read_index(out)[1]

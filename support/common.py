@@ -3,10 +3,12 @@ devices, randomness.
 
     write_atomically     a file is there in full or not at all, whatever is killed, however full the disk is
     read_torch           plain tensors and plain data out of a file that may hold anything; no code of it runs
-    command              a mistake of the user becomes one line and exit code 2
+    command              a mistake of the user, a full disk or a signal becomes one line and an exit code
+    numbered_names       names 000, 001, .. that no other process takes
     random_generator     randomness that is a function of its key alone
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -14,11 +16,13 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from support.signals import Stop, Stopped, exit_code
 
 FORMAT = "nanomusicgen-1"                      # of best.pt and last.pt
 MAX_TEXT = 10_000                              # characters of a text: a longer one is no caption
@@ -48,8 +52,9 @@ def sync_folder(folder: Path) -> None:
 def write_atomically(path: Path, write: Callable, previous: Path | None = None) -> None:
     """Writes a file beside `path` by write(open binary file), flushes it to the disk, then swaps it in.
 
-    What stood at `path` before becomes `previous`, if given. Errors: OSError if the disk is full or the
-    folder may not be written to; what stood there is then untouched, and no half file is left."""
+    What stood at `path` before becomes `previous`, if given. Errors: OSError naming the file if the disk is
+    full or the folder may not be written to. Then, and where a signal ends the command, what stood there is
+    untouched and no half file is left."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -60,9 +65,11 @@ def write_atomically(path: Path, write: Callable, previous: Path | None = None) 
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:   # torch reports a failed write as a RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):     # torch reports a failed write as the latter
+            raise
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path} could not be written ({cause})") from None
     sync_folder(path.parent)
@@ -125,6 +132,39 @@ def flatten_numbers(record: dict, prefix: str = "") -> dict:
     return found
 
 
+@contextlib.contextmanager
+def numbered_names(folder: Path, count: int) -> Iterator[list[Path]]:
+    """Paths without a suffix: the next `count` names 000, 001, .. of a folder, over all numbers in use.
+
+    Another process cannot take them too: until NNN.wav is there, an NNN.wav.tmp holds its name, which is made
+    only where there is none. `write_atomically` then fills it."""
+    def holder(name: Path) -> Path:
+        return name.with_name(name.name + ".wav.tmp")
+
+    used = [int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()]
+    number, names = max(used, default=-1) + 1, []
+    try:
+        while len(names) < count:
+            name = folder / f"{number:03d}"
+            number += 1
+            with contextlib.suppress(FileExistsError):         # held by another
+                open(holder(name), "x").close()
+                names.append(name)
+                if name.with_suffix(".wav").exists():          # by one that has finished since we looked
+                    holder(names.pop()).unlink(missing_ok=True)
+        yield names
+    finally:
+        for name in names:
+            holder(name).unlink(missing_ok=True)
+
+
+def output_name(text: str) -> str:
+    """A file or folder to write to, as argparse's type. Errors: its own for an empty name."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: name what to write to")
+    return text
+
+
 def output_folder(name: str | Path) -> Path:
     """A folder to write to (--out), made if need be. Errors: ValueError."""
     folder = Path(name)
@@ -142,24 +182,43 @@ def output_folder(name: str | Path) -> Path:
 
 
 def command(name: str) -> Callable:
-    """Decorates a `main(argv)`: a ValueError or OSError becomes one line and exit code 2, Ctrl-C 130.
+    """Decorates a `main(argv)`, so that what ends it is one line: a ValueError or OSError with exit code 2,
+    Ctrl-C with 130, SIGTERM with 143, as shells count them.
 
     With DEBUG=1 in the environment the error is raised, to see where it comes from."""
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def run(argv: list | None = None) -> int:
             try:
-                return main(argv) or 0
+                with Stop():
+                    code = main(argv) or 0
+                    sys.stdout.flush()                 # a full disk behind it is found here at the latest
+                return code
             except (ValueError, OSError) as error:
                 if os.environ.get("DEBUG"):
                     raise
-                print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-                return 2
-            except KeyboardInterrupt:
-                print(f"{name}: stopped", file=sys.stderr)
-                return 130
+                text, code = stdout_problem() or str(error), 2
+            except Stopped as stopped:
+                text, code = f"stopped by {stopped}", exit_code(str(stopped))
+            except KeyboardInterrupt:                  # in a thread, which has no handlers
+                text, code = "stopped by SIGINT", exit_code("SIGINT")
+            print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+            return code
         return run
     return decorate
+
+
+def stdout_problem() -> str | None:
+    """Why standard output cannot be written, such as a full disk or a closed pipe behind it; or None.
+
+    What it still holds is then dropped: Python would try again at its end, and complain a second time."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):             # of a test, it is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"standard output could not be written ({error})"
+    return None
 
 
 def check_device(name) -> torch.device:

@@ -108,7 +108,7 @@ GROUPS = {
              float, 10.0, range="positive", may_change=True),
     ),
     "run": (
-        Flag("out", "run folder (default: runs/ and the name of the dataset)",
+        Flag("out", "run folder (default: runs/ and the name of the dataset)", common.output_name,
              may_change=True, of_launch=True),
         Flag("seed", "of weights, data, dropouts and samples", int, 0, range="natural"),
         Flag("init_from", "run folder, best.pt or published weights to start from; mono also starts stereo",

@@ -48,6 +48,8 @@ def note_written(run, name: str, problem: str | None, shared: bool = True) -> No
     if shared:
         problem = next(filter(None, run.ranks.gather(problem)), None)
     if problem:
+        if run.args.only:                       # nothing goes on that could try again
+            raise OSError(f"{name} was not written: {problem}")
         run.ranks.print(f"{name} was not written: {problem}; the one before is kept and the run goes on")
     run.unwritten = tuple(n for n in run.unwritten if n != name) + ((name,) if problem else ())
 

@@ -1,8 +1,8 @@
 """A page to try a model in the browser: the conditions that it knows, the settings of sampling, a player.
 
 `perform` is what happens behind the button, and needs no page; gradio draws the page and runs the queue, one
-clip at a time. The page is for this machine alone unless --host says otherwise. Results lie in a folder that
-goes with the server.
+clip at a time; nothing of its API goes past the queue. The page is for this machine alone unless --host says
+otherwise. Uploads and results lie in a folder that goes with the server, each result under a name of its own.
 
 Legend: C channels, N samples.
     pip install "gradio>=6"
@@ -88,7 +88,7 @@ def import_gradio():
 
 
 def build_page(gradio, music, folder: str, title: str, **first):
-    """The page, a gradio.Interface; the newest result is written to a folder, from where gradio takes it.
+    """The page, a gradio.Interface; results are written to a folder, from where gradio takes them.
 
     first: as `page_fields` takes."""
     fields = page_fields(music, **first)
@@ -96,10 +96,10 @@ def build_page(gradio, music, folder: str, title: str, **first):
     def act(*values, progress=gradio.Progress()):
         try:
             wav = perform(music, dict(zip(fields, values)), lambda done, total: progress((done, total)))
-        except ValueError as error:
+            path = f"{tempfile.mkdtemp(dir=folder)}/music.wav"         # no other request's
+            audio.write_audio(path, wav, music.codec.sample_rate)
+        except (ValueError, OSError) as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        path = f"{folder}/music.wav"
-        audio.write_audio(path, wav, music.codec.sample_rate)
         return path
 
     def component(name: str, value):
@@ -115,9 +115,10 @@ def build_page(gradio, music, folder: str, title: str, **first):
 
     player = gradio.Audio(label="Music", type="filepath", buttons=["download"])        # no button that shares
     # uploads and results are forgotten after an hour
-    return gradio.Interface(act, [component(*field) for field in fields.items()], player, title=title,
+    page = gradio.Interface(act, [component(*field) for field in fields.items()], player, title=title,
                             submit_btn="Generate", flagging_mode="never", analytics_enabled=False,
                             api_name="generate", delete_cache=(3600, 3600))
+    return page.queue(api_open=False)          # a model makes one clip at a time
 
 
 def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
@@ -127,7 +128,8 @@ def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     # fonts of this machine: none is fetched
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder                         # of uploads, and of what it forgets
         page = build_page(gradio, music, folder, title, **first)
         try:
             page.launch(server_name=host, server_port=port, share=False, quiet=True, max_file_size=UPLOAD,
@@ -136,4 +138,7 @@ def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
             raise ValueError(f"--host {host} --port {port}: in use, or not of this machine; "
                              "give another") from None
         print(f"serving {title} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)

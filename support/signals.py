@@ -1,6 +1,6 @@
-"""How a run is stopped: SIGTERM and Ctrl-C (SIGINT) end it at a moment at which everything is saved.
+"""How a command is stopped: SIGTERM and Ctrl-C (SIGINT) end it; a run, at a moment at which all is saved.
 
-And how its loading processes are: by the run, and by its death.
+And how a run's loading processes are: by the run, and by its death.
 """
 
 import contextlib
@@ -14,7 +14,14 @@ PARENT_SECONDS = 0.5    # between two looks of a loading process whether its par
 
 
 class Stopped(BaseException):
-    """The run was asked to end, and has saved what it had. No Exception, so no handler takes it."""
+    """The run was asked to end, and has saved what it had; or another command, which leaves no half files.
+
+    No Exception, so no handler takes it."""
+
+
+def exit_code(name: str) -> int:
+    """Of a command that a signal has ended, as shells count: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + signal.Signals[name]
 
 
 class Stop:

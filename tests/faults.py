@@ -207,7 +207,7 @@ def campaign(folder: Path, flags: list, world: int, kills: int, number: int, rng
                 tally["writing"] += strike(pids, out, world, number, rng, tally)
             codes = wait(pids)
             assert 3 not in codes, f"traceback in {log}: {log.read_text()[-3000:]}"
-            ended = number == signal.SIGKILL or set(codes) <= {0, -signal.SIGTERM}
+            ended = number == signal.SIGKILL or set(codes) <= {0, 143, -signal.SIGTERM}
             assert ended, (codes, log.read_text()[-3000:])
             after = saved_step(out)
             tally["lost"] += after < before

@@ -1,10 +1,18 @@
 """The page of generate.py --serve: what is behind its button; with gradio, the page itself."""
 
+import json
+import os
+import signal
 import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
 
+import faults
 import conditioning
 from support import serve
 import generate
@@ -142,3 +150,56 @@ def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
     finally:
         page.close()
     assert address.startswith("http://127.0.0.1:")
+
+
+def test_requests_at_the_same_time_get_their_own_music(tmp_path, monkeypatch):
+    """Six at once, through the queue; what would go past it is refused."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    music, gradio = tiny("text"), serve.import_gradio()
+    page = serve.build_page(gradio, music, str(tmp_path), "a tiny model")
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False)
+    asked = [serve.page_fields(music) | dict(text="slow organ", seed=seed) for seed in range(6)]
+    try:
+        client = Client(address, verbose=False, download_files=tmp_path / "client")
+        jobs = [client.submit(*fields.values(), api_name="/generate") for fields in asked]
+        found = [audio.read_audio(job.result()) for job in jobs]
+        past_the_queue = urllib.request.Request(
+            f"{address}gradio_api/run/generate", json.dumps(dict(data=list(asked[0].values()))).encode(),
+            {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(past_the_queue)
+    finally:
+        page.close()
+    for seed, wav in enumerate(found):
+        assert torch.allclose(wav, music.generate(["slow organ"], 0.8, seed)[0].clamp(-1, 1), atol=1e-4), seed
+
+
+def test_no_result_takes_the_file_of_another(tmp_path):
+    """Also where a page would run two at once: the music of one is there when the next is done."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    music = tiny("text")
+    page = serve.build_page(serve.import_gradio(), music, str(tmp_path), "a tiny model")
+    fields = serve.page_fields(music) | dict(text="slow organ")
+    first, second = (page.fn(*(fields | dict(seed=seed)).values()) for seed in (0, 1))
+    assert first != second and Path(first).read_bytes() != Path(second).read_bytes()
+    assert {tmp_path} == {Path(name).parent.parent for name in (first, second)}
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_page_ends_with_its_files(number, code, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
+    seen = []
+
+    def wait(page):
+        seen.extend(tmp_path.iterdir())
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(serve.import_gradio().Interface, "block_thread", wait)
+    assert generate.main(["--run", "nowhere", "--serve", "--port", str(faults.free_port())]) == code
+    assert len(seen) == 1 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == f"generate.py: stopped by {number.name}\n"

@@ -444,6 +444,7 @@ def fit_codec(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: exists already; delete it first or name another")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    common.output_folder(out.parent)                           # may be read-only
     hop = math.prod(args.ratios)
     samples = round(args.segment_seconds * args.sample_rate / hop) * hop
     if samples < 2048:
@@ -506,7 +507,8 @@ def fit_parser() -> argparse.ArgumentParser:
                     "the same command goes on exactly.")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", required=True, help="toy, or a folder of audio files")
-    add("--out", required=True, help="codec file to write; the checkpoint stands beside it")
+    add("--out", type=common.output_name, required=True,
+        help="codec file to write; the checkpoint stands beside it")
     add("--sample_rate", type=int, default=16_000, help="Hz")
     add("--segment_seconds", type=float, default=1.0, help="length of a training segment")
     add = parser.add_argument_group("shape of the codec").add_argument
