@@ -1,4 +1,4 @@
-"""Samples, the page and stages alone: loudness, names, escaped text, and the page in a real browser."""
+"""Samples, the page and stages alone: names, escaped text, and the page in a real browser."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-import torchaudio
 
 from evaluate import listen, page
 from support import audio, common, flags
@@ -44,20 +43,6 @@ def evil(finished, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # samples
-
-
-@pytest.mark.parametrize("rate, channels", ((16_000, 1), (32_000, 2)))
-def test_loudness(rate, channels):
-    t = torch.arange(2 * rate) / rate
-    tone = torch.stack([0.01 * torch.sin(2 * torch.pi * 997 * t)] * channels)
-    louder, gain = listen.normalize_loudness(tone, rate)
-    assert gain > 0 and float(torchaudio.functional.loudness(louder, rate)) == pytest.approx(-14, abs=0.1)
-    click = tone.clone()
-    click[:, 100] = 0.9                                              # a peak that would be clipped
-    peak = float(listen.normalize_loudness(click, rate)[0].abs().max())
-    assert peak == pytest.approx(10 ** (-1 / 20), rel=1e-4)
-    for alone in (tone[:, :rate // 4], torch.zeros(channels, rate), torch.zeros(channels, 0)):
-        assert listen.normalize_loudness(alone, rate)[0] is alone
 
 
 def test_samples_have_the_same_names_every_epoch(finished):

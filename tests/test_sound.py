@@ -1,8 +1,9 @@
-"""Sound on its way through the project: resampling, measured with tones; what is written of it.
+"""Sound on its way through the project: resampling, measured with tones; what is written of it; loudness.
 
-Legend: N samples.
+Legend: C channels, N samples.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from evaluate import listen
 from support import audio
 
 ROOT = Path(__file__).parents[1]
@@ -126,3 +128,85 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         with pytest.raises(ValueError, match="a.wav: not written: samples that are not finite"):
             audio.write_audio(tmp_path / "a.wav", torch.tensor([[0.0, bad]]), 16_000)
     assert not (tmp_path / "a.wav").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# loudness
+
+
+def loud_clips(rate):
+    """{name: [C,N] float64} of 5 s, near full scale and over it; the same bits everywhere."""
+    t = torch.arange(5 * rate, dtype=torch.float64) / rate
+    tone = lambda hertz: torch.sin(2 * math.pi * hertz * t)
+    square = torch.sign(tone(55.5))
+    quiet_from_2 = torch.where(t < 2, 1.0, 0.02)
+    swelling = (1.3 * (t % 1)).clamp_max(1)
+    clips = {
+        "997": tone(997), "7000": tone(7000), "100": 0.5 * tone(100),
+        "chord": 0.3 * (tone(220) + tone(277) + tone(1661)), "twice full scale": 2 * tone(440),
+        "loud, then quiet": 0.8 * tone(220) * quiet_from_2,
+        "square": 0.9 * square, "swelling square": 0.9 * square * swelling}
+    clips = {name: wav[None] for name, wav in clips.items()}
+    clips["stereo"] = torch.stack([2 * tone(440), tone(3000)])
+    clips["stereo square"] = torch.stack([0.9 * square, 0.7 * square * quiet_from_2])
+    return clips
+
+
+# What pyloudnorm 0.2.0 finds at 48 kHz, Meter(48_000, filter_class="DeMan"): the standard's own filters
+PYLOUDNORM = {
+    "997": -3.010, "7000": 0.335, "100": -10.856, "chord": -8.503, "twice full scale": 2.327,
+    "loud, then quiet": -6.189, "square": -3.965, "swelling square": -7.124, "stereo": 4.368,
+    "stereo square": -3.038}
+
+
+def test_loudness_is_that_of_the_standard():
+    """Its coefficients, its reference of 997 Hz, and figures of another implementation."""
+    shelf, high_pass = listen.k_weighting(48_000)
+    for (numerator, denominator), expected in (
+            (shelf, (1.53512485958697, -2.69169618940638, 1.19839281085285, -1.69065929318241,
+                     0.73248077421585)),
+            (high_pass, (1.0, -2.0, 1.0, -1.99004745483398, 0.99007225036621))):
+        found = [x / denominator[0] for x in (*numerator, *denominator[1:])]
+        assert found == pytest.approx(expected, abs=1e-10)
+    tone = sine(997, 48_000, 5)[None]
+    assert listen.measure_loudness(tone, 48_000) == pytest.approx(-3.01, abs=0.005)
+    assert listen.measure_loudness(tone / 10, 48_000) == pytest.approx(-23.01, abs=0.005)
+    for rate, tolerance in ((48_000, 0.002), (44_100, 0.005), (32_000, 0.01), (16_000, 0.06)):
+        for name, wav in loud_clips(rate).items():
+            found = listen.measure_loudness(wav, rate)
+            assert found == pytest.approx(PYLOUDNORM[name], abs=tolerance), (rate, name)
+
+
+@pytest.mark.parametrize("rate", (16_000, 32_000))
+def test_samples_end_at_the_same_loudness(rate, tmp_path):
+    """Those near and over full scale as those far below, long and short; its json tells the truth."""
+    clips = loud_clips(rate)
+    chord = clips["chord"]
+    clips |= {"quiet": 0.05 * chord, "0.2 s": clips["997"][:, :rate // 5], "10 ms": chord[:, :rate // 100]}
+    for name, wav in clips.items():
+        louder, gain = listen.normalize_loudness(wav, rate)
+        torch.testing.assert_close(louder, wav * 10 ** (gain / 20))
+        assert listen.measure_loudness(louder, rate) == pytest.approx(-14, abs=0.01), name
+        listen.write_sample(tmp_path, "a", wav.float(), rate, {"kind": name})
+        record = json.loads((tmp_path / "a.json").read_text())
+        written = audio.read_audio(tmp_path / "a.wav")
+        assert record["loudness"] == "-14.0 LUFS (ITU-R BS.1770-4)" and record["gain_db"] == round(gain, 2)
+        assert listen.measure_loudness(written, rate) == pytest.approx(-14, abs=0.05), name
+
+
+def test_a_peak_or_near_silence_holds_loudness_back(tmp_path):
+    tone = 0.01 * sine(997, 16_000, 2)[None]
+    click, hiss = tone.clone(), 0.002 * tone
+    click[:, 100] = 0.9
+    for wav, why in ((click, r"-\d\d\.\d LUFS .*: louder, its peak would pass -1 dB"),
+                     (0.3 * tone, "-53.5 LUFS .*: near silence, left as it is"),
+                     (hiss, "-inf LUFS .*: near silence, left as it is"),
+                     (0 * tone, "-inf LUFS .*: near silence, left as it is"),
+                     (tone[:, :0], "-inf LUFS .*: near silence, left as it is")):
+        louder, gain = listen.normalize_loudness(wav, 16_000)
+        listen.write_sample(tmp_path, "a", wav, 16_000, {})
+        assert re.fullmatch(why, json.loads((tmp_path / "a.json").read_text())["loudness"])
+        if wav is click:
+            assert float(louder.abs().max()) == pytest.approx(10 ** (-1 / 20), rel=1e-4)
+        else:
+            assert louder is wav and gain == 0
