@@ -28,7 +28,6 @@ language model.
 """
 
 import argparse
-import io
 import math
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -48,15 +47,16 @@ from support.flag import Flag
 from support.kernels import Linear
 from support.melody import Melody
 from support.style import Style
+from support.vocabulary import (BYTES, EOS, PAD, caption_notes, clean_text, fit_sentencepiece, reading_notes,
+                                vocabulary_size)
 
-PAD, EOS, UNK = 0, 1, 2                        # sentencepiece ids, T5's
 METHODS = ("cross", "prepend", "sum")
 METADATA = ("key", "bpm", "genre", "moods", "keywords", "instrument")          # may be merged into the text
 CONDITION_DROP_STREAM = 11                    # random numbers of the dropouts; a condition has its own stream
 
 
 # --------------------------------------------------------------------------------------------------
-# text on the host: metadata, word dropout, sentencepiece
+# text on the host: metadata, word dropout
 
 
 def full_text(meta: dict) -> str | None:
@@ -99,41 +99,6 @@ def drop_words(text: str | None, p: float, rng: np.random.Generator) -> str | No
         return text
     words = text.split()
     return " ".join(w for w, keep in zip(words, rng.random(len(words)) >= p) if keep)
-
-
-def clean_text(text: str | None) -> str:
-    """One line of text without control characters; at most common.MAX_TEXT characters."""
-    if not text:
-        return ""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[:common.MAX_TEXT]).split())
-
-
-def fit_sentencepiece(captions, vocab: int = 2000) -> bytes:
-    """Trains a sentencepiece BPE model on captions and returns it serialized (ids: 0 pad, 1 end, 2 unknown).
-
-    The vocabulary may come out smaller than asked where the captions do not hold that many pieces.
-    Errors: ValueError if there is no text, or more characters in it than pieces are allowed."""
-    texts = [t for t in (clean_text(c) for c in captions) if t]
-    if not texts:
-        raise ValueError("no captions to fit the text encoder's vocabulary on: add captions (a .txt or .json "
-                         "beside each audio file) or train without text (--no_text)")
-    out = io.BytesIO()
-    try:
-        # max_sentence_length is in bytes; its default of 4,192 would silently drop longer captions
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=out, vocab_size=vocab, model_type="bpe",
-            hard_vocab_limit=False, pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
-            num_threads=1, minloglevel=2, max_sentence_length=4 * common.MAX_TEXT)
-    except (RuntimeError, ValueError):         # every character needs a piece of its own
-        characters = len(set("".join(texts)))
-        raise ValueError(f"text_vocab {vocab}: the captions hold {characters} different characters, give at "
-                         f"least {characters + 4} and at most a million") from None
-    return out.getvalue()
-
-
-def vocabulary_size(pieces: bytes) -> int:
-    """Number of pieces of a serialized sentencepiece model."""
-    return sentencepiece.SentencePieceProcessor(model_proto=pieces).vocab_size()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,7 +207,7 @@ class Text(Condition):
         Flag("no_text", "without text: alone, an unconditional model", bool, False, before=False),
         Flag("freeze_text_encoder", "leave the text encoder as it is (default: yes for published weights)",
              bool),
-        Flag("text_vocab", "most pieces of the vocabulary fitted to the captions",
+        Flag("text_vocab", "most pieces of the vocabulary fitted to the captions, beside the 256 bytes",
              int, 2000, range="count"),
         Flag("word_dropout", "probability that a word of a caption is dropped",
              float, toy=0.0, audio=0.3, range="share", overfit=0.0),
@@ -294,11 +259,14 @@ class Text(Condition):
         return TextConfig(**{**shape, "frozen": args.freeze_text_encoder})
 
     @classmethod
-    def notes(cls, args, config: TextConfig) -> list:
-        """A vocabulary may come out smaller than asked."""
-        if config.vocab >= args.text_vocab:
-            return []
-        return [f"text: {config.vocab} pieces, not {args.text_vocab}: the captions hold no more"]
+    def notes(cls, args, config: TextConfig, asset: bytes, train_set) -> list:
+        """A vocabulary may come out smaller than asked; captions may hold more than it can say."""
+        texts = [full_text(meta) or "" for meta in train_set.metadata()]
+        lines = caption_notes(asset, texts, config.max_tokens)
+        if config.vocab < args.text_vocab + BYTES:
+            lines.append(f"text: {config.vocab} pieces, not {args.text_vocab + BYTES}: the captions hold no "
+                         "more")
+        return lines
 
     def from_example(self, example, codes: Tensor, args, codec, rng) -> tuple:
         """The caption; in training with metadata merged in and words dropped."""
@@ -310,6 +278,11 @@ class Text(Condition):
     def from_user(self, given, codec) -> str | None:
         """The text itself."""
         return clean_text(given) or None
+
+    def remarks(self, value: str) -> list:
+        """What of the text the model does not read."""
+        notes = reading_notes(self.processor, value, self.config.max_tokens)
+        return [f"text {value[:40]!r}: {note}" for note in notes]
 
     def from_toy(self, clip, text: str, wav: Tensor) -> str:
         """The caption of the clip."""
@@ -471,21 +444,25 @@ def fuse(encoded: dict, methods: dict) -> Conditions:
 # the command
 
 
-def vocabulary_of_run(run: str) -> bytes:
-    """The vocabulary of a run, a serialized sentencepiece model. Errors: ValueError."""
+def vocabulary_of_run(run: str) -> tuple[bytes, int]:
+    """The vocabulary of a run, a serialized sentencepiece model, and how many pieces it reads of a text.
+
+    Errors: ValueError."""
     path = Path(run, "best.pt")
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the folder of a run that has finished an epoch")
-    assets = common.read_torch_dict(path, common.MODEL_FILE).get("assets") or ()
+    data = common.read_torch_dict(path, common.MODEL_FILE)
+    assets = data.get("assets") or ()
     if "text" not in assets:
         raise ValueError(f"{run}: a model trained without text has no vocabulary")
     try:
         pieces = common.tensor_to_bytes(assets["text"])
         vocabulary_size(pieces)
+        config = data.get("conditioner_config") or {}
+        return pieces, int(config.get("text_max_tokens", TextConfig.max_tokens))
     except Exception as error:                                       # a foreign file can fail in any way
         problem = " ".join(str(error).split())[:200]
         raise ValueError(f"{run}: not {common.MODEL_FILE}, or damaged ({problem})") from None
-    return pieces
 
 
 @common.command("conditioning.py")
@@ -496,14 +473,18 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--run", help="run whose vocabulary to use; without it one is fitted to toy captions")
     args = parser.parse_args(argv)
     if args.run:
-        pieces = vocabulary_of_run(args.run)
+        pieces, max_tokens = vocabulary_of_run(args.run)
     else:
         import toy
         pieces = fit_sentencepiece(toy.draw_clip(0, 0, i)[1] for i in range(2000))
+        max_tokens = TextConfig.max_tokens
     processor = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     print(f"{processor.vocab_size()} pieces in the vocabulary")
-    print(" ".join(processor.encode(clean_text(args.text), out_type=str) + ["</s>"]))
-    print(*processor.encode(clean_text(args.text)), EOS)
+    ids = processor.encode(clean_text(args.text))[:max_tokens - 1] + [EOS]
+    print(*map(processor.id_to_piece, ids))
+    print(*ids)
+    for note in reading_notes(processor, args.text, max_tokens):
+        print(f"conditioning.py: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -499,6 +499,10 @@ def main(argv: list | None = None) -> None:
     codes = music.codes(values, seconds, args.seed, sampling, stride_seconds=args.stride, prompt=prompt,
                         progress=lambda done, total: bar.update(100 * done // total - bar.n))
     bar.close()
+    for name, condition in music.conditions.items():                 # what it does not follow, said once
+        for value in dict.fromkeys(row[name] for row in values):
+            for line in [] if value is None else condition.remarks(value):
+                print(f"generate.py: {line}", file=sys.stderr)
 
     # the audio, decoded one by one because it is larger than codes, with a record of every setting
     flags = [flag.name for condition in CONDITIONS.values() for flag in condition.generate_flags]

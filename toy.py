@@ -59,9 +59,9 @@ WORDS = {                                               # caption words of each 
     "pluck": ("plucked string", "guitar", "harp"),
     "bell": ("bell", "chimes", "glockenspiel"),
     "organ": ("organ", "church organ", "pipe organ"),
-    "slow": ("slow", "calm", "unhurried"),
-    "medium": ("medium", "moderate", "walking"),
-    "fast": ("fast", "quick", "lively"),
+    "slow": ("slow", "calm", "unhurried", "94 BPM"),
+    "medium": ("medium", "moderate", "walking", "150 BPM"),
+    "fast": ("fast", "quick", "lively", "250 BPM"),
     "low": ("low", "deep", "dark"),
     "middle": ("middle", "mid-range", "tenor"),
     "high": ("high", "bright", "shrill"),
@@ -76,6 +76,7 @@ TEMPLATES = (
     "{tempo} music {drums}: {register} {instrument} in the key of {root}",
     "{instrument} melody, {register} register, {tempo} tempo, {root} major, {drums}",
 )
+CASES = (str, str.lower, str.upper, str.title, lambda text: text[0].upper() + text[1:])
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ def combinations() -> dict:
 
 
 def caption(clip: Clip, rng: np.random.Generator) -> str:
-    """A caption that names every attribute, in one of several wordings."""
+    """A caption that names every attribute, in one of several wordings, and in any case, as people type."""
     words = {name: rng.choice(WORDS.get(value, (value,))) for name, value in clip.attributes().items()}
-    return str(rng.choice(TEMPLATES)).format(**words)
+    text = str(rng.choice(TEMPLATES)).format(**words)
+    return CASES[rng.integers(len(CASES))](text)
 
 
 def draw_clip(seed: int, epoch: int, index: int, split: str = "train") -> tuple[Clip, str]:

@@ -398,8 +398,7 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
         if asset is not None:
             kept[name] = asset
         config.shapes[name] = condition.make_config(args, codec, size, asset, stored)
-        if not stored:
-            ranks.print(*condition.notes(args, config.shapes[name]))
+        ranks.print(*condition.notes(args, config.shapes[name], asset, train_set))
     return Conditioner(config, size["dim"], kept)
 
 

@@ -87,8 +87,8 @@ class Condition(nn.Module):
         return cls.Config()
 
     @classmethod
-    def notes(cls, args: argparse.Namespace, config) -> list:
-        """Lines to print about a `Config` that `make_config` made anew."""
+    def notes(cls, args: argparse.Namespace, config, asset: bytes | None, train_set) -> list:
+        """Lines to print at the start about its `Config`, and on what it does not read of the data."""
         return []
 
     @classmethod
@@ -110,6 +110,10 @@ class Condition(nn.Module):
 
         Errors: ValueError saying what is wrong with it."""
         raise NotImplementedError
+
+    def remarks(self, value) -> list:
+        """Lines for whoever gave a value: what of it the model does not follow."""
+        return []
 
     def from_toy(self, clip, text: str, wav: Tensor):
         """What a user would give to get this toy clip (wav [C, N]); None if a clip has no such thing."""

@@ -50,10 +50,11 @@ def check_number(name: str, value) -> float | int:
     return int(value) if kind else float(value)
 
 
-def perform(music, asked: dict, progress=None) -> Tensor:
+def perform(music, asked: dict, progress=None, remark=lambda line: None) -> Tensor:
     """Audio [C, N] of a generate.MusicGenerator for the fields of `page_fields`.
 
-    The same as the command line makes of the same. Errors: ValueError says in one line what is wrong."""
+    The same as the command line makes of the same. remark: is called with each line on what the model does
+    not follow of it. Errors: ValueError says in one line what is wrong."""
     numbers = {name: check_number(name, value) for name, value in asked.items()
                if name not in CONDITIONS or CONDITIONS[name].widget == "number" and value is not None}
     seconds, seed = numbers.pop("seconds"), numbers.pop("seed")
@@ -69,6 +70,8 @@ def perform(music, asked: dict, progress=None) -> Tensor:
         except ValueError as error:
             file = f"{Path(given).name}: " if condition.widget == "audio" else ""
             raise ValueError(f"{name}: {file}{error}") from None
+        for line in [] if values[name] is None else condition.remarks(values[name]):
+            remark(line)
     sampling = dataclasses.replace(music.sampling, **numbers)
     codes = music.codes([values], seconds, seed, sampling, progress=progress)
     return music.codec.decode(codes)[0].cpu()
@@ -95,7 +98,8 @@ def build_page(gradio, music, folder: str, title: str, **first):
 
     def act(*values, progress=gradio.Progress()):
         try:
-            wav = perform(music, dict(zip(fields, values)), lambda done, total: progress((done, total)))
+            wav = perform(music, dict(zip(fields, values)), lambda done, total: progress((done, total)),
+                          gradio.Warning)
             path = f"{tempfile.mkdtemp(dir=folder)}/music.wav"         # no other request's
             audio.write_audio(path, wav, music.codec.sample_rate)
         except (ValueError, OSError) as error:

@@ -31,8 +31,18 @@ def test_captions_name_every_attribute():
     for i in range(200):
         clip, text = toy.draw_clip(0, 0, i)
         for value in clip.attributes().values():
-            assert any(word in text for word in toy.WORDS.get(value, (value,))), (value, text)
+            words = toy.WORDS.get(value, (value,))
+            assert any(word.lower() in text.lower() for word in words), (value, text)
     assert len({toy.draw_clip(0, 0, i)[1] for i in range(500)}) > 450
+
+
+def test_captions_come_in_every_case_and_with_digits():
+    """As typed, lower, CAPITALS, Title Case, a capital first: about one in five each."""
+    texts = [toy.draw_clip(0, 0, i)[1] for i in range(1000)]
+    forms = [text.islower() + 2 * text.isupper() + 4 * text.istitle() for text in texts]
+    assert all(forms.count(form) > 130 for form in (1, 2, 4)) and 300 < forms.count(0) < 500, forms
+    assert sum(text[0].isupper() and not text.istitle() and not text.isupper() for text in texts) > 130
+    assert sum("bpm" in text.lower() for text in texts) > 200
 
 
 def test_unknown_split():
