@@ -33,13 +33,14 @@ import generate
 import tokenizer
 import train
 from bad_material import TEXTS, TINY_TRAINING, make_material, prepare
-from evaluate import analyser, metrics
+from evaluate import analyser, metrics, page
+from interop import convert
 from support import chroma, estimate, style
 from tools import fit_codec
 
 PROGRAMS = dict(train=train, data=data, tokenizer=tokenizer, generate=generate, metrics=metrics,
                 conditioning=conditioning, analyser=analyser, fit_codec=fit_codec, chroma=chroma,
-                style=style)
+                style=style, convert=convert, page=page)
 FIRST = {    # flags put before those of a case
     "train": TINY_TRAINING,
     "generate": "--seconds 0.1 --device cpu --out out".split(),
@@ -95,8 +96,10 @@ def listing(place: Path) -> dict:
     return found
 
 
-def run_case(name: str, command: str, place: Path, shared: Path) -> Ending:
-    """Runs a case within the folder `place`. shared: the folder that `prepare` made."""
+def run_case(name: str, command: str, place: Path, shared: Path, fault=contextlib.nullcontext()) -> Ending:
+    """Runs a case within the folder `place`, while a fault, if one is given, lasts.
+
+    shared: the folder that `prepare` made."""
     program, *words = shlex.split(command)
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned, \
@@ -117,7 +120,8 @@ def run_case(name: str, command: str, place: Path, shared: Path) -> Ending:
             PATCHES[name](patch)
         before = listing(place)
         try:
-            code = PROGRAMS[program].main([*FIRST.get(program, ()), *argv])
+            with fault:
+                code = PROGRAMS[program].main([*FIRST.get(program, ()), *argv])
         except SystemExit as stopped:    # of argparse
             code = stopped.code
         for each in warned:              # what a user sees as lines on stderr

@@ -385,6 +385,7 @@ MATERIAL = {
     "run": copied("run"),
     "model": copied("run", "last*"),
     "mute": copied("mute", "last*"),
+    "cross": run_with("best.pt", with_other(conditioner_config=lambda c: c | {"fuse": {"text": "cross"}})),
     "tune": copied("tune", "last*"),
     "no_log": run_with("log.jsonl", lambda raw: b"no log at all\n"),
     **{f"best_{name}": run_with("best.pt", damage) for name, damage in DAMAGES.items()},

@@ -57,7 +57,9 @@ REFUSED = {
         "data cache @music --out out --codec mystery", "'mystery'", "toy, encodec_24khz"),
     "data cache: stems without demucs": (
         "data cache @music --out out --melody_stems", "--melody_stems", "pip install demucs"),
+    "data cache: out empty": ("data cache @music --out $empty", "--out", "empty"),
     # tokenizer
+    "tokenizer: output empty": ("tokenizer @good.wav $empty", "output", "empty"),
     "tokenizer: no file": ("tokenizer", "input"),
     "tokenizer: file missing": ("tokenizer gone.wav out.wav", "gone.wav", "no such file"),
     "tokenizer: zero bytes": ("tokenizer @zero.wav out.wav", "zero.wav", "not readable as audio"),
@@ -138,6 +140,7 @@ REFUSED = {
         "fit_codec --dataset no/such --out c.pt", "no/such", "no such folder"),
     "fit_codec: dataset without audio": (
         "fit_codec --dataset @no_audio --out c.pt", "no_audio", ".wav"),
+    "fit_codec: out empty": ("fit_codec --dataset toy --out $empty", "--out", "empty"),
     "fit_codec: out is there": (
         "fit_codec --dataset toy --out @good.wav", "good.wav", "exists already"),
     "fit_codec: out in a missing folder": (

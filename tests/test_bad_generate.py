@@ -57,6 +57,7 @@ REFUSED = {
         "generate --run @model --prompt x --codec gone.pt", "gone.pt", "no such file"),
     "generate: codec is a pickle": (
         "generate --run @model --prompt x --codec @pickle.pt", "pickle.pt", "not a codec file"),
+    "generate: out empty": ("generate --run @model --prompt x --out $empty", "--out", "empty"),
     "generate: out is a file": (
         "generate --run @model --prompt x --out @good.wav", "--out", "good.wav", "cannot be written"),
     "generate: out below a file": (
@@ -134,6 +135,9 @@ REFUSED = {
         "generate --run @tune --melody @good.wav --melody_stems", "--melody_stems", "pip install demucs"),
     "generate: double guidance nan": (
         "generate --run @tune --melody @good.wav --cfg_style nan", "cfg_style nan", "between"),
+    # convert
+    "convert: out empty": ("convert @model --to nano --out $empty", "--out", "empty"),
+    "convert: out is there": ("convert @model --to nano --out @good.wav", "good.wav", "name a new folder"),
     # metrics
     "metrics: run missing": ("metrics --run no/such", "no/such", "no best.pt"),
     "metrics: run is a pickle": ("metrics --run @best_pickle", "best_pickle", "not a model"),

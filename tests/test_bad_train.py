@@ -178,6 +178,9 @@ REFUSED = {
     "train: codec of fewer codebooks than asked": (
         "train --codec @codec_K2 --num_codebooks 4", "num_codebooks 4", "1 to 2"),
     # train.py: the run folder
+    "train: out empty": ("train --out $empty", "--out", "empty"),
+    "train: out of white space": ("train --out $blank", "--out", "empty"),
+    "train: out empty, a stage alone": ("train --only valid --out $empty", "--out", "empty"),
     "train: out is a file": ("train --out @good.wav", "good.wav", "cannot be written"),
     "train: out below a file": ("train --out @good.wav/run", "good.wav/run", "cannot be written"),
     "train: run folder read-only": ("train --out @run --epochs 2", "run", "cannot be written"),
