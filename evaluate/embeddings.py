@@ -159,11 +159,21 @@ class Clap:
 
     @torch.no_grad()
     def audio(self, mono: Tensor) -> Tensor:
-        """Features [n,D] of audio [N] at CLAP_RATE, one row each CLAP_SECONDS."""
-        pieces = [p.cpu().numpy() for p in mono.split(round(CLAP_SECONDS * CLAP_RATE))]
-        inputs = self.extract(pieces, sampling_rate=CLAP_RATE, return_tensors="pt", padding="repeatpad")
-        features = self.model.get_audio_features(**inputs)                                        # [n, D]
-        return getattr(features, "pooler_output", features)      # since transformers 5 it is wrapped
+        """Features [n,D] of audio [N] at CLAP_RATE, one row each CLAP_SECONDS.
+
+        A rest of less than a second is left out."""
+        # what is longer than its maximum is cropped at random
+        size = min(round(CLAP_SECONDS * CLAP_RATE), self.extract.nb_max_samples)
+        pieces = mono.split(size)
+        if len(pieces) > 1 and len(pieces[-1]) < CLAP_RATE:
+            pieces = pieces[:-1]
+        rows = []
+        for piece in pieces:                             # alone: of several, it declares one at random longer
+            inputs = self.extract(piece.cpu().numpy(), sampling_rate=CLAP_RATE, return_tensors="pt",
+                                  padding="repeatpad")
+            features = self.model.get_audio_features(**inputs)                                    # [1, D]
+            rows.append(getattr(features, "pooler_output", features))    # since transformers 5 it is wrapped
+        return torch.cat(rows)                                                                    # [n, D]
 
     @torch.no_grad()
     def text(self, text: str) -> Tensor:

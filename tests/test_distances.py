@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-import torchaudio
 
 import conditioning
 from evaluate import adherence, distances, embeddings, metrics
@@ -347,6 +346,29 @@ def test_clap_against_its_own_package(clap):
     assert embedding(wav, 16_000).total.shape == (32,)
 
 
+def test_a_fused_clap_hears_the_same_twice(clap):
+    """Of clips beyond ten seconds too: each piece as the package hears it alone, whatever NumPy's seed."""
+    import transformers
+    config = transformers.ClapConfig.from_pretrained(clap)
+    config.audio_config.enable_fusion = True             # as laion/clap-htsat-fused
+    torch.manual_seed(1)
+    model, extract = transformers.ClapModel(config).eval(), transformers.ClapFeatureExtractor()
+    model.save_pretrained(clap)
+    extract.save_pretrained(clap)
+    found, size = embeddings.Clap(clap), 480_000
+    mono = torch.rand(3 * size + 24_000, generator=torch.Generator().manual_seed(0)) - 0.5        # 30.5 s
+    with torch.no_grad():
+        alone = []
+        for piece in mono[:3 * size].split(size):
+            features = model.get_audio_features(**extract(piece.numpy(), sampling_rate=48_000,
+                                                          return_tensors="pt"))
+            alone.append(getattr(features, "pooler_output", features))
+    for seed in range(4):
+        np.random.seed(seed)
+        torch.testing.assert_close(found.audio(mono), torch.cat(alone))     # the half second is left out
+    assert found.audio(mono[:24_000]).shape == (1, 32)
+
+
 def test_text_consistency_of_a_folder(clap, tmp_path, capsys):
     """What a person computes by hand, from the files that generate.py writes; a clip without its prompt is
     named."""
@@ -378,7 +400,7 @@ def test_divergence_of_claps_labels(clap, tmp_path, capsys):
 
     def odds(path):
         wav = audio.read_audio(path)
-        mono = torchaudio.functional.resample(wav[0], 16_000, 48_000)
+        mono = audio.resample(wav[0], 16_000, 48_000)
         extract = transformers.ClapFeatureExtractor.from_pretrained(clap)
         heard = extract(mono.numpy(), sampling_rate=48_000, return_tensors="pt")
         read = transformers.AutoTokenizer.from_pretrained(clap)(labels, return_tensors="pt", padding=True)
