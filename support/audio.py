@@ -20,6 +20,7 @@ from support import common
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 SAMPLE_RATES = (1_000, 1_000_000)              # Hz, the lowest and highest that we believe
 MAX_PEAK = 100.0                               # float files may exceed 1; 40 dB over full scale is no audio
+NO_LENGTH = 2 ** 62                            # frames: libsndfile's word for an unknown length is more
 FULL_SCALE = 2 ** 15                           # of 16 bits
 MAX_RESAMPLER = 16_000_000                     # filter coefficients: far prime rates would need gigabytes
 ZEROS = 64                                     # of the resampler's sinc on each side: how steep it is
@@ -44,6 +45,7 @@ def audio_info(path) -> AudioInfo:
         info = soundfile.info(str(path))
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(_unreadable(path, error)) from None
+    _check_length(path, info.frames)
     return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels)
 
 
@@ -55,6 +57,7 @@ def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels
     Errors: ValueError naming the file, also where what it holds is no audio."""
     try:
         with soundfile.SoundFile(str(path)) as file:
+            _check_length(path, file.frames)
             rate = file.samplerate
             wanted = sample_rate or rate
             check_rate(path, rate, wanted)
@@ -193,6 +196,13 @@ def write_clip(path: Path, wav: torch.Tensor, sample_rate: int, record: dict) ->
     except BaseException:
         path.unlink()
         raise
+
+
+def _check_length(path, frames: int) -> None:
+    """Errors: ValueError for a FLAC that went through a pipe: libsndfile cannot read it up to its end."""
+    if frames >= NO_LENGTH:
+        raise ValueError(f"{path}: no length in its header (it was piped): write it again, such as with "
+                         "`ffmpeg -i IN OUT.flac`")
 
 
 def _unreadable(path, error: Exception) -> str:

@@ -29,6 +29,7 @@ from support.scan import split_by_hash, split_entries, valid_fraction
 
 SHARD_SECONDS = 3600  # audio in a shard: what an interruption costs at most
 WINDOW_SECONDS = 10  # of a file that are encoded at once
+SILENT_PEAK = 1e-4  # 80 dB below full scale
 CONTEXT_SECONDS = 2  # of audio on both sides: the codec's convolutions and LSTM forget the cut by then
 
 
@@ -39,6 +40,7 @@ class CachedEntry(Entry):
     offset: int = 0  # of its first frame in the shard
     frames: int = 0
     features: dict = field(default_factory=dict)  # name -> (offset of its first frame there, how many)
+    silent: bool = False  # in what the codec takes
     error: str | None = None  # why it could not be encoded
 
     def to_row(self) -> dict:
@@ -161,8 +163,8 @@ def read_rows(folder: str, shard: int, suffix: str, first: int, count: int) -> n
 # writing
 
 
-def encode_file(entry: Entry, codec, device, features: dict) -> tuple[np.ndarray, dict]:
-    """All codes [frames, K] uint16 of a file, and {name: array} of its features.
+def encode_file(entry: Entry, codec, device, features: dict) -> tuple[np.ndarray, dict, bool]:
+    """All codes [frames, K] uint16 of a file, {name: array} of its features, and whether it is silent.
 
     A file is encoded in windows that fit in memory, with real audio around each. They start where a sample of
     the file, one of the codec and a frame coincide: at whole seconds for codecs of 50 or 75 Hz. One window at
@@ -172,10 +174,11 @@ def encode_file(entry: Entry, codec, device, features: dict) -> tuple[np.ndarray
     context = unit * math.ceil(CONTEXT_SECONDS / unit)
     window = unit * math.ceil(WINDOW_SECONDS / unit)
     codes, arrays = [], {name: [] for name in features}
-    start, ended = 0, False
+    start, ended, silent = 0, False, True
     while not ended:
         left = min(start, context)
         wav = entry.read(start - left, left + window + context, codec)  # [C, n]
+        silent &= float(wav.abs().max()) < SILENT_PEAK
         window_codes = codec.encode(wav[None].to(device))[0].T.cpu().numpy()  # [T, K]
         first, stop = left * rate // hop, (left + window) * rate // hop
         codes.append(window_codes[first:stop])
@@ -186,7 +189,7 @@ def encode_file(entry: Entry, codec, device, features: dict) -> tuple[np.ndarray
         start += window
     for name, feature in features.items():
         arrays[name] = np.concatenate(arrays[name]).astype(feature.dtype)
-    return np.concatenate(codes).astype(np.uint16), arrays
+    return np.concatenate(codes).astype(np.uint16), arrays, silent
 
 
 def write_shard(out: str, number: int, entries: list[Entry], codec, device, features: dict) -> None:
@@ -198,7 +201,7 @@ def write_shard(out: str, number: int, entries: list[Entry], codec, device, feat
     for entry in tqdm(entries, f"shard {number + 1}", unit="file", leave=False, disable=hidden):
         cached, found = CachedEntry(**vars(entry), shard=number, offset=offset), nothing
         try:
-            file_codes, found = encode_file(entry, codec, device, features)
+            file_codes, found, cached.silent = encode_file(entry, codec, device, features)
             codes.append(file_codes)
             cached.frames = len(file_codes)
             offset += cached.frames
@@ -290,6 +293,9 @@ def make_cache(dataset: str, out: str, codec, valid: str | float = 0.05, device=
     done = read_index(out)[1]
     for line in skip_lines({e.path: f"cannot be encoded: {e.error}" for e in done if e.error}):
         print(f"skipped {line}")
+    mixed = " after mixing to mono" if codec.channels == 1 else ""
+    for line in skip_lines({e.path: f"silent{mixed}" for e in done if e.silent}):
+        print(f"problem {line}")
     frames = sum(e.frames for e in done)
     if frames == 0:
         raise ValueError(f"none of the {len(entries)} files of {dataset!r} can be encoded: {done[0].error}")

@@ -30,8 +30,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from support.common import tell
-
 
 @dataclass
 class Ranks:
@@ -49,7 +47,7 @@ class Ranks:
     def print(self, *lines) -> None:
         """Prints lines on rank 0 only."""
         if self.is_main and lines:
-            tell(*lines)
+            print(*lines, sep="\n", flush=True)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sums a tensor over ranks, in place."""

@@ -55,7 +55,7 @@ def append_record(path: Path, record: dict) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        common.tell(f"a line of {path} was not written ({error})", file=sys.stderr)
+        print(f"a line of {path} was not written ({error})", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             os.truncate(path, size)
 

@@ -193,6 +193,12 @@ def list_manifest(manifest: str) -> tuple[list, dict]:
     return sorted(rows, key=lambda row: row[1]), skipped
 
 
+def cancels_in_mono(path: str, seconds: float) -> bool:
+    """Whether the channels in the middle of a file are opposite, so that their mean is 40 dB below them."""
+    wav = audio.read_audio(path, max(0.0, seconds / 2 - 0.5), 1.0)  # [C, N]
+    return wav.numel() > 0 and bool(wav.mean(0).abs().max() < 0.01 * wav.abs().max())
+
+
 def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, list]:
     """Header and sidecar of a file -> (entry, problems). A manifest's numbers are believed unless `headers`.
 
@@ -213,6 +219,8 @@ def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, li
             manifest = f"{str(seconds)[:20]} s in the manifest"
             problems.append(f"duration differs: {manifest}, {info.seconds:.2f} s in the file")
         seconds, sample_rate, channels = info.seconds, info.sample_rate, info.channels
+        if headers and channels > 1 and cancels_in_mono(path, seconds):
+            problems.append("silent after mixing to mono (its channels cancel)")
     if not (0 < seconds < MAX_SECONDS and audio.SAMPLE_RATES[0] <= sample_rate <= audio.SAMPLE_RATES[1]):
         raise ValueError(f"absurd header: {seconds} s at {sample_rate} Hz")
     return Entry(path, key, float(seconds), int(sample_rate), channels, meta, caption), problems
