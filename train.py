@@ -106,7 +106,7 @@ class Run:
     best_ce: float = math.inf
     best: dict | None = None                   # averaged weights of the best epoch, sharded as the model is
     best_values: dict | None = None            # and what validation said of them
-    best_step: int = 0                         # when that was; 0: not since this process began
+    best_step: int = 0                         # when that was; 0: not known
     valid_batches: list | None = None          # of stages.load_valid
     saved_at: float = 0.0                      # time.monotonic of the last checkpoint
     unwritten: tuple = ()                      # files that a full disk has kept from being written
@@ -128,7 +128,7 @@ class Run:
 
     def log(self, record: dict) -> None:
         """Appends a record to log.jsonl, and to TensorBoard's log if there is one."""
-        if self.ranks.is_main:
+        if self.ranks.is_main and checkpoint.owns_folder(self.out, self.lock):
             append_record(self.out / LOG_NAME, record)
             if self.board is not None:
                 board.show_record(self.board, record)
@@ -493,8 +493,6 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         return None
 
     # the run folder: locked, and a checkpoint to go on from or weights to start with
-    if args.resume == "never" and checkpoint.has_checkpoint(Path(args.out)):
-        raise ValueError(f"--resume never, but {args.out} holds a run: give another --out")
     out = common.output_folder(args.out)
     lock = checkpoint.lock_folder(out) if ranks.is_main else None
     try:
@@ -585,7 +583,7 @@ def main(argv: list | None = None) -> int:
                 began = time.perf_counter()
                 run_epochs(run)
                 ranks.print(f"finished: {duration_text(time.perf_counter() - began)}, "
-                            f"best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}")
+                            f"{resume.best_text(run)}")
                 stages.compare_with_reference(run)
     except Stopped as signal:
         code = stopped(signal)

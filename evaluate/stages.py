@@ -199,6 +199,7 @@ def generate_stage(run, folder: str) -> dict:
 
     Once, under samples/reference, it writes the clips themselves, and what the codec leaves of them."""
     args, began = run.args, time.perf_counter()
+    resume.check_folder(run)
     if not run.ranks.is_main or args.generate_samples == 0:
         resume.export_best(run, keep=False)                          # lends its shards to rank 0
         return {}

@@ -285,3 +285,11 @@ def lock_folder(folder: Path) -> int | None:
     except OSError:  # a file system without locks
         pass
     return handle
+
+
+def owns_folder(folder: Path, handle: int | None) -> bool:
+    """Whether a lock is still that of its folder: not if that was removed, or removed and begun anew."""
+    try:
+        return handle is None or os.path.samestat(os.fstat(handle), os.stat(folder / ".lock"))
+    except FileNotFoundError:
+        return False

@@ -86,6 +86,24 @@ def cut_log(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
+def only_begun(path: Path) -> bool:
+    """Whether log.jsonl has nothing but what is logged before a first checkpoint: training in epoch 1."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):                             # cut by a kill
+                return b'{"kind"'.startswith(line[:7])
+            try:
+                record = json.loads(line)
+                begins = record["stage"] == "train" and record["epoch"] == 1
+            except (ValueError, LookupError, TypeError, RecursionError):
+                begins = False
+            if not begins:
+                return False
+    return True
+
+
 def write_config(run) -> None:
     """config.json: every flag, the shapes of the model and its conditions, the codec."""
     conditioner = run.model.conditioner

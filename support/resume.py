@@ -3,17 +3,20 @@
     write_best        ─► best.pt                  averaged weights of the lowest validation loss, and all that
                                                   generating takes; of the codec the path and fingerprint
     save_checkpoint   ─► last.pt, last.prev.pt    all tensors and numbers that resuming takes: bit for bit
-    find_checkpoint   ─► restore                  and back
+    find_checkpoint   ─► restore                  and back; or nothing, in a folder for a new run
 
 Only last.pt holds the trained weights and the average as they are now (--lora: apart from the matrices that
 they add to), the optimizer, the scaler, counters, the history of stages and the sums of the epoch under way;
 it holds the best average, too. Several ranks, each with its own shards, write and read them together. How the
 files are written is in checkpoint.py.
 
-A full disk ends no run: what could not be written is named, and tried again at the next checkpoint.
+A full disk ends no run: what could not be written is named, and tried again at the next checkpoint. A new run
+writes over nothing, and one whose folder was taken away stops.
 """
 
 import argparse
+import contextlib
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +28,7 @@ from model import MusicGen
 from support import checkpoint, common, distributed
 from support.distributed import Ranks
 from support.flags import changed_flags, refused_changes, segment_frames
-from support.log import LOG_NAME, flush_log, stage_text
+from support.log import LOG_NAME, flush_log, log_size, only_begun, stage_text
 from support.lora import merge_lora
 
 # what last.pt must hold, but for the shape of the conditions, which older ones lack
@@ -67,12 +70,34 @@ def stored_conditions(model: MusicGen) -> dict:
 # best.pt
 
 
+def check_folder(run) -> None:
+    """Before anything is written. Errors: OSError on all ranks where the folder is no longer this run's."""
+    if not run.ranks.broadcast(checkpoint.owns_folder(run.out, run.lock)):
+        raise OSError(f"{run.out} was removed, or begun anew by another process, while this run wrote to it: "
+                      f"it stops after update {run.step}")
+
+
 def write_best(run) -> None:
     """Writes best.pt. All ranks call it. On a full disk the next checkpoint tries again."""
+    check_folder(run)
     content, problem = export_best(run, keep=run.ranks.is_main), None
     if run.ranks.is_main:
         problem = try_to_write(common.write_torch, run.out / "best.pt", content)
     note_written(run, "best.pt", problem)
+
+
+def write_missing_best(run) -> None:
+    """Writes best.pt again where it is gone or could not be written. All ranks call it."""
+    gone = run.ranks.broadcast(not (run.out / "best.pt").exists())
+    if run.best is not None and (gone or "best.pt" in run.unwritten):
+        write_best(run)
+
+
+def best_text(run) -> str:
+    """What is to be said of best.pt at the end of a run."""
+    if run.best is None:
+        return "no best.pt: the validation loss was never finite"
+    return f"best valid ce {run.best_ce:.4f}; {run.out / 'best.pt'}"
 
 
 def export_best(run, keep: bool = True) -> dict:
@@ -110,8 +135,8 @@ def run_tensors(run) -> dict:
 
 def save_checkpoint(run) -> None:
     """Writes last.pt; the one before becomes last.prev.pt. All ranks call it. A full disk keeps both."""
-    if "best.pt" in run.unwritten:
-        write_best(run)
+    check_folder(run)
+    write_missing_best(run)
     run.saved_at = time.monotonic()
 
     # the tensors: gathered on rank 0, or written by every rank beside last.pt
@@ -143,11 +168,15 @@ def save_checkpoint(run) -> None:
 def find_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict | None:
     """The folder's newest whole checkpoint, if there is one to go on from. Rank 0 chooses it.
 
-    Errors: ValueError if its flags differ in what matters, naming the differences, or if none that is there
-    can be read."""
+    Errors: ValueError if its flags differ in what matters, naming the differences, if none that is there can
+    be read, or if there is none and a new run would write over something."""
     name, lines, problem = None, [], None
     if ranks.is_main:
         try:
+            if not checkpoint.has_checkpoint(out):
+                check_new_folder(args, out)
+            elif args.resume == "never":
+                raise ValueError(f"--resume never, but {out} holds a run: give another --out")
             name, lines = checkpoint.newest_checkpoint(out, common.FORMAT, CHECKPOINT_KEYS)
         except ValueError as error:
             problem = str(error)
@@ -164,6 +193,29 @@ def find_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict |
     return saved
 
 
+def check_new_folder(args: argparse.Namespace, out: Path) -> None:
+    """Errors: ValueError if a new run would write over what lies in its folder, in which is no checkpoint.
+
+    What a run leaves that was killed before its first checkpoint is given up: config.json, and the log of its
+    first epoch if the flags are the same."""
+    way_out = f"Move it away to begin anew, or give another --out than {out}"
+    for name in ("best.pt", "samples", "index.html"):
+        if os.path.lexists(out / name):
+            raise ValueError(f"{out / name} is there, but no last.pt to go on from. {way_out}")
+    flags, log = None, out / LOG_NAME
+    if os.path.lexists(out / "config.json"):
+        with contextlib.suppress(ValueError, LookupError):
+            flags = common.read_json(out / "config.json")["args"]
+        if not isinstance(flags, dict):
+            raise ValueError(f"{out / 'config.json'} is not that of a run. {way_out}")
+    if os.path.lexists(log) and not only_begun(log):
+        raise ValueError(f"{log} is the log of more than a first epoch, or of something else, and there is no "
+                         f"last.pt to go on from. {way_out}")
+    refused = ["it has no config.json"] if flags is None else refused_changes(args, flags)
+    if log_size(log) and refused:
+        raise ValueError(f"{log} is the log of another run: {'; '.join(refused)}. {way_out}")
+
+
 def restore(run, saved: dict) -> None:
     """Goes on from a checkpoint, and prints the epochs it holds."""
     allocate_tensors(run, saved["names"])
@@ -176,6 +228,8 @@ def restore(run, saved: dict) -> None:
     run.ema.count = saved["ema_count"]
     run.skipped, run.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
     run.best_ce, run.best_values = saved["best_ce"], saved["best_values"]
+    steps = {r["ce"]: r["step"] for r in run.history if r["stage"] == "valid"}
+    run.best_step = steps.get(run.best_ce, 0)
     if run.ranks.is_main:
         run.sums.copy_(saved["sums"])          # of all ranks: if one rank has them, their sum is the same
 
@@ -185,6 +239,7 @@ def restore(run, saved: dict) -> None:
     if now != saved["data"]:
         run.ranks.print(f"the data are not what they were: {saved['data']} then, {now} now")
     run.ranks.print(*map(stage_text, run.history))
+    write_missing_best(run)
 
 
 def allocate_tensors(run, names: list) -> None:
