@@ -23,14 +23,16 @@ def open_board(out: Path, step: int):
 def show_record(board, record: dict) -> None:
     """Shows a record's numbers, named such as "step/train/ce_q1" or
     "stage/evaluate/distances/fad_mel/generated"."""
-    for name, value in common.flatten_numbers(record).items():
-        if name not in ("epoch", "step"):
-            board.add_scalar(f"{record['kind']}/{record['stage']}/{name}", value, record["step"])
-    board.flush()
+    with common.left_out("a record of TensorBoard's"):
+        for name, value in common.flatten_numbers(record).items():
+            if name not in ("epoch", "step"):
+                board.add_scalar(f"{record['kind']}/{record['stage']}/{name}", value, record["step"])
+        board.flush()
 
 
 def show_sample(board, name: str, path: Path, step: int) -> None:
     """Shows the sound and the spectrogram of a sample's wav."""
-    wav, rate = audio.read_audio(path, channels=1), audio.audio_info(path).sample_rate
-    board.add_audio(name, wav, step, rate)
-    board.add_image(name, spectrogram(wav, rate)[None], step)
+    with common.left_out(f"{path}, for TensorBoard,"):
+        wav, rate = audio.read_audio(path, channels=1), audio.audio_info(path).sample_rate
+        board.add_audio(name, wav, step, rate)
+        board.add_image(name, spectrogram(wav, rate)[None], step)

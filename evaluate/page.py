@@ -1,7 +1,7 @@
 """The page of a run: index.html in its folder shows curves, figures and samples in a browser.
 
 It is made of what lies in the folder alone (config.json, log.jsonl, samples/), so it can be made again at any
-time. It is one file: sound and pictures are data URIs. It holds no script and fetches nothing, and its policy
+time. What of that cannot be read or drawn is left out, with a line that names it. It is one file: sound and pictures are data URIs. It holds no script and fetches nothing, and its policy
 forbids both. Every text on it is escaped: a caption with HTML in it is shown, not run.
 
 Legend: C channels, N samples.
@@ -15,6 +15,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -34,30 +35,72 @@ MAX_EPOCHS = 6                                           # shown, so that the pa
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)     # Hz
 EACH_CE, MEAN_CE = "cross-entropy of each codebook (nats)", "cross-entropy (nats)"
 LOGARITHMIC = (EACH_CE, MEAN_CE, "gradient norm")        # charts
+LARGEST = 1e15                                           # number that is shown
 
 
 # ------------------------------------------------------------------------------------------------------------
 # what lies in the folder
 
 
+def check_file(path: Path) -> None:
+    """Errors: ValueError for a folder, or a pipe, which would be waited for."""
+    if not path.is_file():
+        raise ValueError("not a file" if os.path.lexists(path) else "missing")
+
+
 def read_record(path: Path) -> dict:
-    """A json file; {} for one that is missing or damaged: the page shows what there is."""
-    try:
-        return common.read_json(path)
-    except ValueError:
-        return {}
+    """A json file; {} for one that is missing or cannot be read: the page shows what there is."""
+    if os.path.lexists(path):
+        with common.left_out(path):
+            check_file(path)
+            return common.read_json(path)
+    return {}
+
+
+def part_of(record: dict, name: str) -> dict:
+    """A record within a record; {} where there is none."""
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def numbers_in(record: dict) -> dict:
+    """What of a record is a finite number, NaN or, however deep, a record of such."""
+    kept = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            kept[name] = numbers_in(value)
+        elif type(value) in (int, float) and not abs(value) >= LARGEST:
+            kept[name] = float(value)
+    return kept
+
+
+def parse_log_line(line: bytes) -> dict:
+    """A record with a kind, a stage, an epoch and a step; all else in it are numbers. Errors: ValueError."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    names = {name: record.get(name) for name in ("kind", "stage")}
+    counts = {name: record.get(name) for name in ("epoch", "step")}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise ValueError("no kind or no stage")
+    if not all(type(count) is int and 0 <= count < LARGEST for count in counts.values()):
+        raise ValueError("no epoch or no step")
+    return numbers_in(record) | names | counts
 
 
 def read_log(path: Path) -> list:
-    """The records of log.jsonl but for a line that is cut."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
+    """The records of log.jsonl; one line names how many lines are none."""
+    records, odd = [], []
+    with common.left_out(path):
+        if os.path.lexists(path):
+            check_file(path)
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                try:
+                    records.append(parse_log_line(line))
+                except (ValueError, RecursionError) as error:
+                    odd.append(f"line {number}: {common.describe_error(error)}")
+        if odd:
+            raise ValueError(f"{len(odd)} of its lines, the first {odd[0]}")
     return records
 
 
@@ -124,9 +167,9 @@ def can_draw() -> bool:
     """Whether there can be pictures; says so once where not."""
     try:
         import matplotlib.figure                         # noqa: F401 its Figure draws without a screen
-    except ImportError:
-        message = "index.html has no pictures: they need matplotlib (pip install matplotlib)"
-        print(message, file=sys.stderr, flush=True)
+    except Exception as error:                           # it is not there, or does not fit numpy
+        common.say_once("index.html has no pictures: they need matplotlib (pip install matplotlib; "
+                        f"{common.describe_error(error)})")
         return False
     return True
 
@@ -154,7 +197,7 @@ def charts(records: list, reference: list) -> dict:
     steps, valid = records_of(records, "train", "step"), records_of(records, "valid")
 
     last = (valid or steps or [{}])[-1]
-    codebooks = sorted((k for k in last if k.startswith("ce_q")), key=lambda k: int(k[4:]))
+    codebooks = sorted((k for k in last if re.fullmatch(r"ce_q\d{1,4}", k)), key=lambda k: int(k[4:]))
     each = []
     for i, key in enumerate(codebooks):
         shade = i / max(1, len(codebooks) - 1)
@@ -167,7 +210,7 @@ def charts(records: list, reference: list) -> dict:
         mean.append(curve(others, "ce", "valid, reference run", color="grey", linestyle="--"))
 
     distances = []
-    evaluated = [{"step": r["step"], **common.flatten_numbers(r.get("distances", {}))}
+    evaluated = [{"step": r["step"], **common.flatten_numbers(part_of(r, "distances"))}
                  for r in records_of(records, "evaluate")]
     for i, name in enumerate(("fad_codec", "fad_mel")):
         if evaluated and f"{name}/generated" in evaluated[0]:
@@ -251,9 +294,11 @@ def charts_html(records: list, reference: list) -> str:
         return ""
     figures = []
     for title, lines in charts(records, reference).items():
-        source, title = data_uri("image/png", chart_png(title, lines)), escape(title)
-        figures.append(f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="{source}"></figure>')
-    return f'<div class="charts">{"".join(figures)}</div>'
+        with common.left_out(f"the chart of the {title}"):
+            source, title = data_uri("image/png", chart_png(title, lines)), escape(title)
+            figures.append(f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="{source}">'
+                           "</figure>")
+    return f'<h2>Training</h2><div class="charts">{"".join(figures)}</div>'
 
 
 def table_html(rows: dict) -> str:
@@ -275,12 +320,12 @@ def evaluation_html(records: list) -> str:
     if not (evaluated := records_of(records, "evaluate")):
         return ""
     last = evaluated[-1]
-    adherence = last.get("adherence", {})
+    adherence = part_of(last, "adherence")
     named = {
         "loss": {k: {"value": v} for k, v in last.items() if k.startswith("ce") and isinstance(v, float)},
-        "beside validation clips": last.get("distances", {}),
-        "captions followed, combinations seen in training": adherence.get("valid"),
-        "captions followed, combinations held out": adherence.get("heldout"),
+        "beside validation clips": part_of(last, "distances"),
+        "captions followed, combinations seen in training": part_of(adherence, "valid"),
+        "captions followed, combinations held out": part_of(adherence, "heldout"),
     }
     tables = ""
     for title, rows in named.items():
@@ -293,8 +338,11 @@ def evaluation_html(records: list) -> str:
 def player_html(path: Path, changed: int) -> str:
     """A sample's picture and player. `changed`, its file's time, makes a new one of a file that was written
     again."""
+    check_file(path)
     wav, rate = audio.read_audio(path), audio.audio_info(path).sample_rate
-    record = read_record(path.with_suffix(".json"))
+    if wav.shape[1] == 0:
+        raise ValueError("no audio in it")
+    record = numbers_in(read_record(path.with_suffix(".json")))
     picture = ""
     if can_draw():
         level = spectrogram(wav, rate, mark_seconds=record.get("prompt_seconds"))
@@ -306,7 +354,10 @@ def clip_html(number: int, samples: dict, epochs: list) -> str:
     """A validation clip: its reference, and a column of samples for each epoch."""
     def player(folder: str, kind: str) -> str:
         path = samples.get(folder, {}).get((number, kind))
-        return player_html(path, path.stat().st_mtime_ns) if path is not None else ""
+        if path is not None:
+            with common.left_out(path):
+                return player_html(path, path.stat().st_mtime_ns)
+        return ""
 
     paths = [path for found in samples.values() for key, path in found.items() if key[0] == number]
     title = read_record(paths[0].with_suffix(".json")).get("prompt") or "(no caption)"
@@ -341,34 +392,39 @@ def samples_html(out: Path) -> str:
 
 def settings_html(config: dict) -> str:
     """Every flag, folded away."""
-    rows = dict(config.get("args", {}), parameters=config.get("parameters"),
-                codec=config.get("codec", {}).get("name"), torch=config.get("torch"))
+    rows = dict(part_of(config, "args"), parameters=config.get("parameters"),
+                codec=part_of(config, "codec").get("name"), torch=config.get("torch"))
     body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
     return f'<details><summary>Settings</summary><table class="settings">{body}</table></details>'
 
 
 def page_html(out: Path) -> str:
-    """The page of a run folder. Errors: OSError, ValueError where a sample cannot be read."""
+    """The page of a run folder."""
     config, records = read_record(out / "config.json"), read_log(out / "log.jsonl")
-    args = config.get("args", {})
+    args = part_of(config, "args")
     last = records[-1] if records else {}
     state = f"epoch {last.get('epoch', 0)} of {args.get('epochs', '?')}, update {last.get('step', 0)}"
-    if valid := records_of(records, "valid"):
-        state += f", best validation cross-entropy {min(r['ce'] for r in valid):.4f}"
+    if losses := [r["ce"] for r in records_of(records, "valid") if math.isfinite(r.get("ce", math.nan))]:
+        state += f", best validation cross-entropy {min(losses):.4f}"
     name = escape(out.resolve().name)
+
+    body = f"<h1>{name}</h1><p>{escape(state)}</p>"
+    for what, make in (("settings", lambda: settings_html(config)),
+                       ("curves", lambda: charts_html(records, reference_curve(args))),
+                       ("evaluation", lambda: evaluation_html(records)),
+                       ("samples", lambda: samples_html(out))):
+        with common.left_out(f"{out / PAGE_FILE}: the part on {what}"):
+            body += make()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{PAGE_STYLE}</style></head>"
-        f"<body><h1>{name}</h1><p>{escape(state)}</p>{settings_html(config)}<h2>Training</h2>"
-        f"{charts_html(records, reference_curve(args))}{evaluation_html(records)}{samples_html(out)}"
-        "</body></html>\n")
+        f"<title>{name}</title><style>{PAGE_STYLE}</style></head><body>{body}</body></html>\n")
 
 
 def write_page(out: Path) -> Path:
-    """Writes index.html into a run folder, and returns its path. Errors: OSError, ValueError."""
-    path, content = Path(out) / PAGE_FILE, page_html(Path(out)).encode()
+    """Writes index.html into a run folder, and returns its path. Errors: OSError."""
+    path, content = Path(out) / PAGE_FILE, page_html(Path(out)).encode(errors="replace")
     common.write_atomically(path, lambda file: file.write(content))
     return path
 

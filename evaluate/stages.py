@@ -24,7 +24,7 @@ from conditioning import text_of
 from evaluate import adherence, analyser, board, distances, listen, page
 from interop import load
 from model import MusicGen
-from support import resume
+from support import common, resume
 from support.flags import segment_frames
 from support.log import loss_metrics
 
@@ -277,7 +277,8 @@ def draw_page(run, final: bool) -> None:
     if not run.ranks.is_main or not final and time.monotonic() - run.drawn_at < 20 * run.drawing_seconds:
         return
     began = time.monotonic()
-    problem = resume.try_to_write(page.write_page, Path(run.out))
-    resume.note_written(run, page.PAGE_FILE, problem, shared=False)
+    with common.left_out(page.PAGE_FILE):
+        problem = resume.try_to_write(page.write_page, Path(run.out))
+        resume.note_written(run, page.PAGE_FILE, problem, shared=False)
     run.drawn_at = time.monotonic()
     run.drawing_seconds = run.drawn_at - began

@@ -35,6 +35,21 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints a line on stderr; the same line never again."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def left_out(what: str | Path):
+    """Around what a program can do without, such as a picture: where it fails, one line says what and why."""
+    try:
+        yield
+    except Exception as error:                 # whatever it is, what follows does not need it
+        say_once(f"{what} is left out: {describe_error(error)}")
+
+
 # --------------------------------------------------------------------------------------------------
 # files
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
-from evaluate import listen, page
+import bad_material
+from evaluate import listen, page, stages
 from support import audio, common, flags
 import train
 from test_train import SMALL, lines
@@ -177,10 +179,137 @@ def test_damaged_folders(finished, tmp_path, capsys):
     (out / "log.jsonl").write_text((out / "log.jsonl").read_text()[:-40])
     (out / "samples" / "epoch_0001" / "000_prompted.json").write_text("{")
     assert page.main([str(out)]) == 0
-    (out / "samples" / "epoch_0001" / "000_prompted.wav").write_text("no audio")
-    assert page.main([str(out)]) == 2 and "000_prompted.wav" in capsys.readouterr().err
     assert page.main([str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def replace(name: str, content: bytes | None = None):
+    """Puts other bytes, or an empty folder, in the place of a file."""
+    def change(out: Path) -> None:
+        (out / name).unlink(missing_ok=True)
+        if content is None:
+            (out / name).mkdir()
+        else:
+            (out / name).write_bytes(content)
+    return change
+
+
+def link(name: str, target: str):
+    """Puts a link in the place of a file."""
+    def change(out: Path) -> None:
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(target)
+    return change
+
+
+def pipe(name: str):
+    """Puts a pipe, into which nobody writes, in the place of a file."""
+    def change(out: Path) -> None:
+        (out / name).unlink()
+        os.mkfifo(out / name)
+    return change
+
+
+def log_line(line: bytes):
+    """Adds a line to the log."""
+    def change(out: Path) -> None:
+        (out / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes() + line + b"\n")
+    return change
+
+
+def log_field(**fields):
+    """Changes fields of each record of validation and evaluation; None takes one away."""
+    def change(out: Path) -> None:
+        rows = []
+        for row in lines(out):
+            if row["stage"] in ("valid", "evaluate"):
+                row = {k: v for k, v in (row | fields).items() if v is not None}
+            rows.append(json.dumps(row) + "\n")
+        (out / "log.jsonl").write_text("".join(rows))
+    return change
+
+
+WAV, CAPTION = "samples/epoch_0001/000_prompted.wav", "samples/epoch_0001/000_prompted.json"
+ODD = {    # what is done to the folder, and the file that the only line names; None: there is nothing to say
+    "an empty file": (replace(WAV, b""), WAV),
+    "no samples": (replace(WAV, bad_material.audio()[:44]), WAV),
+    "a header alone": (replace(WAV, b"RIFF"), WAV),
+    "text for sound": (replace(WAV, b"no audio"), WAV),
+    "a picture for sound": (replace(WAV, b"\x89PNG\r\n\x1a\n" + bytes(range(256))), WAV),
+    "sound that is not finite": (replace(WAV, bad_material.audio(np.nan, subtype="FLOAT")), WAV),
+    "a folder for sound": (replace(WAV), WAV),
+    "a link to nothing": (link(WAV, "nowhere.wav"), WAV),
+    "a link to itself": (link(WAV, "000_prompted.wav"), WAV),
+    "a folder that is a link to itself": (link("samples/loop", "loop"), None),
+    "a pipe for sound": (pipe(WAV), WAV),
+    "a cut caption": (replace(CAPTION, b'{"prompt": "a sl'), CAPTION),
+    "a list of captions": (replace(CAPTION, b"[1]"), CAPTION),
+    "nested captions": (replace(CAPTION, b"[" * 100_000), CAPTION),
+    "a folder for a caption": (replace(CAPTION), CAPTION),
+    "a pipe for a caption": (pipe(CAPTION), CAPTION),
+    "words for the mark": (replace(CAPTION, b'{"prompt_seconds": "a quarter"}'), None),
+    "a mark that is nowhere": (replace(CAPTION, b'{"prompt_seconds": NaN}'), WAV),
+    "a caption that cannot be written": (replace(CAPTION, b'{"prompt": "\\ud800 organ"}'), None),
+    "settings that are a list": (replace("config.json", b'{"args": [], "codec": "toy"}'), None),
+    "cut settings": (replace("config.json", b'{"args": '), "config.json"),
+    "no log": (replace("log.jsonl", b""), None),
+    "a log of bytes": (replace("log.jsonl", bytes(range(256)) * 9), "log.jsonl"),
+    "a folder for a log": (replace("log.jsonl"), "log.jsonl"),
+    "a pipe for a log": (pipe("log.jsonl"), "log.jsonl"),
+    "a cut line": (log_line(b'{"kind": "sta'), "log.jsonl"),
+    "a number for a line": (log_line(b"3"), "log.jsonl"),
+    "a nested line": (log_line(b"[" * 100_000), "log.jsonl"),
+    "a line without step": (log_line(b'{"kind": "stage", "stage": "valid", "epoch": 1, "ce": 2}'), "log.jsonl"),
+    "a step in words": (log_field(step="three"), "log.jsonl"),
+    "a step too far": (log_field(step=10 ** 400), "log.jsonl"),
+    "no loss": (log_field(ce=None), None),
+    "a loss in words": (log_field(ce="low", ce_q1="low"), None),
+    "a loss not finite": (log_field(ce=float("nan"), ce_q1=float("-inf"), ce_q2=10 ** 400), None),
+    "codebooks by other names": (log_field(ce_qa=3.0, ce_q=1.0), None),
+    "figures that are none": (log_field(distances="far", adherence=[1]), None),
+    "figures in other places": (log_field(distances=3.0, adherence={"valid": 1.0}), None),
+    "figures that are not in rows": (log_field(distances={"fad_mel": 2.0}), "index.html"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_cannot_be_shown_is_left_out(name, finished, tmp_path, monkeypatch, capsys):
+    """The rest of the page is there, and one line names the file."""
+    change, named = ODD[name]
+    others = shutil.ignore_patterns("*.pt", "epoch_0002", "reference", "001_*")
+    out = shutil.copytree(finished, tmp_path / "run", ignore=others)
+    change(out)
+    if named in (WAV, CAPTION):
+        monkeypatch.setattr(page, "chart_png", lambda *rest: b"")
+    common.say_once.cache_clear()
+    assert page.main([str(out)]) == 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if "pip install" not in line]
+    assert len(errors) == (named is not None), errors
+    assert named is None or str(out / named) in errors[0] and " is left out: " in errors[0]
+    assert (out / "index.html").read_text().count("<audio") == (2 if named == WAV else 3)
+
+
+def test_drawing_never_ends_a_run(tmp_path, monkeypatch, capsys):
+    """Odd files among its samples, pictures that fail, and a page that fails as a whole."""
+    wav, draw, drawn = tmp_path / "run" / "samples" / "epoch_0001" / "000_prompted.wav", page.page_html, []
+
+    def page_html(out: Path) -> str:
+        drawn.append(wav.write_bytes(b""))
+        if len(drawn) == 3:
+            raise MemoryError("no room for a page")
+        return draw(out)
+
+    monkeypatch.setattr(page, "page_html", page_html)
+    monkeypatch.setattr(page, "chart_png", lambda *rest: 1 / 0)
+    monkeypatch.setattr(stages, "evaluate_stage", lambda run: {})
+    monkeypatch.setattr(stages, "draw_page", lambda run, final, due=stages.draw_page: due(run, True))
+    common.say_once.cache_clear()
+    flags = ["--epochs", "3", "--generate_every", "1", "--generate_samples", "1"]
+    assert train.main([*SMALL, *flags, "--out", str(tmp_path / "run")]) == 0
+    error = capsys.readouterr().err
+    assert len(drawn) == 3 and error.count(f"{wav} is left out") == 1
+    assert "index.html is left out: MemoryError: no room for a page" in error
+    assert not page.can_draw() or "the chart of the learning rate is left out: ZeroDivisionError" in error
 
 
 @pytest.mark.parametrize("rate", (16_000, 44_100, 15_000))
