@@ -47,8 +47,8 @@ from support.flag import Flag
 from support.kernels import Linear
 from support.melody import Melody
 from support.style import Style
-from support.vocabulary import (BYTES, EOS, PAD, caption_notes, clean_text, fit_sentencepiece, reading_notes,
-                                vocabulary_size)
+from support.vocabulary import (BYTES, EOS, NO_CAPTIONS, PAD, caption_notes, clean_text, fit_sentencepiece,
+                                reading_notes, vocabulary_size)
 
 METHODS = ("cross", "prepend", "sum")
 METADATA = ("key", "bpm", "genre", "moods", "keywords", "instrument")          # may be merged into the text
@@ -243,6 +243,12 @@ class Text(Condition):
         """A frozen encoder needs one."""
         if args.freeze_text_encoder and not cls.is_active(args):
             raise ValueError("--freeze_text_encoder: there is none without text; leave one of both out")
+
+    @classmethod
+    def check_sets(cls, args, train_set, valid_set) -> None:
+        """One caption at least, also with the vocabulary of other weights. (The toy set has no files.)"""
+        if train_set.files and not any(full_text(entry.meta) for entry in train_set.files):
+            raise ValueError(NO_CAPTIONS)
 
     @classmethod
     def make_asset(cls, args, train_set) -> bytes:

@@ -138,6 +138,10 @@ class SegmentDataset:
         """Descriptions and metadata fields of the first files: conditions learn from them before training."""
         return [entry.meta for entry in self.files[:limit]]
 
+    def longest_seconds(self) -> float:
+        """Length of the longest file."""
+        return max(entry.seconds for entry in self.files)
+
     def describe(self) -> str:
         """One line for the log."""
         hours = sum(entry.seconds for entry in self.files) / 3600
@@ -212,6 +216,10 @@ class ToyDataset(SegmentDataset):
     def metadata(self, limit: int = 4000) -> list:
         """Captions of the first clips."""
         return [{"description": toy.draw_clip(self.seed, 0, i)[1]} for i in range(limit)]
+
+    def longest_seconds(self) -> float:
+        """Every clip's length."""
+        return toy.CLIP_SECONDS
 
     def describe(self) -> str:
         """One line for the log."""

@@ -51,7 +51,7 @@ from support.flags import (build_parser, check_flags, fill_flags, flags_of_run, 
                            segment_frames)
 from support.log import LOG_NAME, append_record, cut_log, loss_metrics, loss_text, stage_text, write_config
 from support.lora import add_lora
-from support.scan import Scan, skip_lines
+from support.sets import check_sets, open_sets
 from support.signals import Stop, Stopped, exit_code
 from support.start import Start, load_start, read_start
 
@@ -222,7 +222,7 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
 
     # average
     run.step += 1
-    if run.step % args.ema_every == 0:
+    if run.step % args.ema_every == 0 or run.step % args.updates_per_epoch == 0:     # so that valid knows it
         run.ema.update(model)
     return sums, counts, norm
 
@@ -416,26 +416,12 @@ def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
     return groups
 
 
-def build_run(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, stop: Stop, *,
+def build_run(args: argparse.Namespace, ranks: Ranks, codec, sets: tuple, out: Path, stop: Stop, *,
               saved: dict | None = None, begin: Start | None = None) -> Run:
-    """Opens the data; allocates model, average and optimizer. All ranks draw the same weights from the seed.
+    """Allocates model, average and optimizer. All ranks draw the same weights from the seed.
 
-    found: what `find_data` gave; saved: the checkpoint or best.pt whose weights will be filled in; begin: of
+    sets: of `open_sets`; saved: the checkpoint or best.pt whose weights will be filled in; begin: of
     --init_from."""
-    # data
-    features = {}
-    for condition in CONDITIONS.values():
-        if condition.is_active(args):
-            features |= condition.features(args)
-    train_set, valid_set = (
-        data.open_dataset(found, args.valid, split, segment_seconds=args.segment_seconds, codec=codec,
-                          seed=args.seed, min_segment_ratio=args.min_segment_ratio, cache=args.cache,
-                          features=features)
-        for split in ("train", "valid"))
-    if isinstance(found, Scan):
-        ranks.print(*(f"skipped: {line}" for line in skip_lines(found.skipped)))
-    ranks.print(f"train: {train_set.describe()}", f"valid: {valid_set.describe()}")
-
     # model: without storage where it takes all its tensors from another
     torch.manual_seed(args.seed)
     assets, flat = {}, {}
@@ -445,7 +431,7 @@ def build_run(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, s
         assets, flat = begin.assets, begin.conditioner_config or {}
     config, dtype = model_config(args, codec), getattr(torch, args.dtype)
     with torch.device("cpu" if begin is None or begin.added else "meta"):
-        model = MusicGen(config, build_conditioner(args, train_set, codec, ranks, assets, flat))
+        model = MusicGen(config, build_conditioner(args, sets[0], codec, ranks, assets, flat))
     if begin is not None:
         load_start(model, begin, args.init_from)
     if args.lora:
@@ -471,7 +457,7 @@ def build_run(args: argparse.Namespace, ranks: Ranks, codec, found, out: Path, s
     optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, betas, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
     sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)
-    return Run(args, ranks, codec, train_set, valid_set, model, wrapped, ema, optimizer, scaler, out, stop,
+    return Run(args, ranks, codec, *sets, model, wrapped, ema, optimizer, scaler, out, stop,
                history=[], sums=sums)
 
 
@@ -489,7 +475,10 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         raise ValueError(f"--segment_seconds {args.segment_seconds:g}: more than the "
                          f"{1 / codec.frame_rate:g} s of a frame")
     ranks.print(*notes, *estimate_lines(args, config, T, ranks.world_size))
+    sets = open_sets(args, found, codec, ranks)
+    check_sets(args, *sets)
     if args.dry_run:
+        stages.read_valid(args, ranks, *sets)
         return None
 
     # the run folder: locked, and a checkpoint to go on from or weights to start with
@@ -500,14 +489,16 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
             saved = resume.find_checkpoint(args, ranks, out)
         if saved is not None:
             with checkpoint.checkpoint_errors(out):
-                run = build_run(args, ranks, codec, found, out, stop, saved=saved)
-                resume.restore(run, saved)
+                run = build_run(args, ranks, codec, sets, out, stop, saved=saved)
+                resume.restore(run, saved, learning_rate)
         elif args.init_from is not None:
             begin = read_start(args, config, codec)
             ranks.print(f"starting with the weights and the vocabulary of {args.init_from}")
-            run = build_run(args, ranks, codec, found, out, stop, begin=begin)
+            run = build_run(args, ranks, codec, sets, out, stop, begin=begin)
         else:
-            run = build_run(args, ranks, codec, found, out, stop)
+            run = build_run(args, ranks, codec, sets, out, stop)
+        if run.epoch < args.epochs:
+            stages.load_valid(run)
         if ranks.is_main:
             cut_log(out / LOG_NAME, saved["log_bytes"] if saved else 0)
             write_config(run)
@@ -528,7 +519,8 @@ def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: "
                          "its fingerprint is another")
     ranks.print(*notes)
-    run = build_run(args, ranks, codec, data.find_data(args.dataset, args.cache), out, stop, saved=best)
+    sets = open_sets(args, data.find_data(args.dataset, args.cache), codec, ranks)
+    run = build_run(args, ranks, codec, sets, out, stop, saved=best)
     with checkpoint.checkpoint_errors(out):
         distributed.load_tensors(distributed.named_tensors(run.ema.model), best["model"])
     run.step = best["step"]

@@ -1,8 +1,9 @@
 """The page of a run: index.html in its folder shows curves, figures and samples in a browser.
 
 It is made of what lies in the folder alone (config.json, log.jsonl, samples/), so it can be made again at any
-time. What of that cannot be read or drawn is left out, with a line that names it. It is one file: sound and pictures are data URIs. It holds no script and fetches nothing, and its policy
-forbids both. Every text on it is escaped: a caption with HTML in it is shown, not run.
+time. What of that cannot be read or drawn is left out, and a line names it. It is one file: sound and
+pictures are data URIs. It holds no script and fetches nothing, and its policy forbids both. Every text on it
+is escaped: a caption with HTML in it is shown, not run.
 
 Legend: C channels, N samples.
     python -m evaluate.page runs/toy          writes runs/toy/index.html anew

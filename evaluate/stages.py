@@ -54,23 +54,50 @@ def all_conditions(run, examples: list, codes: Tensor, frame_mask: Tensor) -> tu
     return conditioner.example_values(examples, codes, frame_mask, run.args, run.codec, step=None)
 
 
-def load_valid(run) -> list:
-    """This rank's share of the validation set as [ValidBatch], encoded once.
+def valid_examples(args, ranks, source):
+    """This rank's examples of validation, in lists: --valid_samples, rounded up to whole batches.
 
-    Which segments it has depends on the flags alone: --valid_samples, rounded up to whole batches."""
-    if run.valid_batches is None:
-        args, ranks = run.args, run.ranks
-        run.valid_batches = []
-        updates = math.ceil(args.valid_samples / args.batch_size)
-        loader = data.batches(valid_source(run), 0, 0, updates, args.batch_size, rank=ranks.rank,
-                              world_size=ranks.world_size, workers=args.workers)
-        for examples in loader:
+    Errors: ValueError where too many cannot be read."""
+    updates = math.ceil(args.valid_samples / args.batch_size)
+    try:
+        yield from data.batches(source, 0, 0, updates, args.batch_size, rank=ranks.rank,
+                                world_size=ranks.world_size, workers=args.workers)
+    except ValueError as error:
+        raise ValueError(f"validation: {error}") from None
+
+
+def read_valid(args, ranks, train_set, valid_set) -> None:
+    """Reads what validation will, for a dry run. Errors: ValueError where it cannot be read."""
+    for _ in valid_examples(args, ranks, train_set if args.overfit_one_batch else valid_set):
+        pass
+
+
+def load_valid(run) -> list:
+    """This rank's share of the validation set as [ValidBatch], encoded once. All ranks call it.
+
+    Which segments it has depends on the flags alone. Errors: ValueError on every rank where it cannot be
+    read, or has nothing that counts in the loss."""
+    if run.valid_batches is not None:
+        return run.valid_batches
+    args, ranks, batches, problem = run.args, run.ranks, [], None
+    counts = torch.zeros(run.model.config.K)
+    try:
+        for examples in valid_examples(args, ranks, valid_source(run)):
             for i in range(0, len(examples), args.micro_batch_size):
                 part = examples[i:i + args.micro_batch_size]
                 codes, frame_mask = (x.cpu() for x in data.collate(part).encode(run.codec, ranks.device))
                 values, loss_mask = all_conditions(run, part, codes, frame_mask)
-                run.valid_batches.append(ValidBatch(codes, frame_mask, loss_mask, values))
-    return run.valid_batches
+                batches.append(ValidBatch(codes, frame_mask, loss_mask, values))
+                counts += run.model.count_targets(loss_mask)
+    except ValueError as error:
+        problem = str(error)
+    if problem := next(filter(None, ranks.gather(problem)), None):
+        raise ValueError(problem)
+    if (empty := (ranks.sum(counts) == 0).tolist()) and any(empty):
+        raise ValueError(f"validation: no frame of any clip counts in the loss of codebook "
+                         f"{empty.index(True) + 1}: give longer clips by --valid or --segment_seconds")
+    run.valid_batches = batches
+    return batches
 
 
 @torch.no_grad()

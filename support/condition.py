@@ -73,6 +73,10 @@ class Condition(nn.Module):
     def check_flags(cls, args: argparse.Namespace) -> None:
         """Errors: ValueError for flags that contradict each other. Called whether it is active or not."""
 
+    @classmethod
+    def check_sets(cls, args: argparse.Namespace, train_set, valid_set) -> None:
+        """Errors: ValueError where the sets have nothing to learn it from. Called where it is active."""
+
     # ----- making one
 
     @classmethod

@@ -87,7 +87,8 @@ GROUPS = {
         Flag("max_skipped", "stop after so many updates in a row with gradients not finite",
              int, 20, range="count"),
         Flag("ema_decay", "of the averaged weights, bias-corrected", float, 0.99, range="share"),
-        Flag("ema_every", "average every so many updates", int, toy=1, audio=10, range="count"),
+        Flag("ema_every", "average every so many updates, and at the end of an epoch",
+             int, toy=1, audio=10, range="count"),
         Flag("overfit_one_batch", "the same batch in every update, no dropout: must reach ce 0",
              bool, False),
     ),
@@ -230,6 +231,13 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     fill("log_every", max(1, args.updates_per_epoch // 10), "a tenth of an epoch")
     name = "toy" if kind == "toy" else Path(args.cache or args.dataset).resolve().stem
     fill("out", f"runs/{name}", "by dataset")
+
+    # a run that is too short for them
+    updates = args.epochs * args.updates_per_epoch
+    if args.warmup_steps >= updates and not args.only:
+        peak = args.lr * updates / (args.warmup_steps + 1)
+        notes["schedule"] = (f"--warmup_steps {args.warmup_steps} is no less than the {updates} updates of "
+                             f"the run: the learning rate ends at {peak:.1e} of {args.lr:.1e}, still rising")
     return list(notes.values())
 
 

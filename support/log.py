@@ -23,8 +23,8 @@ LOG_NAME = "log.jsonl"
 def loss_metrics(sums: Tensor, counts: Tensor) -> dict:
     """Summed loss [K] and targets [K] of each codebook -> {"ce", "ppl", "ce_q1", "ppl_q1", ..}.
 
-    ce is the mean over codebooks of sum / count; ppl is exp(ce)."""
-    each = (sums / counts.clamp_min(1)).tolist()
+    ce is the mean over codebooks of sum / count, nan where there was no target; ppl is exp(ce)."""
+    each = (sums / counts).tolist()
     ce = sum(each) / len(each)
     metrics = dict(ce=ce, ppl=math.exp(min(ce, 80.0)))
     for k, value in enumerate(each, 1):

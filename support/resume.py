@@ -209,15 +209,17 @@ def check_new_folder(args: argparse.Namespace, out: Path) -> None:
         if not isinstance(flags, dict):
             raise ValueError(f"{out / 'config.json'} is not that of a run. {way_out}")
     if os.path.lexists(log) and not only_begun(log):
-        raise ValueError(f"{log} is the log of more than a first epoch, or of something else, and there is no "
-                         f"last.pt to go on from. {way_out}")
+        raise ValueError(f"{log} is the log of more than a first epoch, or of something else, and there is "
+                         f"no last.pt to go on from. {way_out}")
     refused = ["it has no config.json"] if flags is None else refused_changes(args, flags)
     if log_size(log) and refused:
         raise ValueError(f"{log} is the log of another run: {'; '.join(refused)}. {way_out}")
 
 
-def restore(run, saved: dict) -> None:
-    """Goes on from a checkpoint, and prints the epochs it holds."""
+def restore(run, saved: dict, learning_rate) -> None:
+    """Goes on from a checkpoint, and prints the epochs it holds.
+
+    learning_rate: a function of (step, flags)."""
     allocate_tensors(run, saved["names"])
     if saved["shards"]:
         checkpoint.load_shards(run.out, saved["shards"], run_tensors(run), run.ranks)
@@ -233,8 +235,14 @@ def restore(run, saved: dict) -> None:
     if run.ranks.is_main:
         run.sums.copy_(saved["sums"])          # of all ranks: if one rank has them, their sum is the same
 
-    changed = [f"; --{k} is {now} now" for k, (_, now) in changed_flags(run.args, saved["args"]).items()]
-    run.ranks.print(f"going on from step {run.step}" + "".join(changed))
+    changed = changed_flags(run.args, saved["args"])
+    now = [f"; --{name} is {value} now" for name, (_, value) in changed.items()]
+    run.ranks.print(f"going on from step {run.step}" + "".join(now))
+    if "epochs" in changed:
+        then = argparse.Namespace(**vars(run.args) | saved["args"])
+        rates = [learning_rate(run.step - 1, then), learning_rate(run.step, run.args)]
+        run.ranks.print(f"another number of epochs is another schedule: the learning rate was {rates[0]:.1e} "
+                        f"in the last update and is {rates[1]:.1e} in the next")
     now = run.train_set.describe()
     if now != saved["data"]:
         run.ranks.print(f"the data are not what they were: {saved['data']} then, {now} now")

@@ -205,6 +205,17 @@ class Style(Condition):
                              f"both less than the segment of {args.segment_seconds:g} s")
 
     @classmethod
+    def check_sets(cls, args, train_set, valid_set) -> None:
+        """The loss leaves an excerpt out, and of a clip that is no longer than it nothing would be left."""
+        low, high = args.style_seconds
+        sets = dict(training=(train_set, low), validation=(valid_set, (low + high) / 2))
+        for name, (clips, seconds) in sets.items():
+            if (longest := clips.longest_seconds()) <= seconds:
+                raise ValueError(f"the longest {name} clip has {longest:.3g} s, no more than a style excerpt "
+                                 f"of {seconds:.3g} s, which the loss leaves out: give longer clips or a "
+                                 "shorter --style_seconds")
+
+    @classmethod
     def make_config(cls, args, codec, size: dict, asset: None, stored: dict | None) -> StyleConfig:
         """By the codec, the excerpt's length and the model's size."""
         low, high = excerpt_frames(args, codec)

@@ -17,6 +17,8 @@ from support import common
 
 PAD, EOS, UNK = 0, 1, 2                        # ids, T5's
 BYTES = 256                                    # pieces of one byte each, beside those fitted to captions
+NO_CAPTIONS = ("no captions to fit the text encoder's vocabulary on, or to train it with: add captions (a "
+               ".txt or .json beside each audio file) or train without text (--no_text)")
 FOLDING = "nmt_nfkc_cf"                        # sentencepiece's name of: NFKC, then case folding
 
 
@@ -34,8 +36,7 @@ def fit_sentencepiece(captions, vocab: int = 2000) -> bytes:
     Errors: ValueError if there is no text, or more characters in it than pieces are allowed."""
     texts = [t for t in (clean_text(c) for c in captions) if t]
     if not texts:
-        raise ValueError("no captions to fit the text encoder's vocabulary on: add captions (a .txt or .json "
-                         "beside each audio file) or train without text (--no_text)")
+        raise ValueError(NO_CAPTIONS)
     # A Unigram takes for a piece only what stands in two places that differ. In captions of few words a word
     # always stands the same, and would fall apart into letters: each is shown in one place more.
     words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text))

@@ -106,6 +106,7 @@ FILES = {
     "loud.wav": audio(1e30, subtype="FLOAT"),
     "one.wav": patched(patched(GOOD, 40, b"\2\0\0\0"), 4, b"\x26\0\0\0")[:46],
     "silent.wav": audio(0.0),
+    "short.wav": GOOD[:44 + RATE * 3 // 10 * 2],         # 0.3 s; its header claims a second
     "u8.wav": audio(None, subtype="PCM_U8"),
     "pcm24.wav": audio(None, subtype="PCM_24"),
     "double.wav": audio(None, subtype="DOUBLE"),
@@ -379,6 +380,8 @@ MATERIAL = {
     "only_bad": lone("zero.wav", "text.wav", "cover.jpg"),
     "no_audio": lone("empty.txt", "cover.jpg"),
     "no_captions": lone("good.wav"),
+    "only_nan": lone("nan.wav"),
+    "only_short": lone("short.wav"),
     "blank_captions": captioned("blank.txt"),
     "long_caption": captioned("long.txt"),
     # runs

@@ -140,6 +140,20 @@ REFUSED = {
     "train: folder of bad audio only": ("train --dataset @only_bad", "zero bytes", "text.wav"),
     "train: folder without captions": ("train --dataset @no_captions", "no captions", "--no_text"),
     "train: captions of white space": ("train --dataset @blank_captions", "no captions", "--no_text"),
+    **{
+        f"train: {what}{when}": (f"train {flags} {flag}", *says)
+        for flag, when in (("", ""), ("--dry_run", ", known to a dry run"))
+        for what, flags, *says in (
+            ("start without captions", "--dataset @no_captions --init_from @model",
+             "no captions", "--no_text"),
+            ("validation not finite", "--dataset @music --valid @only_nan", "validation: 11 files in a row",
+             "nan.wav", "not finite"),
+            ("validation as short as a style", "--dataset @music --valid @only_short --conditions style "
+             "--style_seconds 0.2 0.8", "longest validation clip has 0.3 s", "shorter --style_seconds"),
+            ("training as short as a style", "--dataset @only_short --conditions style "
+             "--style_seconds 0.3 0.8", "longest training clip has 0.3 s", "shorter --style_seconds"),
+        )
+    },
     "train: valid fraction over 1": ("train --dataset @music --valid 7", "--valid 7", "between 0 and 1"),
     "train: valid fraction nan": ("train --dataset @music --valid nan", "--valid nan", "between 0 and 1"),
     "train: valid folder missing": ("train --dataset @music --valid no/such", "'no/such'", "give a folder"),
@@ -200,6 +214,9 @@ SKIPPED = {
 
 # The words stand in what is printed.
 FINE = {
+    "train: warm-up longer than the run": (
+        "train --warmup_steps 9 --lr 0.1", "the learning rate ends at 1.0e-02 of 1.0e-01, still rising"),
+    "train: warm-up longer than the run, dry": ("train --dry_run --warmup_steps 9", "still rising"),
     "train: songs of one and of seven channels in stereo": (
         "train --dataset @music+seven.wav --channels 2", "finished"),
     "train: odd captions": (

@@ -15,10 +15,11 @@ import data
 import generate
 import model
 import train
-from evaluate import listen
+from evaluate import listen, stages
 from interop import load
 from support import resume
 from support.flags import flags_by_name
+from support.log import loss_metrics
 from train import Ema
 
 HERE = Path(__file__).parent.parent
@@ -208,6 +209,17 @@ def test_resume_equals_the_uninterrupted_run(checkpoints, tmp_path, monkeypatch,
     assert log == wanted
 
 
+def test_more_epochs_say_what_becomes_of_the_learning_rate(finished, tmp_path, capsys):
+    """The cosine is stretched: its rate, near its end, goes up again."""
+    import shutil
+    shutil.copytree(finished, tmp_path / "run")
+    assert run(tmp_path / "run", "--epochs", "8") == 0
+    then, now = lines(finished)[-5]["lr"], lines(tmp_path / "run")[len(lines(finished))]["lr"]
+    assert now > 4 * then
+    says = f"the learning rate was {then:.1e} in the last update and is {now:.1e} in the next"
+    assert says in capsys.readouterr().out
+
+
 def test_resume_keeps_the_vocabulary_of_the_checkpoint(finished, tmp_path, monkeypatch):
     """Captions that changed since the start must not give the ids of text another meaning."""
     import shutil
@@ -320,6 +332,22 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
     assert run(tmp_path) == 0
     assert "step 2: gradients not finite; first in loss of codebook 2 (rank 0)" in capsys.readouterr().out
     assert [r["skipped"] for r in lines(tmp_path) if r["kind"] == "step"] == [0, 1, 1, 1, 1, 1]
+
+
+def test_validation_knows_an_epoch_that_is_shorter_than_the_averaging(tmp_path):
+    """After its three updates the average of every tenth has the last one, not the starting weights."""
+    assert run(tmp_path, "--epochs", "1", "--ema_every", "10") == 0
+    best = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
+    assert largest_difference(best, part(saved(tmp_path), "model")) == 0
+
+
+def test_validation_in_which_nothing_counts_is_refused(tmp_path, monkeypatch, capsys):
+    """Nor is the loss of nothing 0, which no later one could be under."""
+    assert math.isnan(loss_metrics(torch.zeros(4), torch.zeros(4))["ce"])
+    monkeypatch.setattr(stages, "all_conditions", lambda run, examples, codes, mask: ([{}], mask & False))
+    assert run(tmp_path) == 2
+    assert "validation: no frame of any clip counts in the loss of codebook 1" in capsys.readouterr().err
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_ema_sequence():
