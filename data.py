@@ -32,7 +32,7 @@ import toy
 from conditioning import CONDITIONS
 from support import audio
 from support.cache import CachedEntry, make_cache, open_cache, read_rows
-from support.common import command, output_name, random_generator
+from support.common import command, output_name, random_generator, tell
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
 from support.signals import end_with_parent
 
@@ -291,7 +291,7 @@ def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank
             raise examples
         for path, reason in itertools.chain(*(example.skipped for example in examples)):
             if path not in dataset.skipped:
-                print(f"skipped {ascii(path)}: {reason}", file=sys.stderr, flush=True)
+                tell(f"skipped {ascii(path)}: {reason}", file=sys.stderr)
             dataset.skipped[path] = reason
         yield examples
 

@@ -558,7 +558,7 @@ def main(argv: list | None = None) -> int:
         if rank == 0:
             where = "before the first update" if run is None else \
                 f"after update {run.step}; the same command goes on from there"
-            print(f"stopped by {signal}{'' if args.only else f' {where}'}", flush=True)
+            common.tell(f"stopped by {signal}{'' if args.only else f' {where}'}")
         return exit_code(str(signal)) if run is None else int(bool(run.unwritten))
 
     try:
@@ -580,7 +580,7 @@ def main(argv: list | None = None) -> int:
     except Stopped as signal:
         code = stopped(signal)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        text, mistake = common.stdout_problem() or error_text(error), isinstance(error, ValueError)
+        text, mistake = error_text(error), isinstance(error, ValueError)
         if stop.requested and text and distributed.is_lost_peer(error):     # the others obeyed a signal first
             code = stopped(stop.requested)
         elif text and not os.environ.get("DEBUG"):                   # DEBUG=1 shows where an error was raised
@@ -598,6 +598,9 @@ def main(argv: list | None = None) -> int:
     finally:
         if run is not None and run.lock is not None:
             os.close(run.lock)
+    if problem := common.stdout_problem():                           # a run's figures are in its log
+        common.tell(f"train.py: {problem}", file=sys.stderr)
+        code = code or int(bool(args.only))
     if world > 1:
         distributed.exit_process(code)
     return code

@@ -280,7 +280,7 @@ def write_samples(run, folder: str, sets: dict, conditions: list, record: dict) 
             if run.board is not None:
                 board.show_sample(run.board, name, place / f"{name}.wav", run.step)
         kinds = ",".join(kind for kind in sets if kind not in ("reference", "codec"))
-        print(f"wrote {samples / folder / f'{i:03d}'}_{{{kinds}}}.wav: {text}", flush=True)
+        run.ranks.print(f"wrote {samples / folder / f'{i:03d}'}_{{{kinds}}}.wav: {text}")
 
 
 def compare_with_reference(run) -> None:

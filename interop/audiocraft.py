@@ -17,7 +17,8 @@ import torch
 
 from interop import t5
 from interop.encodec import codec_to_package
-from interop.huggingface import MELODY, SEGMENT_SECONDS, TEXT, TEXT_ENCODER, PublishedModel, read_t5_weights
+from interop.huggingface import MELODY, SEGMENT_SECONDS, TEXT, TEXT_ENCODER, PublishedModel, read_number
+from interop.huggingface import read_t5_weights
 from interop.package import PackageSettings, read_package
 from interop.tensors import PACKAGE_FILES, check_shapes
 from support import chroma, common
@@ -36,6 +37,9 @@ SETTINGS = {                                             # the same, by their pa
     "codebooks_pattern.modeling": "delay",
     "conditioners.description.model": "t5",
     **{f"transformer_lm.{name}": value for name, value in TRANSFORMER.items()}}
+SAMPLING_SETTINGS = dict(                                # names of generate.Sampling: theirs
+    cfg="classifier_free_guidance.inference_coef", temperature="generate.lm.temp",
+    top_k="generate.lm.top_k", top_p="generate.lm.top_p")
 
 
 def package_tensor_name(name: str) -> str:
@@ -80,13 +84,17 @@ def read_package_config(folder: Path, t5_folder: str | Path | None) -> Published
     delays = settings.get("codebooks_pattern.delay.delays", list(range(K)))
     model = dict(K=K, **lm, cross_attention=bool(cross), mask_padding=False,
                  delays=None if delays == list(range(K)) else delays)
-    seconds = float(settings.get("dataset.segment_duration", SEGMENT_SECONDS))
+    seconds = read_number(settings, "dataset.segment_duration", path) or SEGMENT_SECONDS
     conditioner = dict(fuse=dict(TEXT))
     conditioner |= t5.text_fields(common.read_json(Path(t5_folder) / "config.json"), t5_folder)
     if prepend:
         conditioner |= _melody_fields(settings, seconds, path)
-    guidance = settings.get("classifier_free_guidance.inference_coef", 3.0)
-    return PublishedModel(model, conditioner, settings.get("channels", 1), seconds, dict(cfg=float(guidance)))
+    sampling = {}
+    for ours, theirs in SAMPLING_SETTINGS.items():
+        value = read_number(settings, theirs, path)
+        if value is not None and (ours == "cfg" or settings.get("generate.lm.use_sampling")):
+            sampling[ours] = value
+    return PublishedModel(model, conditioner, settings.get("channels", 1), seconds, sampling)
 
 
 def _melody_fields(settings: PackageSettings, seconds: float, path: Path) -> dict:
@@ -130,7 +138,7 @@ def write_package(data: dict, codec, folder: Path) -> None:
     """Writes a package for audiocraft.models.MusicGen.get_pretrained. Its settings are JSON, a kind of YAML.
 
     data: what best.pt holds, its configs with all defaults; codec: a tokenizer.Codec."""
-    config, conditioner = data["model_config"], data["conditioner_config"]
+    config, conditioner, sampling = data["model_config"], data["conditioner_config"], data["sampling"]
     melody = "melody" in conditioner["fuse"]
     tensors = {}
     for ours, x in data["model"].items():
@@ -157,7 +165,9 @@ def write_package(data: dict, codec, folder: Path) -> None:
         compression_model="encodec", dataset=dict(segment_duration=data["segment_frames"] / codec.frame_rate),
         transformer_lm=transformer,
         codebooks_pattern=dict(modeling="delay", delay=dict(delays=delays, flatten_first=0, empty_initial=0)),
-        classifier_free_guidance=dict(training_dropout=0.0, inference_coef=data["sampling"]["cfg"]),
+        classifier_free_guidance=dict(training_dropout=0.0, inference_coef=sampling["cfg"]),
+        generate=dict(lm=dict(use_sampling=True, temp=sampling["temperature"],       # 0 is the likeliest
+                              top_k=sampling["top_k"], top_p=sampling["top_p"])),
         attribute_dropout={}, conditioners=conditioners,
         fuser=dict(
             cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1, sum=[], input_interpolate=[],

@@ -3,6 +3,8 @@
     python -m interop.convert DIR                                       says what a folder holds
     python -m interop.convert runs/NAME --to hf --out DIR               for transformers
     python -m interop.convert runs/NAME --to audiocraft --out DIR       for audiocraft
+    python -m interop.convert runs/NAME --to peft --out DIR             a --lora run's additions, for peft
+    python -m interop.convert ADAPTER --base DIR --to hf --out DIR      an adapter in the model it adds to
     python -m interop.convert PACKAGE --t5 T5_DIR --to nano --out DIR   audiocraft's package as a best.pt
 
 A model that a target cannot express is refused with every reason. The new folder appears whole or not at all.
@@ -20,13 +22,14 @@ import torch
 
 import tokenizer
 from interop import load, t5
+from interop.adapter import is_adapter, write_adapter
 from interop.audiocraft import write_package
 from interop.huggingface import MELODY, TEXT, write_hf
 from interop.tensors import folder_kind
 from model import ModelConfig
 from support import chroma, common
 
-TARGETS = ("hf", "audiocraft", "nano")
+TARGETS = ("hf", "audiocraft", "nano", "peft")
 MASKS_PADDING = {"hf": True, "audiocraft": False}        # whether padded text is hidden from a model there
 PADDING_NOTES = {                                        # for a model of ours that does otherwise
     "hf": "note: this model attends to padded text, transformers hides it: a batch of texts of several "
@@ -40,10 +43,11 @@ MELODY_NOTES = {
     "audiocraft": "note: audiocraft takes drums and bass out of a melody (demucs) before it reads it"}
 
 
-def write_model(data: dict, target: str, out: Path) -> list:
+def write_model(data: dict, target: str, out: Path, base: str | None = None) -> list:
     """Writes a model, as `read_model` gives it, into a new folder for one of TARGETS -> lines to print.
 
-    Errors: ValueError says what of it the target cannot express."""
+    base: for peft, the model that it began from. Errors: ValueError says what of it the target cannot
+    express."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already: name a new folder")
     codec = _load_codec(data["codec"])
@@ -52,12 +56,16 @@ def write_model(data: dict, target: str, out: Path) -> list:
         conditioner = load.read_conditioner_config(data["conditioner_config"] or {"fuse": {}})
         data = {**data, "model_config": asdict(ModelConfig(**data["model_config"])),
                 "conditioner_config": conditioner.to_dict()}           # older files lack what came later
-        if reasons := unsupported(data, codec, target):
+        classes = "hf" if target == "peft" else target                 # peft adds to transformers' model
+        if reasons := unsupported(data, codec, classes):
             raise ValueError(f"it cannot be written for {target}: {'; '.join(reasons)}")
         if "melody" in data["conditioner_config"]["fuse"]:
-            notes.append(MELODY_NOTES[target])
-        elif data["model_config"]["mask_padding"] != MASKS_PADDING[target]:
-            notes.append(PADDING_NOTES[target])
+            notes.append(MELODY_NOTES[classes])
+        elif data["model_config"]["mask_padding"] != MASKS_PADDING[classes]:
+            notes.append(PADDING_NOTES[classes])
+        if target == "peft" and base and folder_kind(load.locate(base)) != "hf":
+            notes.append("note: peft loads it onto a folder of transformers: python -m interop.convert "
+                         f"{base} --to hf --out DIR writes that; name it here by --base")
 
     # written beside, then renamed: the folder is there whole or not at all
     temporary = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")      # no other's, no leftover
@@ -67,6 +75,8 @@ def write_model(data: dict, target: str, out: Path) -> list:
             write_hf(data, codec, temporary)
         elif target == "audiocraft":
             write_package(data, codec, temporary)
+        elif target == "peft":
+            write_adapter(data, base, load.read_model, temporary)
         else:
             common.write_torch(temporary / "best.pt", data)
         os.replace(temporary, out)
@@ -165,23 +175,24 @@ def describe_model(data: dict) -> list:
 def main(argv: list | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m interop.convert", allow_abbrev=False,
                                      description="Published weights in, ours out.")
-    parser.add_argument("model", help="run folder, best.pt, a Hugging Face folder, or an audiocraft package")
+    parser.add_argument("model", help="run folder, best.pt, a Hugging Face folder, an adapter of peft, or "
+                                      "an audiocraft package")
     parser.add_argument("--to", choices=TARGETS, help="what to write; without it, say what is there")
     parser.add_argument("--out", type=common.output_name, help="folder to write")
     parser.add_argument("--codec", help="where the codec lies, if it has moved or is not in the folder")
     parser.add_argument("--t5", help="folder with the T5 of a package: config.json, weights, spiece.model")
+    parser.add_argument("--base", help="the model that an adapter adds to; with --to peft the one that the "
+                                       "run began from, if it has moved")
     args = parser.parse_args(argv)
     if bool(args.to) != bool(args.out):
         parser.error("--to and --out go together")
     path = load.locate(args.model)
-    if folder_kind(path):
-        data = load.read_published(path, args.t5, args.codec)
-    else:
-        data = load.read_model(path)
-        if args.codec:
-            data["codec"] = {**data["codec"], "name": args.codec}
+    if args.base and args.to != "peft" and not is_adapter(path):
+        raise ValueError(f"--base {args.base}: {path} is no adapter, so it adds to nothing")
+    data = load.read_model(path, args.t5, args.codec, args.base)
+    base = args.base or (data["args"] or {}).get("init_from")
     try:
-        lines = write_model(data, args.to, Path(args.out)) if args.to else describe_model(data)
+        lines = write_model(data, args.to, Path(args.out), base) if args.to else describe_model(data)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:      # a file can lie in any way
         problem = common.describe_error(error)
         raise ValueError(f"{path}: not {common.MODEL_FILE}, or damaged ({problem})") from None

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from interop.hub import find_folder
 from interop.package import read_package
 from interop.tensors import HF_FILES, PACKAGE_FILES, TensorFiles, folder_kind, open_hf_folder
 from support import common
@@ -58,7 +59,7 @@ class CodecFolder(NamedTuple):
 
 def is_codec_folder(path: str | Path) -> bool:
     """Whether a folder is one that Hugging Face's or audiocraft's tools have written."""
-    return folder_kind(path) is not None
+    return folder_kind(find_folder(path)) is not None
 
 
 def read_codec_folder(path: str | Path) -> tuple[dict, dict]:
@@ -121,7 +122,8 @@ def _read_state(tensors: TensorFiles, prefix: str, where) -> dict:
 
 def open_codec_folder(path: str | Path) -> CodecFolder:
     """The codec in a folder, its tensors not yet read. Errors: ValueError."""
-    folder, kind = Path(path), folder_kind(path)
+    folder = find_folder(path)
+    kind = folder_kind(folder)
     if kind is None:
         expected = f"config.json with {HF_FILES[0]}, or {PACKAGE_FILES[1]}"
         raise ValueError(f"{path}: no codec in this folder: {expected}, was expected")
@@ -223,7 +225,7 @@ def codec_to_hf(config: dict, state: dict, levels: int, source: str | Path) -> t
     config, state: as `read_codec_folder` gives them; source: where the codec came from: the tensors of a
     Hugging Face folder go out as they are. Errors: ValueError for what transformers' EnCodec lacks."""
     hf_config = _to_hf_config(config, levels)
-    if folder_kind(source) == "hf":
+    if folder_kind(find_folder(source)) == "hf":
         found = open_codec_folder(source)
         if found.config["rvq"]["n_q"] == levels:
             names = [name for name in found.tensors.shapes if name.startswith(found.prefix)]

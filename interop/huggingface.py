@@ -128,10 +128,32 @@ def read_hf_config(folder: Path) -> PublishedModel:
     except (LookupError, TypeError, AttributeError) as error:
         problem = common.describe_error(error)
         raise ValueError(f"{folder}: config.json is not that of a MusicGen ({problem})") from None
+    seconds = read_number(config, "segment_seconds", folder / "config.json")     # as write_hf has it
+    return PublishedModel(model, conditioner, channels, seconds or SEGMENT_SECONDS, _read_sampling(folder))
+
+
+def read_number(settings, name: str, where) -> float | None:
+    """A setting, by its `get`, that must be a finite number of at least 0; None where there is none.
+
+    Errors: ValueError naming it."""
+    value = settings.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{where}: its {name} is {value!r}, a number of at least 0 was expected")
+    return value
+
+
+def _read_sampling(folder: Path) -> dict:
+    """What generation_config.json says of generate.Sampling."""
     path = folder / "generation_config.json"
-    guidance = common.read_json(path).get("guidance_scale") if path.is_file() else None
-    sampling = dict(cfg=float(guidance)) if guidance else {}
-    return PublishedModel(model, conditioner, channels, SEGMENT_SECONDS, sampling)
+    config = common.read_json(path) if path.is_file() else {}
+    found = dict(cfg=read_number(config, "guidance_scale", path))
+    for name in ("temperature", "top_k", "top_p"):
+        found[name] = read_number(config, name, path)
+    if config.get("do_sample") is False:
+        found["temperature"] = 0.0                       # the likeliest
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def read_hf_weights(folder: Path, shapes: dict, projected: bool) -> dict:
@@ -160,6 +182,10 @@ def read_t5_weights(folder: Path, shapes: dict) -> dict:
 
 def _read_packed(tensors: TensorFiles, names: dict, shapes: dict, where, ignored: str) -> dict:
     """{our name: tensor}. names: {our name: their names}, several are stacked."""
+    embedding = next((name for [name, *_] in names.values() if name.endswith("shared.weight")), "")
+    copy = embedding.replace("shared", "encoder.embed_tokens")       # of which a file may keep either
+    if embedding not in tensors.shapes and copy in tensors.shapes:
+        names = {ours: [copy] if theirs == [embedding] else theirs for ours, theirs in names.items()}
     wanted = {}
     for ours, theirs in names.items():
         rows, *rest = shapes[ours]
@@ -211,7 +237,8 @@ def write_hf(data: dict, codec, folder: Path) -> None:
         pad_token_id=config["card"], bos_token_id=config["card"], tie_word_embeddings=False)
     whole = dict(architectures=[f"{kind}ForConditionalGeneration"], model_type=model_type,
                  is_encoder_decoder=not melody, torch_dtype="float32", text_encoder=t5.t5_config(conditioner),
-                 audio_encoder=codec_config, decoder=decoder)
+                 audio_encoder=codec_config, decoder=decoder,
+                 segment_seconds=data["segment_frames"] / codec.frame_rate)     # ours, kept by transformers
     if melody:
         whole |= dict(num_chroma=12, chroma_length=conditioner["melody_frames"])
     common.write_json(folder / "config.json", whole, indent=2)

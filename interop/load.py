@@ -2,7 +2,8 @@
 
     runs/NAME, runs/NAME/best.pt         of this project
     musicgen-small                       config.json + model.safetensors, as published
-    facebook/musicgen-small              the same, downloaded if need be
+    facebook/musicgen-small              the same from the hub's cache, downloaded if need be (hub.py)
+    lora                                 adapter_config.json + adapter_model.safetensors, to one of the others
     package                              state_dict.bin + compression_state_dict.bin, as audiocraft keeps it
 
 Whatever it is, `read_model` gives what best.pt holds, and train, generate and evaluate see no difference:
@@ -12,7 +13,6 @@ Whatever it is, `read_model` gives what best.pt holds, and train, generate and e
 """
 
 import math
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,10 @@ import torch
 import tokenizer
 from conditioning import Conditioner, ConditionerConfig, vocabulary_size
 from interop import t5
+from interop.adapter import adapter_base, is_adapter, merge_adapter
 from interop.audiocraft import read_package_config, read_package_weights
 from interop.huggingface import PublishedModel, read_hf_config, read_hf_weights
+from interop.hub import how_to_get, locate
 from interop.tensors import folder_kind
 from model import ModelConfig, MusicGen
 from support import chroma, common
@@ -31,40 +33,28 @@ from support import chroma, common
 SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
 
 
-def locate(name: str | Path) -> Path:
-    """The path of a model. A published one, facebook/NAME, is downloaded where huggingface_hub can.
-
-    Errors: ValueError with the command that gets it."""
-    path = Path(name)
-    if path.exists() or not re.fullmatch(r"facebook/[\w.-]+", str(name)):
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "spiece.model"]))
-    except ImportError:
-        problem = "huggingface_hub is not installed"
-    except Exception as error:                 # it has errors of a dozen libraries
-        problem = common.describe_error(error)
-    raise ValueError(f"{name}: no such path, and no download ({problem}). Where there is a network: "
-                     f"pip install huggingface_hub && hf download {name} --local-dir {path.name}; "
-                     f"then give {path.name}")
-
-
-def read_model(name: str | Path) -> dict:
+def read_model(name: str | Path, t5_folder: str | Path | None = None, codec: str | None = None,
+               base: str | Path | None = None) -> dict:
     """The content of a run's best.pt, or the same of a folder that others have written.
 
-    Errors: ValueError says what is missing or wrong."""
+    t5_folder: with a package's T5; codec: where the codec lies, if not where it was; base: the model that an
+    adapter adds to. Errors: ValueError says what is missing or wrong."""
     path = locate(name)
+    if is_adapter(path):
+        return merge_adapter(read_model(adapter_base(path, base), t5_folder, codec), path)
     if folder_kind(path):
-        return read_published(path)
+        return read_published(path, t5_folder, codec)
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{name}: no best.pt there; give the folder of a run that has finished an epoch, "
-                         "or one with published weights")
+        there = "no best.pt there" if Path(name).exists() else "no such path, so no best.pt there"
+        raise ValueError(f"{name}: {there}; give the folder of a run that has finished an epoch, "
+                         f"or one with published weights. {how_to_get(name)}".strip())
     data = common.read_torch_dict(path, common.MODEL_FILE)
     if data.get("format") != common.FORMAT:
         raise ValueError(f"{path}: not {common.MODEL_FILE}: "
                          f"its format is {data.get('format')!r}, not {common.FORMAT!r}")
+    if codec:
+        data["codec"] = {**data["codec"], "name": codec}
     return data
 
 
@@ -95,6 +85,7 @@ class ModelShapes(NamedTuple):
     model: ModelConfig
     conditioner: ConditionerConfig | None
     published: PublishedModel | None           # what else is known of a published model; None of ours
+    path: Path                                 # where it lies; of an adapter, where the model that it adds to
 
 
 def peek(name: str | Path) -> ModelShapes | None:
@@ -102,14 +93,17 @@ def peek(name: str | Path) -> ModelShapes | None:
 
     Errors: ValueError for a published one whose configuration is not that of a MusicGen."""
     path = locate(name)
+    if is_adapter(path):
+        path = locate(adapter_base(path))
     if folder_kind(path):
         found = read_published_config(path)
-        return ModelShapes(ModelConfig(**found.model), read_conditioner_config(found.conditioner), found)
+        conditioner = read_conditioner_config(found.conditioner)
+        return ModelShapes(ModelConfig(**found.model), conditioner, found, path)
     path = path / "best.pt" if path.is_dir() else path
     try:
         data = common.read_torch_dict(path, common.MODEL_FILE, mapped=True)      # its weights are not read
         conditioner = read_conditioner_config(data["conditioner_config"] or None)
-        return ModelShapes(ModelConfig(**data["model_config"]), conditioner, None)
+        return ModelShapes(ModelConfig(**data["model_config"]), conditioner, None, path)
     except (ValueError, TypeError, LookupError):
         return None
 
@@ -160,4 +154,5 @@ def read_published(path: str | Path, t5_folder: str | Path | None = None, codec:
         conditioner_config=conditioner.to_dict(), assets={"text": common.bytes_to_tensor(pieces)},
         codec=codec.reference,
         sampling={**SAMPLING, **found.sampling},
-        segment_frames=math.ceil(found.segment_seconds * codec.frame_rate), metrics={}, step=0, args={})
+        segment_frames=math.ceil(round(found.segment_seconds * codec.sample_rate) / codec.hop),
+        metrics={}, step=0, args={})

@@ -2,6 +2,7 @@
 
     folder/config.json + model.safetensors                 Hugging Face (pytorch_model.bin: older)
     folder/config.json + model.safetensors.index.json      the same in shards: which tensor lies in which file
+    folder/config.json + model.fp16.safetensors            a variant; shards: ..index.fp16.json
     folder/state_dict.bin + compression_state_dict.bin     audiocraft's package, see package.py
 
 Names and shapes are known before anything is built. One file is open at a time and a tensor is read when it
@@ -18,6 +19,7 @@ from support import common
 
 HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
             "pytorch_model.bin.index.json")
+SHARD = r"-\d+-of-\d+\."                                # in the name of a shard
 PACKAGE_FILES = ("state_dict.bin", "compression_state_dict.bin")     # audiocraft's: language model and codec
 
 
@@ -99,14 +101,32 @@ def _open_pickle(path: Path) -> dict:
     return content
 
 
+def find_weights(folder: Path) -> Path:
+    """The file of a Hugging Face folder that holds the weights or names their shards.
+
+    Where the usual names are not there, those of a variant are looked for, such as fp16: a word before the
+    last ending. Errors: ValueError where there are none, or several variants."""
+    for name in HF_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    for name in HF_FILES:
+        stem, _, end = name.rpartition(".")
+        found = sorted(p for p in folder.glob(f"{stem}.*.{end}") if not re.search(SHARD, p.name))
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found)
+            raise ValueError(f"{folder}: holds several variants of the weights ({names}): give one by itself")
+        if found:
+            return found[0]
+    shards = sorted(p.name for p in folder.glob("*") if re.search(SHARD, p.name))
+    found = f"only shards such as {shards[0]} without their index" if shards else "no weights"
+    raise ValueError(f"{folder}: config.json is there, but {found}: "
+                     f"one of {', '.join(HF_FILES)} was expected")
+
+
 def open_hf_folder(folder: Path) -> TensorFiles:
     """The tensors of a Hugging Face folder. Errors: ValueError saying which file is missing or wrong."""
-    name = next((name for name in HF_FILES if (folder / name).is_file()), None)
-    if name is None:
-        raise ValueError(f"{folder}: config.json is there, but no weights: "
-                         f"one of {', '.join(HF_FILES)} was expected")
-    path = folder / name
-    if not name.endswith(".index.json"):
+    path = find_weights(folder)
+    if path.suffix != ".json":
         return TensorFiles([path])
     index = common.read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index or not all(_is_file_name(file) for file in index.values()):
@@ -125,8 +145,9 @@ def check_shapes(where, found: dict, wanted: dict, ignored: str = r"(?!)") -> No
 
     ignored: pattern of names that may be there or not. Errors: ValueError listing what is missing, unexpected
     and of another shape."""
-    found = {name: list(shape) for name, shape in found.items() if not re.search(ignored, name)}
     wanted = {name: list(shape) for name, shape in wanted.items()}
+    found = {name: list(shape) for name, shape in found.items()
+             if name in wanted or not re.search(ignored, name)}
     both = sorted(wanted.keys() & found.keys())
     wrong = {
         "missing": sorted(wanted.keys() - found.keys()),

@@ -223,6 +223,12 @@ def command(name: str) -> Callable:
     return decorate
 
 
+def tell(*lines: str, file=None) -> None:
+    """Prints lines of a training. Where a full disk behind them takes none, they are lost and it goes on."""
+    with contextlib.suppress(OSError):
+        print(*lines, sep="\n", file=file, flush=True)
+
+
 def stdout_problem() -> str | None:
     """Why standard output cannot be written, such as a full disk or a closed pipe behind it; or None.
 

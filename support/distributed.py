@@ -30,6 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from support.common import tell
+
 
 @dataclass
 class Ranks:
@@ -47,7 +49,7 @@ class Ranks:
     def print(self, *lines) -> None:
         """Prints lines on rank 0 only."""
         if self.is_main and lines:
-            print(*lines, sep="\n", flush=True)
+            tell(*lines)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sums a tensor over ranks, in place."""

@@ -253,7 +253,7 @@ def flags_of_start(args: argparse.Namespace, start) -> dict:
                  fuse=[f"{name}={method}" for name, method in fuse.items() if name in args.conditions])
     if start.published is not None:
         channels = start.published.channels
-        flags |= dict(codec=str(load.locate(args.init_from)), num_codebooks=start.model.K // channels)
+        flags |= dict(codec=str(start.path), num_codebooks=start.model.K // channels)
     return flags
 
 

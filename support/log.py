@@ -55,7 +55,7 @@ def append_record(path: Path, record: dict) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        print(f"a line of {path} was not written ({error})", file=sys.stderr, flush=True)
+        common.tell(f"a line of {path} was not written ({error})", file=sys.stderr)
         with contextlib.suppress(OSError):
             os.truncate(path, size)
 

@@ -49,14 +49,21 @@ def add_lora(model: nn.Module, rank: int) -> None:
             setattr(layer, f"{name}_lora", LowRank(fan_in, out, rank))
 
 
+def lora_additions(weights: dict) -> dict:
+    """{name of a matrix: (A [R,in], B [out,R])} of the additions among weights {name: tensor}."""
+    additions = {}
+    for name, A in weights.items():
+        if name.endswith("_lora.A"):
+            stem = name.removesuffix("_lora.A")
+            matrix = f"{stem}_weight" if stem.endswith("in_proj") else f"{stem}.weight"
+            additions[matrix] = A, weights[f"{stem}_lora.B"]
+    return additions
+
+
 def merge_lora(weights: dict) -> dict:
     """Weights {name: tensor} of the plain model that computes the same: additions are added, their names are
     gone."""
     merged = {name: x for name, x in weights.items() if "_lora." not in name}
-    for name, A in weights.items():
-        if not name.endswith("_lora.A"):
-            continue
-        stem = name.removesuffix("_lora.A")
-        matrix = f"{stem}_weight" if f"{stem}_weight" in merged else f"{stem}.weight"
-        merged[matrix] = merged[matrix] + LowRank.SCALE * weights[f"{stem}_lora.B"] @ A
+    for matrix, (A, B) in lora_additions(weights).items():
+        merged[matrix] = merged[matrix] + LowRank.SCALE * B @ A
     return merged

@@ -105,8 +105,10 @@ def export_best(run, keep: bool = True) -> dict:
     args, model = run.args, run.model
     # no best weights yet where every validation so far was not finite
     weights = distributed.named_tensors(run.ema.model) | (run.best or {})
+    weights = distributed.gather_state(weights, keep)
+    added = {name: x for name, x in weights.items() if "_lora." in name}         # also by themselves, to ship
     sampling = Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
-    return dict(format=common.FORMAT, model=merge_lora(distributed.gather_state(weights, keep)),
+    return dict(format=common.FORMAT, model=merge_lora(weights), **({"lora": added} if added else {}),
                 model_config=asdict(model.config), **stored_conditions(model), codec=run.codec.reference,
                 segment_frames=segment_frames(args, run.codec), sampling=asdict(sampling),
                 metrics=dict(run.best_values or {}), step=run.best_step or run.step, args=vars(args))

@@ -1,6 +1,8 @@
 """Published models generate, are tuned and go out again; runs of ours go out, or are refused with reasons."""
 
+import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import generate
 import tokenizer
 import train
 from generate import MusicGenerator, Sampling, generate_codes
-from interop import convert, load
+from interop import convert, load, t5
 from interop.tensors import open_hf_folder
 from foreign import pair_fixture, tuned_fixture  # noqa: F401, pytest finds them by their names
 from foreign import TINY, greedy, needs_transformers, published, save, transformers, tune, write
@@ -22,6 +24,52 @@ def test_a_published_name_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="hf download facebook/musicgen-small --local-dir musicgen-small"):
         load.locate("facebook/musicgen-small")
+
+
+WHOLE = ("config.json", "model.safetensors")
+
+
+def cached(cache, name: str, commits: str, main: str | None, files=WHOLE) -> Path:
+    """A folder of the hub's cache as huggingface_hub writes it: snapshots of links into blobs."""
+    top = cache / f"models--{name.replace('/', '--')}"
+    (top / "blobs").mkdir(parents=True)
+    for commit in commits:
+        (top / "snapshots" / commit).mkdir(parents=True)
+        for file in files:
+            (top / "blobs" / file).write_text("{}")
+            (top / "snapshots" / commit / file).symlink_to(f"../../blobs/{file}")
+    if main is not None:
+        (top / "refs").mkdir()
+        (top / "refs" / "main").write_text(main)
+    return top
+
+
+def test_names_of_the_hub_are_found_in_its_cache(tmp_path, monkeypatch):
+    """Of anybody, wherever the environment says that it lies, and by the folder's top."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    places = [("XDG_CACHE_HOME", "xdg", "xdg/huggingface/hub"), ("HF_HOME", "home", "home/hub"),
+              ("HF_HUB_CACHE", "hub", "hub")]
+    for variable, folder, cache in places:
+        monkeypatch.setenv(variable, str(tmp_path / folder))
+        top = cached(tmp_path / cache, f"some-one/{variable}", "ab", "b\n")
+        for name in (f"some-one/{variable}", top):
+            assert load.locate(name) == top / "snapshots" / "b"
+    cache = tmp_path / "hub"
+    assert load.locate(cached(cache, "a/only", "c", None)).name == "c"
+    with pytest.raises(ValueError, match="refs/main names no snapshot that is there .there: a, b.: give"):
+        load.locate(cached(cache, "a/none_chosen", "ab", "c"))
+    cached(cache, "a/half", "c", "c", files=["config.json"])
+    for name in ("a/half", "a/unknown"):
+        with pytest.raises(ValueError, match=f"{name}: no such .* not in the cache .*hf download {name} "):
+            load.read_model(name)
+    # what begins with a folder that is here is a path
+    monkeypatch.chdir(tmp_path)
+    cached(cache, "home/run", "c", "c")
+    for name in ("home/run", "home/no/run", "../nothing/x", "nothing"):
+        with pytest.raises(ValueError, match=f"{name}: no such path, so no best.pt there; .* weights.$"):
+            load.read_model(name)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -181,6 +229,41 @@ def test_a_trained_run_generates_the_same_in_transformers(tmp_path, capsys, chan
     settings = theirs.generation_config
     assert settings.top_k == 50 and settings.guidance_scale == 1.0
     assert settings.max_length == 84      # 1.6 s and the delays
+
+
+def test_a_folder_that_is_read_back_keeps_window_and_sampling(tmp_path, monkeypatch):
+    """Exactly, and 55 frames are 1.1 s, of which 50 times are more than 55 in floating point."""
+    pytest.importorskip("safetensors")
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--size", "debug", "--fuse", "text=cross", "--updates_per_epoch", "1",
+                       "--freeze_text_encoder", "--out", str(out)]) == 0
+    data = load.read_model(out)
+    shape = tuple(data["conditioner_config"][name] for name in t5.SHAPE_FIELDS)
+    monkeypatch.setitem(t5.PUBLISHED_T5, shape, "t5-toy")
+    common.write_json(tmp_path / "config.json", t5.t5_config(data["conditioner_config"]))
+    asked = [(55, Sampling(1.0, 0.3, 50)), (80, Sampling(2.5, 0.9, 0, 0.8)), (1, Sampling(0.0, 0.0, 250))]
+    for frames, sampling in asked:
+        data |= dict(segment_frames=frames, sampling=asdict(sampling))
+        folder, package = tmp_path / f"hf_{frames}", tmp_path / f"package_{frames}"
+        convert.write_model(data, "hf", folder)
+        convert.write_model(data, "audiocraft", package)
+        found = load.read_model(folder)
+        assert (found["segment_frames"], Sampling(**found["sampling"])) == (frames, sampling)
+        found = load.read_published_config(package, tmp_path)
+        assert round(found.segment_seconds * 16_000) / 320 == frames
+        assert Sampling(**found.sampling) == sampling
+
+    # without them it is as the published ones are
+    ours = ("segment_seconds", "temperature", "top_k", "top_p", "do_sample", "guidance_scale")
+    for name in ("config.json", "generation_config.json"):
+        known = common.read_json(folder / name)
+        common.write_json(folder / name, {k: v for k, v in known.items() if k not in ours})
+    found = load.read_model(folder)
+    assert found["segment_frames"] == 1500 and Sampling(**found["sampling"]) == Sampling()
+    for name, value in (("temperature", "hot"), ("top_k", -1), ("guidance_scale", math.nan)):
+        common.write_json(folder / "generation_config.json", {name: value})
+        with pytest.raises(ValueError, match=f"its {name} is .*, a number of at least 0 was expected"):
+            load.read_model(folder)
 
 
 def melody_run(out, *more) -> Path:

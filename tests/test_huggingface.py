@@ -198,6 +198,35 @@ def test_shards_and_pickles_and_old_weight_norms(tmp_path):
 
 
 @needs_transformers
+def test_variants_of_the_weights(tmp_path, capsys):
+    """model.fp16.safetensors, whole and in shards, .bin too, and with T5's table under its other name."""
+    theirs = published().half()
+    wanted = load.read_published(save(theirs, tmp_path / "plain"))["model"]
+    folder = save(theirs, tmp_path / "whole", variant="fp16")
+    assert (folder / "model.fp16.safetensors").is_file() and not (folder / "model.safetensors").exists()
+    shards = save(theirs, tmp_path / "shards", variant="fp16", max_shard_size="60kB")
+    assert len(list(shards.glob("model.fp16-0000*.safetensors"))) > 3
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folder, pickled)
+    (pickled / "model.fp16.safetensors").unlink()
+    state = theirs.state_dict()
+    state.pop("text_encoder.shared.weight")              # as a file may have it that keeps one name of two
+    state["text_encoder.encoder.embed_tokens.weight"] = theirs.text_encoder.shared.weight
+    torch.save(state, pickled / "pytorch_model.fp16.bin")
+    for other in (folder, shards, pickled):
+        found = load.read_published(other)["model"]
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(x, found[name]) and found[name].dtype == x.dtype for name, x in wanted.items())
+    shutil.copy(folder / "model.fp16.safetensors", folder / "model.bf16.safetensors")
+    (shards / "model.safetensors.index.fp16.json").unlink()
+    for other, says in ((folder, "several variants of the weights (model.bf16.safetensors, model.fp16."),
+                        (shards, "only shards such as model.fp16-00001-of-000")):
+        assert convert.main([str(other)]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+@needs_transformers
 @torch.no_grad()
 def test_text_as_wide_as_the_model_has_no_projection(tmp_path):
     theirs = published(width=24)

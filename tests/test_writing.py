@@ -140,6 +140,16 @@ def test_printing(command, tmp_path, bad_input_folder):
     assert ending.code == 128 + number and ending.after == ending.before
 
 
+def test_a_training_goes_on_without_its_output(tmp_path, bad_input_folder):
+    """Also the line that says that a file was not written may find a full disk."""
+    command = "train --generate_samples 1"
+    ending = bad_input.run_case(command, command, tmp_path, bad_input_folder, no_output())
+    assert ending.code == 0 and "standard output could not be written" in bad_input.the_line(ending.err)
+    wanted = {f"out/{name}" for name in ("best.pt", "last.pt", "log.jsonl", "index.html")}
+    assert wanted <= ending.after.keys()
+    assert any(name.startswith("out/samples/epoch_0001/000_") for name in ending.after)
+
+
 def test_a_cache_that_stopped_says_that_it_goes_on(tmp_path, bad_input_folder):
     command = "data cache @music --out out"
     with pytest.MonkeyPatch.context() as patch:
