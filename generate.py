@@ -29,21 +29,26 @@ Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
 
 import argparse
 import contextlib
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import tokenizer
 from conditioning import CONDITIONS, clean_text
 from interop import load
-from model import Conditions, MusicGen
+from model import MusicGen
 from support import audio, common
 from support.compiled import compile_step
 from support.kernels import packed_weights
+from support.per_sample import Noise, encode_conditions
 
 
 @dataclass
@@ -64,33 +69,33 @@ class Sampling:
                 raise ValueError(f"{name} {value}: it lies between {low} and {high}")
 
 
-def sample_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """logits [...,card] -> codes [...]. The draw is argmax(p / exponential noise), an
-    exponential race, as torch.multinomial's: no trip to the host."""
+def sample_codes(logits: Tensor, sampling: Sampling, noise: Callable[[Tensor], Tensor]) -> Tensor:
+    """logits [B,k,card] -> codes [B,k]. The draw is argmax(p / exponential noise), an exponential race, as
+    torch.multinomial's: no trip to the host. noise: of candidates [B,k,n], see per_sample.Noise."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits, codes = logits.float() / sampling.temperature, None
+    logits, card = logits.float() / sampling.temperature, logits.shape[-1]
     if sampling.top_p > 0:
         probs, codes = logits.softmax(-1).sort(-1, descending=True)
         probs = probs.masked_fill(probs.cumsum(-1) - probs > sampling.top_p, 0)      # the first always stays
-    elif sampling.top_k > 0:
-        top, codes = logits.topk(min(sampling.top_k, logits.shape[-1]), -1)          # exactly k, ties or not
-        probs = top.softmax(-1)
     else:
-        probs = logits.softmax(-1)
-    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
-    return drawn if codes is None else codes.gather(-1, drawn[..., None])[..., 0]
+        top, codes = logits.topk(min(sampling.top_k or card, card), -1)              # exactly k, ties or not
+        probs = top.softmax(-1)
+    drawn = (probs / noise(codes)).argmax(-1, keepdim=True)                                    # [B, k, 1]
+    return codes.gather(-1, drawn)[..., 0]
 
 
 @torch.inference_mode()
 def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
-                   generator: torch.Generator | None = None, prompt: Tensor | None = None, progress=None,
-                   dtype: torch.dtype = torch.float32) -> Tensor:
+                   noise: Noise | None = None, prompt: Tensor | None = None, progress=None,
+                   dtype: torch.dtype = torch.float32, began: int = 0) -> Tensor:
     """Codes [B, K, T] for the conditions of B samples, each {name: value or None}.
 
-    prompt [B, K, T'] with T' < T is kept as it is and continued; progress(done, total) is called after every
-    step; dtype: of autocast and of the key-value cache. The model is put into eval mode for the while."""
+    noise: of these samples (default: of seed 0); prompt [B, K, T'] with T' < T is kept as it is and
+    continued; progress(done, total) is called after every step; dtype: of autocast and of the key-value
+    cache; began: frames of the piece before these. The model is put into eval mode for the while."""
     device, K, B = model.emb[0].weight.device, model.config.K, len(values)
+    noise = noise or Noise(0, range(B), device)
     T_prompt = 0 if prompt is None else prompt.shape[2]
     assert T_prompt < T, f"a prompt of {T_prompt} frames leaves nothing to generate in {T}"
 
@@ -102,6 +107,7 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
     seq = pattern.build(codes, model.special, valid_only=False)                                 # [B, K, S]
     is_open = pattern.frame >= T_prompt                                                         # [K, S]
     open_heads = [row.nonzero()[:, 0].tolist() for row in is_open.T.cpu()]                     # of every step
+    cells = (began + pattern.frame) * K + torch.arange(K, device=device)[:, None]               # [K, S]
 
     # rows of the batch: each sample; for double guidance without its text; for guidance without anything
     guided = sampling.cfg != 1 and any(v is not None for sample in values for v in sample.values())
@@ -136,8 +142,8 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
                     uncond = others[0]
                     cond = uncond + sampling.cfg * (cond - uncond)
                 # sampling
-                drawn = sample_codes(cond, sampling, generator)                                 # [B, k]
-                seq[:, slice(None) if which is None else which, s] = drawn
+                heads = slice(None) if which is None else which
+                seq[:, heads, s] = sample_codes(cond, sampling, partial(noise, cells[heads, s]))
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)
     model.train(was_training)
@@ -161,19 +167,6 @@ def guidance_coefficient(values: list, sampling: Sampling, device) -> Tensor | N
     return torch.tensor([sampling.cfg_style if x else 1.0 for x in both], device=device)[:, None, None]
 
 
-def encode_conditions(model: MusicGen, values: list, guided: bool, double: bool = False) -> Conditions:
-    """Conditions of the batch; if `double`, the same without texts; if `guided`, as many null ones."""
-    if model.conditioner is None:
-        return Conditions()
-    rows = list(values)
-    if double:
-        for sample in values:
-            rows.append({name: None if CONDITIONS[name].is_text else value for name, value in sample.items()})
-    if guided:
-        rows += [dict.fromkeys(v) for v in values]
-    return model.conditioner(model.conditioner.prepare(rows, model.emb[0].weight.device))
-
-
 def values_at(model: MusicGen, values: list, start: int) -> list:
     """The conditions of a window that begins at a code frame: a melody, for one, is read on from there."""
     if model.conditioner is None:
@@ -184,42 +177,30 @@ def values_at(model: MusicGen, values: list, start: int) -> list:
 
 
 def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, window: int, stride: int,
-                  generator: torch.Generator | None = None, prompt: Tensor | None = None, progress=None,
-                  dtype: torch.dtype = torch.float32, began: int = 0) -> Tensor:
+                  noise: Noise | None = None, prompt: Tensor | None = None, progress=None,
+                  dtype: torch.dtype = torch.float32) -> Tensor:
     """As `generate_codes`, for any T: windows of `window` frames, each after the first advancing by `stride`.
 
-    The prompt counts in T; a melody is read from frame `began` on. Errors: ValueError if the stride does not
-    leave a prompt."""
+    The first hears all of the prompt, of one that fills it all but a frame. The prompt counts in T. Errors:
+    ValueError if the stride does not leave a prompt."""
     if not 0 < stride < window:
         raise ValueError(f"stride {stride} frames: 1 to {window - 1}, less than the window")
-    context = window - stride                                        # frames that a window takes over
-    common_arguments = dict(generator=generator, dtype=dtype)
+    codes = prompt
+    if prompt is None:
+        codes = torch.empty(len(values), model.config.K, 0, dtype=torch.long)
+    given = codes.shape[2]
+    start = max(0, given - (window - 1))                             # of the window
+    while codes.shape[2] < T:
+        kept, done = codes[..., start:], codes.shape[2] - given
+        frames = min(window, T - start)
 
-    # a prompt longer than that: all but its end is kept aside
-    if prompt is not None and T > window and prompt.shape[2] > context:
-        early, prompt = prompt[..., :-context], prompt[..., -context:]
-        rest = generate_long(model, values, T - early.shape[2], sampling, window=window, stride=stride,
-                             prompt=prompt, progress=progress, began=early.shape[2], **common_arguments)
-        return torch.cat([early.to(rest.device), rest], 2)
+        def report(step, steps, done=done, new=frames - kept.shape[2]):
+            progress(done + new * step // steps, T - given)
 
-    codes, total = prompt, T if prompt is None else T - prompt.shape[2]
-    done = 0                                                         # new frames
-    while done < total:
-        if done == 0:
-            kept, start = codes, began
-        else:
-            kept, start = codes[..., -context:], began + codes.shape[2] - context
-        old = 0 if kept is None else kept.shape[2]
-        frames = min(window, old + total - done)
-
-        def report(step, steps, done=done, new=frames - old):
-            progress(done + new * step // steps, total)
-
-        part = generate_codes(model, values_at(model, values, start), frames, sampling, prompt=kept,
-                              progress=report if progress else None, **common_arguments)
-        new = part[..., old:]
-        codes = new if codes is None else torch.cat([codes.to(new.device), new], 2)
-        done += new.shape[2]
+        part = generate_codes(model, values_at(model, values, start), frames, sampling, noise=noise,
+                              prompt=kept, progress=report if progress else None, dtype=dtype, began=start)
+        codes = torch.cat([codes.to(part.device), part[..., kept.shape[2]:]], 2)
+        start = codes.shape[2] - (window - stride)                   # so much is taken over
     return codes                                                                                # [B, K, T]
 
 
@@ -264,32 +245,49 @@ class MusicGenerator:
         """{name: Condition} that the model was trained on."""
         return {} if self.model.conditioner is None else dict(self.model.conditioner.parts.items())
 
+    def span(self, seconds: float, prompt: Tensor | None) -> tuple[int, int]:
+        """(first, stop) samples of the result in what `codes` decode to.
+
+        The prompt's last frame is whole, so its first one may begin with silence, `first` samples."""
+        first = 0 if prompt is None else -prompt.shape[-1] % self.codec.hop
+        return first, first + max(1, round(seconds * self.codec.sample_rate))
+
     def codes(self, values: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
-              stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None) -> Tensor:
-        """Codes [B, K, T] for conditions as `condition_values` gives them.
+              stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None,
+              first: int = 0) -> Tensor:
+        """Codes [B, K, T] for conditions as `condition_values` gives them; `decode` makes audio of them.
 
         prompt: audio [C, N] or [B, C, N] to continue, counted in `seconds`; stride_seconds: how far each
-        window past the training length advances (default 60 % of it). Errors: ValueError for lengths that do
-        not fit."""
-        frame_rate = self.codec.frame_rate
-        T = max(1, round(seconds * frame_rate))
-        device = self.model.emb[0].weight.device
+        window past the training length advances (default 60 % of it); first: number of the first sample,
+        whose noise depends on the seed and its number alone. Errors: ValueError for lengths that do not
+        fit."""
+        frame_rate, device = self.codec.frame_rate, self.model.emb[0].weight.device
+        silence, stop = self.span(seconds, prompt)
+        T, unheard = math.ceil(stop / self.codec.hop), None
         if prompt is not None:
-            prompt = prompt if prompt.dim() == 3 else prompt[None].expand(len(values), -1, -1)
-            prompt = self.codec.encode(prompt.to(device))                                       # [B, K, T']
-            if prompt.shape[2] >= T:
-                raise ValueError(f"the audio to continue lasts {prompt.shape[2] / frame_rate:.2f} s, so "
+            if prompt.shape[-1] >= stop - silence:
+                lasts = prompt.shape[-1] / self.codec.sample_rate
+                raise ValueError(f"the audio to continue lasts {lasts:.2f} s, so "
                                  f"--seconds must be longer than that, not {seconds:g}")
+            prompt = prompt if prompt.dim() == 3 else prompt[None].expand(len(values), -1, -1)
+            prompt = self.codec.encode(F.pad(prompt.to(device), (silence, 0)))                  # [B, K, T']
+            unheard, prompt = prompt.tensor_split([1 if silence else 0], 2)   # only real audio is continued
+            T -= unheard.shape[2]
         window_seconds = self.window / frame_rate
         if stride_seconds is not None and not 0 < stride_seconds < window_seconds:
             raise ValueError(f"--stride {stride_seconds:g}: more than 0, less than the window of "
                              f"{window_seconds:g} s")
         stride = 0.6 * self.window if stride_seconds is None else round(stride_seconds * frame_rate)
         stride = max(1, min(int(stride), self.window - 1))                                      # frames
-        generator = torch.Generator(device).manual_seed(seed)
-        return generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
-                             stride=stride, generator=generator, prompt=prompt, progress=progress,
-                             dtype=self.dtype)
+        noise = Noise(seed, range(first, first + len(values)), device)
+        codes = generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
+                              stride=stride, noise=noise, prompt=prompt, progress=progress, dtype=self.dtype)
+        return codes if unheard is None else torch.cat([unheard, codes], 2)
+
+    def decode(self, codes: Tensor, seconds: float, prompt: Tensor | None = None) -> Tensor:
+        """Audio [B, C, N] of what `codes` gave for these seconds and prompt: exactly as long as asked."""
+        first, stop = self.span(seconds, prompt)
+        return self.codec.decode(codes)[..., first:stop].cpu()
 
     def condition_values(self, texts: list, **given) -> list:
         """[{name: value or None}] of texts (None: without) and of what is given for others by name.
@@ -319,14 +317,14 @@ class MusicGenerator:
 
     def generate(self, texts: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
                  stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None,
-                 **given) -> Tensor:
+                 first: int = 0, **given) -> Tensor:
         """Audio [B, C, N] for texts (None: without), with other conditions by name as in `condition_values`.
 
         The rest is as in `codes`."""
         values = self.condition_values(texts, **given)
         codes = self.codes(values, seconds, seed, sampling, stride_seconds=stride_seconds, prompt=prompt,
-                           progress=progress)
-        return self.codec.decode(codes).cpu()
+                           progress=progress, first=first)
+        return self.decode(codes, seconds, prompt)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,7 +347,7 @@ def build_generate_parser() -> argparse.ArgumentParser:
         for flag in condition.generate_flags:
             flag.add_to(parser)
     new("--continue", dest="continued", metavar="AUDIO",
-        help="audio file to continue; it is part of --seconds")
+        help="audio file to continue; a part of --seconds, heard as far back as a training window reaches")
     new("--seconds", type=float, help="length of the result (default: the training window)")
     new("--stride", type=float, help="seconds each window past the first advances")
     new("--n", type=int, default=1, help="samples of each prompt")
@@ -360,6 +358,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
     new("--top_p", type=float, help="draw from the likeliest codes of this mass; 0 is off (likewise)")
     new("--temperature", type=float, help="0 takes the likeliest code (default: the run's own)")
     new("--seed", type=int, default=0, help="of the draws (default 0)")
+    new("--first", type=int, default=0,
+        help="number of the first sample, to make one of a larger batch again (default 0)")
     new("--codec", help="where the codec lies, if it has moved since training")
     new("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 or mps")
     new("--compile", action="store_true", help="torch.compile the step: a minute at first, then faster")
@@ -435,11 +435,13 @@ def read_values(music: MusicGenerator, requests: list) -> list:
 
 
 def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling:
-    """The run's own settings, but for those given. Errors: ValueError, also for seconds and seed."""
+    """The run's own settings, but for those given. Errors: ValueError, also for seconds, seed
+    and number."""
     if args.seconds is not None and not 0 < args.seconds <= 3600:
         raise ValueError(f"--seconds {args.seconds:g}: more than 0, at most 3600")
-    if not 0 <= args.seed < 2 ** 63:
-        raise ValueError(f"--seed {args.seed}: it lies between 0 and 2^63")
+    for name in ("seed", "first"):
+        if not 0 <= getattr(args, name) < 2 ** 63:
+            raise ValueError(f"--{name} {getattr(args, name)}: it lies between 0 and 2^63")
     given = {name: getattr(args, name) for name in asdict(music.sampling)}
     return replace(music.sampling, **{name: value for name, value in given.items() if value is not None})
 
@@ -448,7 +450,7 @@ def serve_page(args: argparse.Namespace) -> None:
     """--serve: the page; it begins with the settings given. Errors: ValueError, also for flags it cannot
     use."""
     from support import serve                                        # nothing else needs it
-    unused = ["prompt", "prompts", "unconditional", "continued", "stride"]
+    unused = ["prompt", "prompts", "unconditional", "continued", "stride", "first"]
     for name, condition in CONDITIONS.items():
         unused += [] if condition.is_text else [name]
         unused += [flag.name for flag in condition.generate_flags]
@@ -497,7 +499,8 @@ def main(argv: list | None = None) -> None:
     # the codes, of all samples at once
     bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
     codes = music.codes(values, seconds, args.seed, sampling, stride_seconds=args.stride, prompt=prompt,
-                        progress=lambda done, total: bar.update(100 * done // total - bar.n))
+                        progress=lambda done, total: bar.update(100 * done // total - bar.n),
+                        first=args.first)
     bar.close()
     for name, condition in music.conditions.items():                 # what it does not follow, said once
         for value in dict.fromkeys(row[name] for row in values):
@@ -509,12 +512,13 @@ def main(argv: list | None = None) -> None:
     with common.numbered_names(out, len(requests)) as names:
         for i, request in enumerate(requests):
             asked = {"prompt" if CONDITIONS[key].is_text else key: given for key, given in request.items()}
-            record = dict(**asked, seconds=seconds, seed=args.seed, index_in_batch=i, batch=len(requests),
+            record = dict(**asked, seconds=seconds, seed=args.seed, number=args.first + i,
                           run=str(args.run), **{name: getattr(args, name) for name in flags},
                           continued=args.continued, stride=args.stride, compile=args.compile,
                           codec=codec.fingerprint, **asdict(sampling))
             path = names[i].with_suffix(".wav")
-            audio.write_clip(path, codec.decode(codes[i:i + 1])[0].cpu(), codec.sample_rate, record)
+            wav = music.decode(codes[i:i + 1], seconds, prompt)[0]                              # [C, N]
+            audio.write_clip(path, wav, codec.sample_rate, record)
             shown = [given if key == "prompt" else f"{key} {given}" for key, given in asked.items() if given]
             print(f"wrote {path}: {', '.join(shown) or '(unconditional)'}")
 

@@ -138,10 +138,10 @@ class Attention(nn.Module):
         self.out_proj = Linear(dim, dim, bias=False)
         self.in_proj_lora = self.out_proj_lora = None     # see `add_lora`
 
-    def project(self, x: Tensor, rows: slice | None = None, pack: bool = True) -> Tensor:
+    def project(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """x [B,S,D] through those rows of the projection (None: all) -> [1, 2 or 3,B,H,S,D/H]."""
         B, S, D = x.shape
-        y = lora_linear(x, self.in_proj_weight, self.in_proj_lora, rows, pack)
+        y = lora_linear(x, self.in_proj_weight, self.in_proj_lora, rows)
         return y.view(B, S, -1, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -160,7 +160,7 @@ class Attention(nn.Module):
 
     def keys_values(self, cross: Tensor) -> Tensor:
         """Keys and values [2,B,H,L,D/H] of a condition [B,L,D], for `cross`: computed once a sequence."""
-        return self.project(cross, slice(cross.shape[2], None), pack=False)
+        return self.project(cross, slice(cross.shape[2], None))
 
     def cross(self, x: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of x [B,S,D] to a condition; mask [B,1,1,L] bool or None."""
@@ -195,7 +195,7 @@ class Layer(nn.Module):
         if keys_values is None and cross is not None:
             keys_values = self.cross_attention.keys_values(cross)
             if cache is not None:
-                cache.cross_kv[index] = keys_values
+                cache.cross_kv[index] = keys_values = keys_values.contiguous()     # read at every step
         if keys_values is not None:
             attended = self.cross_attention.cross(self.norm_cross(x), keys_values, cross_mask)    # [B, S, D]
             x = x + dropout(attended, 1)

@@ -62,13 +62,12 @@ def measure_adherence(music, split: str, n: int, seed: int, *, batch: int = 64, 
     """How well n clips follow toy captions of a split: {attribute: {generated, ceiling, chance, shuffled,
     none, reach}}.
 
-    music: a generate.MusicGenerator. Each batch has a seed of its own, so the number of ranks changes
-    nothing."""
+    music: a generate.MusicGenerator. A clip's noise depends on the seed and its number alone."""
     drawn = [toy.draw_clip(seed, 0, FIRST_CLIP + i, split) for i in range(n)]
 
     def make(i: int) -> list:
         texts = [text for _, text in drawn[i:i + batch]]
-        wav = music.generate(texts, toy.CLIP_SECONDS, seed=seed + i, sampling=sampling)           # [b, C, N]
+        wav = music.generate(texts, toy.CLIP_SECONDS, seed, sampling, first=i)                    # [b, C, N]
         return analyser.hear(wav, music.codec.sample_rate)
 
     heard = distances.make_in_batches(make, n, batch, ranks)
@@ -140,8 +139,8 @@ def measure_conditions(music, n: int, seed: int, *, batch: int = 64, ranks=None)
         for (clip, text), wav in zip(drawn[i:i + batch], real[i:i + batch]):
             given = {name: conditions[name].from_toy(clip, text, wav) for name in names}
             values.append({name: conditions[name].from_user(value, codec) for name, value in given.items()})
-        codes = music.codes(values, toy.CLIP_SECONDS, seed + i)
-        return judge(codec.decode(codes).cpu(), i)
+        codes = music.codes(values, toy.CLIP_SECONDS, seed, first=i)
+        return judge(music.decode(codes, toy.CLIP_SECONDS), i)
 
     def make_coded(i: int) -> list:
         return judge(render_through_codec(clips[i:i + batch], codec), i)
@@ -205,22 +204,22 @@ def compare_toy_sets(music, n: int, seed: int, split: str = "valid", batch: int 
     others = [toy.draw_clip(seed, 0, FIRST_OTHER_CLIP + i, split) for i in range(n)]
 
     def collect(make: Callable, drawn: list) -> ClipSet:
-        """The set of the clips that make(clips, texts, seed) gives, batch by batch, as [b,C,N]."""
+        """The set of the clips that make(clips, texts, first number) gives, batch by batch, as [b,C,N]."""
         made = ClipSet(embeddings, analyser.hear)
         for i in range(0, n, batch):
             clips, texts = zip(*drawn[i:i + batch])
-            for wav in make(clips, texts, seed + i):
+            for wav in make(clips, texts, i):
                 made.add(wav, codec.sample_rate)
         return made
 
-    def render(clips, texts, seed):
+    def render(clips, texts, first):
         return render_clips(clips, codec)
 
-    def render_coded(clips, texts, seed):
+    def render_coded(clips, texts, first):
         return render_through_codec(clips, codec)
 
     def generate_with(music):
-        return lambda clips, texts, seed: music.generate(texts, toy.CLIP_SECONDS, seed)
+        return lambda clips, texts, first: music.generate(texts, toy.CLIP_SECONDS, seed, first=first)
 
     reference = collect(render, others)
     sets = {

@@ -198,11 +198,11 @@ def valid_clips(run, music: generate.MusicGenerator, first: int, stop: int) -> t
 
 def valid_distances(run, music: generate.MusicGenerator) -> dict:
     """Distances of clips generated for the conditions of validation clips from these. All ranks call it."""
-    args, n = run.args, run.args.eval_samples
+    args, n, seconds = run.args, run.args.eval_samples, run.args.segment_seconds
 
     def make(first: int, stop: int) -> tuple[list, list]:
         real, conditions = valid_clips(run, music, first, stop)
-        wavs = run.codec.decode(music.codes(conditions, args.segment_seconds, seed=args.seed + first)).cpu()
+        wavs = music.decode(music.codes(conditions, seconds, args.seed, first=first), seconds)
         return real, [wav[:, :x.shape[1]] for wav, x in zip(wavs, real)]
 
     is_toy = args.dataset == "toy" and args.cache is None
@@ -255,7 +255,7 @@ def make_samples(run, music: generate.MusicGenerator, real: list, conditions: li
     samples = {}
     for kind, how in asked.items():
         codes = music.codes(seconds=args.segment_seconds, seed=args.seed, **how)
-        samples[kind] = run.codec.decode(codes).cpu()
+        samples[kind] = music.decode(codes, args.segment_seconds, how.get("prompt"))
     return samples
 
 

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 FEW_ROWS = 4              # with AVX2 alone, MKL is faster for so few rows if it gets them as columns
-MIN_PACKED_ROWS = 9       # fewer rows a step are as fast without packing
+MIN_PACKED_ROWS = 9       # with AVX2 alone, fewer rows a step are as fast without packing
 PACK_ROWS = 1024          # rows that oneDNN packs for; for small numbers it has no packed layout
 IGNORE = -100             # a target that does not count (the default of F.cross_entropy)
 LOGITS_AT_ONCE = 1 << 21  # numbers in a part of the logits: 8 MiB of float32
@@ -59,9 +59,11 @@ def packed_weights(rows: int):
     """For a loop of steps of so many rows: while it lasts, each weight is packed once and then read packed.
 
     Generation reads the same weights at every step, and how fast they are read is all that counts. With many
-    rows (a batch of 8 with guidance has 16) a packed copy is worth its memory. Weights must not change
-    meanwhile."""
-    token = PACKS.set(Packs() if rows >= MIN_PACKED_ROWS else None)
+    rows (a batch of 8 with guidance has 16) a packed copy is worth its memory. With few it is as fast
+    without; with AVX-512 they are packed all the same, because packed products give a row the same bits
+    beside any number of others. Weights must not change meanwhile. 0 rows: nothing is packed."""
+    few = 1 if HAS_AVX512 else MIN_PACKED_ROWS
+    token = PACKS.set(Packs() if rows >= few else None)
     try:
         yield
     finally:
@@ -117,10 +119,8 @@ class Product(torch.autograd.Function):
         return dy, None, None
 
 
-def linear(x: Tensor, weight: Tensor, pack: bool = True) -> Tensor:
-    """x [...,in] and weight [out,in] -> [...,out], as `F.linear`.
-
-    pack: False for a weight that is small or read only once: `packed_weights` makes no copy of it."""
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [...,in] and weight [out,in] -> [...,out], as `F.linear`."""
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():    # these choose for themselves
         return F.linear(x, weight)
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
@@ -132,8 +132,12 @@ def linear(x: Tensor, weight: Tensor, pack: bool = True) -> Tensor:
         return y.view(*x.shape[:-1], len(weight))
     if not HAS_AVX512 and x.numel() <= FEW_ROWS * x.shape[-1]:
         return product_of_few(x, weight)
-    packs = PACKS.get() if pack else None
-    return product(x, weight if packs is None else packs.get_pack(weight))
+    packs = PACKS.get()
+    if packs is None:
+        return product(x, weight)
+    if x.numel() == x.shape[-1]:                             # a row alone would be summed in another order
+        return product(x.expand(2, *x.shape), packs.get_pack(weight))[0]
+    return product(x, packs.get_pack(weight))
 
 
 class Linear(nn.Linear):
@@ -161,13 +165,21 @@ class LayerNorm(nn.LayerNorm):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """q [B,H,S,D/H] to k, v [B,H,S',D/H] -> [B,H,S,D/H]; mask [B or 1,1,S or 1,S']: True where q may look."""
     one_row = q.shape[2] == 1 and q.device.type == "cpu" and q.dtype == torch.float32
-    if not (one_row and torch.compiler.is_compiling()):
+    if not one_row:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    # For one row PyTorch's operator takes longer to call than to run. The compiler makes loops of these sums.
-    scores = (q * k).sum(-1) * q.shape[-1] ** -0.5                                    # [B, H, S']
+    q = q * q.shape[-1] ** -0.5
+    if torch.compiler.is_compiling():
+        # PyTorch's operator takes longer to call than to run. The compiler makes loops of these sums.
+        scores = (q * k).sum(-1)[:, :, None]                                          # [B, H, 1, S']
+    else:
+        # The operator would split the sums among threads that the batch leaves free, and round otherwise.
+        scores = q @ k.transpose(2, 3)                                                # [B, H, 1, S']
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, 0], -torch.inf)
-    return (scores.softmax(-1)[..., None] * v).sum(2, keepdim=True)                   # [B, H, 1, D/H]
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    if torch.compiler.is_compiling():
+        return (weights.transpose(2, 3) * v).sum(2, keepdim=True)                     # [B, H, 1, D/H]
+    return weights @ v                                                                # [B, H, 1, D/H]
 
 
 def hash_int32(x: Tensor) -> Tensor:

@@ -24,15 +24,14 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, rows: slice | None) -> Tensor:
         """What is added to x W^T, or to those rows of W: x [...,in] -> [...,out]."""
         B = self.B if rows is None else self.B[rows]
-        return self.SCALE * linear(linear(x, self.A, pack=False), B, pack=False)
+        return self.SCALE * linear(linear(x, self.A), B)
 
 
-def lora_linear(x: Tensor, weight: Tensor, lora: LowRank | None, rows: slice | None = None,
-                pack: bool = True) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, lora: LowRank | None, rows: slice | None = None) -> Tensor:
     """x W^T with what fine-tuning adds, if anything: x [...,in], weight [out,in] -> [...,out].
 
-    rows: of the weight, None for all; pack: see `kernels.linear`."""
-    y = linear(x, weight if rows is None else weight[rows], pack)
+    rows: of the weight, None for all."""
+    y = linear(x, weight if rows is None else weight[rows])
     return y if lora is None else y + lora(x, rows)
 
 

@@ -74,7 +74,7 @@ def perform(music, asked: dict, progress=None, remark=lambda line: None) -> Tens
             remark(line)
     sampling = dataclasses.replace(music.sampling, **numbers)
     codes = music.codes([values], seconds, seed, sampling, progress=progress)
-    return music.codec.decode(codes)[0].cpu()
+    return music.decode(codes, seconds)[0]
 
 
 def import_gradio():

@@ -13,6 +13,7 @@ from conditioning import Conditioner, ConditionerConfig
 from generate import Sampling, generate_codes, generate_long, sample_codes
 from model import ModelConfig, MusicGen
 from support.compiled import compile_step
+from support.per_sample import Noise
 
 PIECES = conditioning.fit_sentencepiece(["slow organ", "fast bells", "a calm harp"] * 9, 60)
 GREEDY = Sampling(cfg=1, temperature=0)
@@ -94,8 +95,7 @@ def test_prompts_and_seeds():
     m = tiny()
 
     def draw(text, seed):
-        generator = torch.Generator().manual_seed(seed)
-        return generate_codes(m, texts(text), 30, Sampling(cfg=1, top_k=5), generator=generator)
+        return generate_codes(m, texts(text), 30, Sampling(cfg=1, top_k=5), noise=Noise(seed, [0]))
 
     assert torch.equal(draw("slow organ", 0), draw("slow organ", 0))
     assert not torch.equal(draw("slow organ", 0), draw("slow organ", 1))
@@ -117,31 +117,43 @@ def test_number_of_steps():
     assert calls == [(i, 15) for i in range(1, 16)] and m.training
 
 
-def test_windows():
-    """60 s in windows of 30 with stride 18: 30 + 18 + 12 new; each begins with the end of the one before."""
-    m, calls, seen = tiny(), [], []
-    original = generate.generate_codes
+def watch_windows(monkeypatch) -> list:
+    """What `generate_codes` is called with from now on: (frames, prompt) of each window."""
+    seen, original = [], generate.generate_codes
 
     def spy(model, values, T, sampling, *, prompt, **more):
-        seen.append((T, None if prompt is None else prompt.clone()))
+        seen.append((T, prompt.clone()))
         return original(model, values, T, sampling, prompt=prompt, **more)
 
-    generate.generate_codes = spy
-    try:
-        codes = generate_long(m, texts("slow organ"), 60, GREEDY, window=30, stride=18,
-                              progress=lambda *a: calls.append(a))
-    finally:
-        generate.generate_codes = original
+    monkeypatch.setattr(generate, "generate_codes", spy)
+    return seen
+
+
+def test_windows(monkeypatch):
+    """60 s in windows of 30 with stride 18: 30 + 18 + 12 new; each begins with the end of the one before."""
+    m, calls, seen = tiny(), [], watch_windows(monkeypatch)
+    codes = generate_long(m, texts("slow organ"), 60, GREEDY, window=30, stride=18,
+                          progress=lambda *a: calls.append(a))
     assert codes.shape == (1, 3, 60) and [T for T, _ in seen] == [30, 30, 24]
     assert torch.equal(seen[1][1], codes[..., 18:30]) and torch.equal(seen[2][1], codes[..., 36:48])
     assert calls[-1] == (60, 60) and all(a <= b for a, b in zip(calls, calls[1:]))
 
 
-def test_a_prompt_longer_than_the_window():
-    m = tiny()
-    prompt = torch.randint(0, 13, (1, 3, 50))
-    codes = generate_long(m, texts("slow organ"), 70, GREEDY, window=30, stride=18, prompt=prompt)
-    assert codes.shape[2] == 70 and torch.equal(codes[..., :50], prompt)
+@pytest.mark.parametrize("given, heard, frames", [
+    (10, [10, 12, 12, 12], [30, 30, 30, 16]),
+    (25, [25, 12, 12, 12], [30, 30, 30, 16]),
+    (29, [29, 12, 12, 12], [30, 30, 30, 16]),
+    (30, [29, 12, 12, 12], [30, 30, 30, 15]),
+    (50, [29, 12, 12], [30, 30, 13]),
+])
+def test_a_prompt_is_heard_as_far_as_a_window_reaches(given, heard, frames, monkeypatch):
+    """The first window hears all of it, or as much as leaves a frame to generate; the piece has 70 frames."""
+    prompt, seen = torch.randint(0, 13, (2, 3, given)), watch_windows(monkeypatch)
+    codes = generate_long(tiny(), texts("slow organ", "fast bells"), 70, GREEDY, window=30, stride=18,
+                          prompt=prompt)
+    assert codes.shape[2] == 70 and torch.equal(codes[..., :given], prompt)
+    assert [x.shape[2] for _, x in seen] == heard and [T for T, _ in seen] == frames
+    assert torch.equal(seen[0][1], prompt[..., -heard[0]:])
 
 
 def test_bad_stride():
@@ -149,27 +161,32 @@ def test_bad_stride():
         generate_long(tiny(), texts("x"), 60, GREEDY, window=30, stride=30)
 
 
+def draw(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """logits [B,k,card] -> codes [B,k]: k cells of B samples."""
+    B, k, _ = logits.shape
+    noise, cells = Noise(0, range(B)), torch.arange(k)
+    return sample_codes(logits, sampling, lambda codes: noise(cells, codes))
+
+
 def test_sampling_follows_the_distribution():
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40_000, 4)
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(4, 10_000, 4)
     for temperature in (1.0, 0.5):
-        sampling = Sampling(top_k=0, temperature=temperature)
-        drawn = sample_codes(logits, sampling, torch.Generator().manual_seed(0))
-        shares = drawn.bincount(minlength=4) / 40_000
-        assert (shares - (logits[0] / temperature).softmax(-1)).abs().max() < 0.01
+        drawn = draw(logits, Sampling(top_k=0, temperature=temperature))
+        shares = drawn.flatten().bincount(minlength=4) / 40_000
+        assert (shares - (logits[0, 0] / temperature).softmax(-1)).abs().max() < 0.01
 
 
 def test_top_k_keeps_exactly_k_even_with_ties():
-    logits = torch.zeros(10_000, 8)
-    assert len(sample_codes(logits, Sampling(top_k=3), torch.Generator().manual_seed(0)).unique()) == 3
-    assert (sample_codes(torch.arange(8.).expand(99, 8), Sampling(top_k=1)) == 7).all()
-    sample_codes(logits, Sampling(top_k=10_000))    # more than there are: all of them
+    logits = torch.zeros(1, 10_000, 8)
+    assert len(draw(logits, Sampling(top_k=3)).unique()) == 3
+    assert (draw(torch.arange(8.).expand(1, 99, 8), Sampling(top_k=1)) == 7).all()
+    draw(logits, Sampling(top_k=10_000))    # more than there are: all of them
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(1, 20_000, 4)
     for p, kept in ((0.4, 1), (0.6, 2), (0.85, 3), (1.0, 4)):
-        drawn = sample_codes(logits, Sampling(top_p=p), torch.Generator().manual_seed(0))
-        assert sorted(drawn.unique().tolist()) == list(range(kept))
+        assert sorted(draw(logits, Sampling(top_p=p)).unique().tolist()) == list(range(kept))
 
 
 @pytest.mark.parametrize("changes", [

@@ -69,11 +69,10 @@ def test_packed_once_and_the_same():
             x = torch.randn(16, 1, 64)
             close(kernels.linear(x, weight), F.linear(x, weight))
             close(kernels.linear(x, weight[:32]), F.linear(x, weight[:32]))
-            close(kernels.linear(x, weight[32:], pack=False), F.linear(x, weight[32:]))
             assert len(kernels.PACKS.get()) == 2
     assert kernels.PACKS.get() is None
-    with kernels.packed_weights(rows=8):
-        assert kernels.PACKS.get() is None, "few rows are as fast without"
+    with kernels.packed_weights(rows=0):
+        assert kernels.PACKS.get() is None, "a compiled step packs its weights itself"
 
 
 def test_other_types_are_left_to_pytorch(monkeypatch):
