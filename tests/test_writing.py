@@ -10,6 +10,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import resource
 import signal
 import sys
@@ -187,6 +188,16 @@ def test_the_heads_of_the_analyser(tmp_path):
     assert not list(tmp_path.iterdir())
     heads.save(tmp_path / "heads.npz")
     assert (tmp_path / "heads.npz").stat().st_size > 64
+
+
+def test_nothing_writes_past_the_one_writer():
+    """No file of the product opens another to write to it but support/common.py, which writes beside it."""
+    here = Path(__file__).parent.parent
+    folders = (here, *(here / room for room in ("support", "evaluate", "interop", "tools")))
+    sources = [path for folder in folders for path in folder.glob("*.py")]
+    direct = re.compile(r"write_text\(|write_bytes\(|savez\w*\(path|open\([^)]*[\"'][wx]b?[\"']")
+    found = {path.name for path in sources if direct.search(path.read_text())}
+    assert found == {"common.py"} and len(sources) > 30
 
 
 # ----------------------------------------------------------------------------------------------------------
