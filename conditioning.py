@@ -162,6 +162,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, c: TextConfig):
         super().__init__()
+        assert c.max_distance > c.buckets // 4, f"{c.buckets} buckets of {c.max_distance} positions"
         self.buckets, self.max_distance = c.buckets, c.max_distance
         self.embed = nn.Embedding(c.vocab, c.dim)
         self.relative_bias = nn.Embedding(c.buckets, c.heads)

@@ -281,7 +281,7 @@ def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank
     share = batch_size // world_size  # of each update, a rank's examples
     # the loader's items are first indices, one an update; its collate function reads the examples, in a
     # worker
-    firsts = [update * batch_size + rank * share for update in range(start, stop)]
+    firsts = range(start * batch_size + rank * share, stop * batch_size, batch_size)
     loader = torch.utils.data.DataLoader(
         firsts, batch_size=None, num_workers=workers, worker_init_fn=end_with_parent,
         collate_fn=functools.partial(load_examples, dataset, epoch, share),

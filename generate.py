@@ -46,6 +46,7 @@ from conditioning import CONDITIONS, clean_text
 from interop import load
 from model import MusicGen
 from support import audio, common
+from support.bounds import check_flag_number
 from support.compiled import compile_step
 from support.kernels import packed_weights
 from support.per_sample import Noise, encode_conditions
@@ -400,8 +401,7 @@ def read_requests(args: argparse.Namespace) -> list:
     """What the command line asks for, {name of a condition: string or None} of each sample, each `n` times.
 
     Errors: ValueError where their numbers do not fit."""
-    if args.n < 1:
-        raise ValueError(f"--n {args.n}: at least 1")
+    check_flag_number("n", args.n, 1, 10_000)
     for name, condition in CONDITIONS.items():
         for flag in condition.generate_flags:
             if getattr(args, flag.name) and not getattr(args, name):
@@ -468,7 +468,7 @@ def serve_page(args: argparse.Namespace) -> None:
     serve.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
 
 
-@common.command("generate.py")
+@common.command("generate.py", "--n or --seconds")
 def main(argv: list | None = None) -> None:
     """Generates and writes what the command line asks for."""
     args = build_generate_parser().parse_args(argv)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import patterns
+from support.bounds import check_flag_number
 from support.common import command
 from support.kernels import IGNORE, Dropout, LayerNorm, Linear, attention, hash_int32, head_loss, linear
 from support.kernels import recompute
@@ -213,6 +214,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        assert config.dim % 2 == 0, f"width {config.dim}: even, for the position vectors"
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.dropout = config.dropout
         self.checkpointing = False
@@ -231,7 +233,8 @@ class Transformer(nn.Module):
 
 def trunc_normal(weight: Tensor, std: float) -> None:
     """Fills a tensor from a normal distribution cut at three standard deviations."""
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+    if not weight.is_meta:                        # without storage there is nothing to fill
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 def init_transformer(transformer: Transformer) -> None:
@@ -429,8 +432,7 @@ def main(argv: list | None = None) -> None:
     parser = argparse.ArgumentParser(description="Parameters and FLOPs of every size.", allow_abbrev=False)
     parser.add_argument("--T", type=int, default=1500, help="frames (default 1500: 30 s at 50 Hz)")
     args = parser.parse_args(argv)
-    if args.T < 1:
-        raise ValueError(f"--T {args.T}: at least 1 frame")
+    check_flag_number("T", args.T, 1, 10 ** 9)
     flops_title = f"GFLOP forward, T={args.T}"
     print(f"{'size':<8}{'D':>6}{'layers':>8}{'heads':>7}{'parameters':>13}{'no cross':>12}{flops_title:>26}")
     for name, shape in SIZES.items():

@@ -208,8 +208,8 @@ def _make(name, T, K, delays, flattening) -> Pattern:
 def _check(T, K, delays=None, flattening=None):
     """ValueError for what no pattern can be made of."""
     for name, value in (("T (frames)", T), ("K (codebooks)", K)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: at least 1 is needed")
+        if not 1 <= value <= 1 << 20 or T * K > 1 << 24:
+            raise ValueError(f"{name} is {value}: at least 1, at most 2^20, and 2^24 codes are allowed")
     for name, values in (("delays", delays), ("flattening", flattening)):
         if values is None:
             continue

@@ -34,8 +34,11 @@ from encodec.modules import SEANetDecoder, SEANetEncoder
 from encodec.quantization import ResidualVectorQuantizer
 from torch import Tensor, nn
 
-from interop.encodec import TRAINING_BUFFERS, is_codec_folder, read_codec_folder, read_encodec_24khz
+from interop.encodec import TRAINING_BUFFERS, check_codec_config, is_codec_folder, read_codec_folder
+from interop.encodec import read_encodec_24khz
+from interop.tensors import check_shapes
 from support import audio, common
+from support.bounds import check_finite
 from support.quality import describe_quality, round_trip_quality
 
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
@@ -200,21 +203,20 @@ def build_codec(name: str, config: dict, state: dict, num_codebooks: int | None 
     """The codec of a plain config (see `build_networks`) and its tensors by name, without TRAINING_BUFFERS.
 
     Errors: ValueError where they make no codec or do not fit each other, or num_codebooks is out of range."""
+    check_codec_config(name, config)
     try:
-        codec = Codec(name, config["sample_rate"], *build_networks(config), num_codebooks)
-        found = {key: tensor.shape for key, tensor in state.items()}
-    except Exception as error:                       # a foreign file can hold anything
+        with torch.device("meta"):                   # without storage, to compare before anything is built
+            codec = Codec(name, config["sample_rate"], *build_networks(config), num_codebooks)
+        check_finite(name, state)
+    except (LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         problem = common.describe_error(error)
         raise ValueError(f"{name}: its configuration makes no codec, or it is damaged ({problem})") from None
     if not 1 <= codec.K <= codec.quantizer.n_q:
         raise ValueError(f"num_codebooks {codec.K}: the codec {name} has 1 to {codec.quantizer.n_q}")
-
     wanted = {k: x.shape for k, x in codec.state_dict().items() if not k.endswith(TRAINING_BUFFERS)}
-    wrong = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
-    if wrong:
-        key, there, here = wrong[0], found.get(wrong[0]), wanted.get(wrong[0])
-        raise ValueError(f"{name}: its weights do not fit its configuration: {len(wrong)} missing, "
-                         f"unexpected or of another shape, such as {key}: {there}, not {here}")
+    check_shapes(name, {k: x.shape for k, x in state.items()}, wanted)
+
+    codec = Codec(name, config["sample_rate"], *build_networks(config), num_codebooks)
     codec.load_state_dict({k: x.float() for k, x in state.items()}, strict=False)
     codec.config = config
     return codec

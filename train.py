@@ -534,20 +534,6 @@ def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         ranks.print(f"{args.only} {name} {value:.6g}")
 
 
-def error_text(error: Exception) -> str | None:
-    """One line on what ended a run; None for what is no mistake of the user or of the machine, but ours."""
-    if not isinstance(error, RuntimeError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU is out of memory: lower --micro_batch_size, give --checkpointing or --parallel fsdp"
-    problem, way_out = common.describe_error(error), "the same command goes on from the last checkpoint"
-    if distributed.is_lost_peer(error):
-        return f"lost the other ranks ({problem}); {way_out}"
-    if "DataLoader worker" in str(error):
-        return f"a process that loads data died ({problem}); {way_out}"
-    return None
-
-
 def main(argv: list | None = None) -> int:
     """Runs -> exit code: 0; 2 and one line for a mistake of the user; 1 for what went wrong on the way."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -579,8 +565,8 @@ def main(argv: list | None = None) -> int:
                 stages.compare_with_reference(run)
     except Stopped as signal:
         code = stopped(signal)
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
-        text, mistake = error_text(error), isinstance(error, ValueError)
+    except distributed.ENDINGS as error:
+        text, mistake = distributed.error_text(error), isinstance(error, ValueError)
         if stop.requested and text and distributed.is_lost_peer(error):     # the others obeyed a signal first
             code = stopped(stop.requested)
         elif text and not os.environ.get("DEBUG"):                   # DEBUG=1 shows where an error was raised

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import toy
 from support import audio, common
+from support.bounds import check_flag_number
 from toy import BEAT_FRAMES, GRID, INSTRUMENTS, NOTES, ROOT_MIDI, SAMPLE_RATE, VALUES, Clip
 
 NONE = "none of these"
@@ -327,7 +328,7 @@ def _read_clip(path: str) -> Tensor:
     return wav
 
 
-@common.command("evaluate.analyser")
+@common.command("evaluate.analyser", "--clips")
 def main(argv: list | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evaluate.analyser", description="Hears toy music.")
     parser.add_argument("files", nargs="*", help="audio files to hear")
@@ -336,8 +337,7 @@ def main(argv: list | None = None) -> int:
     analyser = Analyser()
     for path in args.files:
         print(path, analyser(_read_clip(path))[0])
-    if args.clips < 1:
-        raise ValueError(f"--clips {args.clips}: at least 1")
+    check_flag_number("clips", args.clips, 1, 10_000)
     if args.files:
         return 0
     made = [toy.make_clip(1, 0, i, "valid") for i in range(args.clips)]

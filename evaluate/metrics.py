@@ -28,6 +28,7 @@ from evaluate import adherence, analyser, distances
 from evaluate.distances import SETS, ClipSet
 from evaluate.embeddings import CHUNK_SECONDS, EMBEDDINGS, MEL_RATE, Clap, load_embedding
 from support import audio, common
+from support.bounds import check_flag_number
 
 MIN_SECONDS = 0.1                                        # of audio that can be compared
 
@@ -252,17 +253,15 @@ def metrics_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@common.command("evaluate.metrics")
+@common.command("evaluate.metrics", "--n")
 def main(argv: list | None = None) -> None:
     args = metrics_parser().parse_args(argv)
     if args.clap_text:
         return text_consistency(args)
     if args.reference or args.generated:
         return compare_folders(args)
-    for name, low in (("n", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if not low <= value < 2 ** 31:
-            raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
+    check_flag_number("n", args.n, 1, 100_000)
+    check_flag_number("seed", args.seed, 0, 2 ** 31 - 1)
     for name in ("table", "conditions"):
         if getattr(args, name) and not args.run:
             raise ValueError(f"--{name}: of which model? Give --run")

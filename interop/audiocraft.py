@@ -22,6 +22,7 @@ from interop.huggingface import read_t5_weights
 from interop.package import PackageSettings, read_package
 from interop.tensors import PACKAGE_FILES, check_shapes
 from support import chroma, common
+from support.bounds import check_fields, shown
 
 CONDITIONERS = "condition_provider.conditioners."
 PREFIXES = {                                             # our names begin so: theirs
@@ -71,16 +72,17 @@ def read_package_config(folder: Path, t5_folder: str | Path | None) -> Published
         lm[name] = settings.get(f"transformer_lm.{name}")
         if not isinstance(lm[name], int):
             raise ValueError(f"{path}: its xp.cfg lacks transformer_lm.{name}")
+    K, channels = lm.pop("n_q"), settings.get("channels", 1)
+    check_fields(path, {"K": K, **lm, "channels": channels}, {"K": "n_q"})
     for name, allowed in SETTINGS.items():
         if (value := settings.get(name, allowed)) != allowed:
-            raise ValueError(f"{path}: its {name} is {value}, {allowed} was expected")
+            raise ValueError(f"{path}: its {name} is {shown(value)}, {allowed} was expected")
     cross, prepend = settings.get("fuser.cross", []), settings.get("fuser.prepend", [])
-    usual = (["description"], []), ([], ["description", "self_wav"])
-    if settings.get("fuser.sum", []) or (cross, sorted(prepend)) not in usual:
-        raise ValueError(f"{path}: its fuser has cross {cross}, prepend {prepend}; cross ['description'], or "
-                         "prepend ['self_wav', 'description'] was expected")
+    usual = (["description"], []), ([], ["description", "self_wav"]), ([], ["self_wav", "description"])
+    if settings.get("fuser.sum", []) or (cross, prepend) not in usual:
+        raise ValueError(f"{path}: its fuser has cross {shown(cross)}, prepend {shown(prepend)}; cross "
+                         "['description'], or prepend ['self_wav', 'description'] was expected")
 
-    K = lm.pop("n_q")
     delays = settings.get("codebooks_pattern.delay.delays", list(range(K)))
     model = dict(K=K, **lm, cross_attention=bool(cross), mask_padding=False,
                  delays=None if delays == list(range(K)) else delays)
@@ -94,7 +96,9 @@ def read_package_config(folder: Path, t5_folder: str | Path | None) -> Published
         value = read_number(settings, theirs, path)
         if value is not None and (ours == "cfg" or settings.get("generate.lm.use_sampling")):
             sampling[ours] = value
-    return PublishedModel(model, conditioner, settings.get("channels", 1), seconds, sampling)
+    check_fields(path, dict(segment_seconds=seconds) | sampling,
+                 SAMPLING_SETTINGS | dict(segment_seconds="dataset.segment_duration"))
+    return PublishedModel(model, conditioner, channels, seconds, sampling)
 
 
 def _melody_fields(settings: PackageSettings, seconds: float, path: Path) -> dict:
@@ -104,14 +108,15 @@ def _melody_fields(settings: PackageSettings, seconds: float, path: Path) -> dic
                          "MusicGen or MusicGen-Melody was expected")
     stem = "conditioners.self_wav.chroma_stem"
     rate = settings.get(f"{stem}.sample_rate", settings.get("sample_rate"))
+    check_fields(path, dict(sample_rate=rate, segment_seconds=seconds))
     octaves = math.log2(4 * chroma.hop_length(rate))     # of the FFT's window
     for name, found, allowed in (
             ("conditioners.self_wav.model", model, "chroma_stem"),
             (f"{stem}.n_chroma", settings.get(f"{stem}.n_chroma"), 12),
             (f"{stem}.argmax", settings.get(f"{stem}.argmax"), True),
             (f"{stem}.radix2_exp", settings.get(f"{stem}.radix2_exp"), f"{octaves:g}")):
-        if str(found) != str(allowed):
-            raise ValueError(f"{path}: its {name} is {found}, {allowed} was expected")
+        if shown(found) != shown(allowed):
+            raise ValueError(f"{path}: its {name} is {shown(found)}, {allowed} was expected")
     return dict(fuse=dict(MELODY), melody_null_bin0=True,
                 melody_frames=chroma.count_frames(int(seconds * rate), rate))
 

@@ -26,6 +26,7 @@ from interop.hub import find_folder
 from interop.package import read_package
 from interop.tensors import HF_FILES, PACKAGE_FILES, TensorFiles, folder_kind, open_hf_folder
 from support import common
+from support.bounds import check_fields, shown
 
 # Buffers of a codebook that serve its training: not part of what a codec computes.
 TRAINING_BUFFERS = ("inited", "cluster_size", "embed_avg")
@@ -38,6 +39,14 @@ SEANET_DEFAULTS = dict(                        # of the encodec package: a confi
     channels=1, dimension=128, n_filters=32, n_residual_layers=1, ratios=[8, 5, 4, 2], activation="ELU",
     activation_params={"alpha": 1.0}, kernel_size=7, last_kernel_size=7, residual_kernel_size=3,
     dilation_base=2, causal=False, pad_mode="reflect", true_skip=False, compress=2, lstm=2)
+ACTIVATIONS = ("ELU", "ReLU", "LeakyReLU", "GELU", "SiLU", "Tanh")
+PADDINGS = ("reflect", "constant", "replicate", "circular")
+HF_FIELDS = dict(                              # ours: transformers' name
+    channels="audio_channels", dimension="hidden_size", n_filters="num_filters",
+    ratios="upsampling_ratios", n_residual_layers="num_residual_layers", kernel_size="kernel_size",
+    last_kernel_size="last_kernel_size", residual_kernel_size="residual_kernel_size",
+    dilation_base="dilation_growth_rate", causal="use_causal_conv", pad_mode="pad_mode", compress="compress",
+    lstm="num_lstm_layers")
 HF_DEFAULTS = dict(                            # of transformers' EncodecConfig: the same of config.json
     target_bandwidths=[1.5, 3.0, 6.0, 12.0, 24.0], sampling_rate=24_000, audio_channels=1, normalize=False,
     chunk_length_s=None, hidden_size=128, num_filters=32, num_residual_layers=1,
@@ -151,22 +160,23 @@ def _from_hf_config(config: dict, where) -> dict:
     fixed = dict(norm_type="weight_norm", normalize=False, chunk_length_s=None, trim_right_ratio=1.0)
     for name, allowed in fixed.items():
         if full[name] != allowed:
-            raise ValueError(f"{where}: its codec has {name} {full[name]}, {allowed} was expected")
-    dim, card = full["hidden_size"], full["codebook_size"]
-    if full.get("codebook_dim") not in (None, dim):
-        raise ValueError(f"{where}: its codec has codebook_dim {full['codebook_dim']}, {dim} was expected, "
+            raise ValueError(f"{where}: its codec has {name} {shown(full[name])}, {allowed} was expected")
+    seanet = {ours: full[theirs] for ours, theirs in HF_FIELDS.items()}
+    check_fields(where, dict(true_skip=full["use_conv_shortcut"]), dict(true_skip="use_conv_shortcut"))
+    seanet |= dict(activation="ELU", activation_params={"alpha": 1.0})
+    seanet |= dict(true_skip=not full["use_conv_shortcut"])
+    dim, card, rate = full["hidden_size"], full["codebook_size"], full["sampling_rate"]
+    kbps, inner = full["target_bandwidths"], full.get("codebook_dim")
+    if inner not in (None, dim):
+        raise ValueError(f"{where}: its codec has codebook_dim {shown(inner)}, {shown(dim)} was expected, "
                          "its hidden_size")
-    hop = math.prod(full["upsampling_ratios"])
-    levels = _hf_levels(full["target_bandwidths"][-1], full["sampling_rate"], hop, card)
-    seanet = dict(
-        channels=full["audio_channels"], dimension=dim, n_filters=full["num_filters"],
-        ratios=list(full["upsampling_ratios"]), n_residual_layers=full["num_residual_layers"],
-        activation="ELU", activation_params={"alpha": 1.0}, kernel_size=full["kernel_size"],
-        last_kernel_size=full["last_kernel_size"], residual_kernel_size=full["residual_kernel_size"],
-        dilation_base=full["dilation_growth_rate"], causal=full["use_causal_conv"], pad_mode=full["pad_mode"],
-        true_skip=not full["use_conv_shortcut"], compress=full["compress"], lstm=full["num_lstm_layers"])
-    rvq = dict(dimension=dim, n_q=levels, bins=card)
-    return dict(sample_rate=full["sampling_rate"], seanet=seanet, rvq=rvq)
+    names = dict(bins="codebook_size", sample_rate="sampling_rate", kbps="target_bandwidths")
+    check_fields(where, dict(bins=card, sample_rate=rate, kbps=kbps, ratios=seanet["ratios"]),
+                 HF_FIELDS | names)
+    levels = _hf_levels(kbps[-1], rate, math.prod(seanet["ratios"]), card)
+    config = dict(sample_rate=rate, seanet=seanet, rvq=dict(dimension=dim, n_q=levels, bins=card))
+    check_codec_config(where, config, HF_FIELDS | dict(n_q="levels by target_bandwidths"))
+    return config
 
 
 def _hf_levels(kbps: float, sample_rate: int, hop: int, card: int) -> int:
@@ -186,7 +196,37 @@ def _from_package_settings(settings, where) -> dict:
     if lacking := [name for name, value in seanet.items() if value is None]:
         raise ValueError(f"{where}: its xp.cfg lacks seanet.{lacking[0]}")
     rvq = dict(dimension=seanet["dimension"], n_q=settings.get("rvq.n_q"), bins=settings.get("rvq.bins"))
-    return dict(sample_rate=settings.get("sample_rate"), seanet=seanet, rvq=rvq)
+    config = dict(sample_rate=settings.get("sample_rate"), seanet=seanet, rvq=rvq)
+    check_codec_config(where, config)
+    return config
+
+
+def check_codec_config(where, config: dict, names: dict | None = None) -> None:
+    """Whether a plain config makes a codec that can be built. names: see `check_fields`.
+
+    Errors: ValueError naming what is out of range."""
+    parts = [config.get(name) if isinstance(config, dict) else None for name in ("seanet", "rvq")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{where}: its codec's configuration is damaged: seanet and rvq were expected")
+    known = {"norm", "dimension", "n_q", "bins", *SEANET_DEFAULTS}
+    if unknown := [name for part in parts for name in part if name not in known]:
+        raise ValueError(f"{where}: its codec has {shown(unknown[0])}, which EnCodec has not")
+    seanet, rvq = full_seanet(config), {"dimension": None, "n_q": None, "bins": None} | config["rvq"]
+    check_fields(where, {**seanet, "sample_rate": config.get("sample_rate")}, names)
+    check_fields(where, rvq, names)
+    if seanet["activation"] not in ACTIVATIONS or seanet["pad_mode"] not in PADDINGS:
+        raise ValueError(f"{where}: its codec has activation {shown(seanet['activation'])}, pad_mode "
+                         f"{shown(seanet['pad_mode'])}; {', '.join(ACTIVATIONS)}, and {', '.join(PADDINGS)} "
+                         "were expected")
+    hop, width = math.prod(seanet["ratios"]), seanet["n_filters"] * 2 ** len(seanet["ratios"])
+    dilation = seanet["dilation_base"] ** max(0, seanet["n_residual_layers"] - 1)
+    for name, value, most in (
+            ("samples a frame", hop, config["sample_rate"]),
+            ("channels after the last stride", width, 1 << 16),
+            ("dilation of the last residual block", dilation, 1 << 12),
+            ("compress", seanet["compress"] if seanet["n_residual_layers"] else 1, seanet["n_filters"])):
+        if value > most:
+            raise ValueError(f"{where}: its codec has {name} {value:,}, at most {most:,} was expected")
 
 
 def our_codec_name(name: str, last: int) -> str:

@@ -17,6 +17,7 @@ Legend: K codebooks, D width of the language model.
 
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,14 @@ from interop import t5
 from interop.encodec import codec_to_hf
 from interop.tensors import TensorFiles, check_shapes, open_hf_folder
 from support import chroma, common
+from support.bounds import check_fields, shown
 
 SEGMENT_SECONDS = 30.0                                   # what the published models were trained on
 TEXT = {"text": "cross"}                                 # how the conditions of the published models enter,
 MELODY = {"melody": "prepend", "text": "prepend"}        # and in which order
+DECODER_FIELDS = dict(                                   # ours: theirs, in the section of the decoder
+    K="num_codebooks", card="vocab_size", dim="hidden_size", num_layers="num_hidden_layers",
+    num_heads="num_attention_heads", ffn_dim="ffn_dim")
 LAYER = "decoder.model.decoder.layers.{}."
 T5_BLOCK = "text_encoder.encoder.block.{}.layer."
 NAMES = {                                                # ours: theirs; {} is a number, [qkv] three tensors
@@ -100,29 +105,33 @@ def read_hf_config(folder: Path) -> PublishedModel:
     config = common.read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind not in ("musicgen", "musicgen_melody"):
-        raise ValueError(f"{folder}: config.json is of {kind!r}, "
+        raise ValueError(f"{folder}: config.json is of {reprlib.repr(kind)}, "
                          "'musicgen' or 'musicgen_melody' was expected")
     melody = kind == "musicgen_melody"
     try:
         decoder = config["decoder"]
-        K, D, heads = decoder["num_codebooks"], decoder["hidden_size"], decoder["num_attention_heads"]
-        hidden, channels = decoder["ffn_dim"], decoder.get("audio_channels", 1)
+        shape = {ours: decoder[theirs] for ours, theirs in DECODER_FIELDS.items()}
+        K, D, heads, hidden = shape["K"], shape["dim"], shape["num_heads"], shape.pop("ffn_dim")
+        channels = decoder.get("audio_channels", 1)
+        check_fields(folder, {**shape, "ffn_dim": hidden, "channels": channels},
+                     DECODER_FIELDS | dict(channels="audio_channels"))
         fixed = dict(activation_function="gelu", scale_embedding=False, tie_word_embeddings=False)
         for name, allowed in fixed.items():
             if decoder.get(name, allowed) != allowed:
-                raise ValueError(f"{folder}: its decoder has {name} {decoder[name]}, {allowed} was expected")
+                raise ValueError(f"{folder}: its decoder has {name} {shown(decoder[name])}, {allowed} was "
+                                 "expected")
         if hidden % D or K % channels or D % heads:
             raise ValueError(f"{folder}: its decoder has ffn_dim {hidden}, hidden_size {D}, {heads} heads, "
                              f"{K} codebooks, {channels} channels, which do not divide")
         model = dict(
-            K=K, card=decoder["vocab_size"], dim=D, num_layers=decoder["num_hidden_layers"], num_heads=heads,
-            hidden_scale=hidden // D, cross_attention=not melody, mask_padding=not melody,
+            **shape, hidden_scale=hidden // D, cross_attention=not melody, mask_padding=not melody,
             delays=[k // 2 for k in range(K)] if channels == 2 else None)    # 0 0 1 1 ..: left, right at once
         conditioner = dict(fuse=dict(TEXT)) | t5.text_fields(config["text_encoder"], folder)
         if melody:
             classes, frames = config.get("num_chroma", 12), config.get("chroma_length", 235)
             if classes != 12 or not isinstance(frames, int) or frames < 1:
-                raise ValueError(f"{folder}: its melody has num_chroma {classes}, chroma_length {frames}; "
+                raise ValueError(f"{folder}: its melody has num_chroma {shown(classes)}, chroma_length "
+                                 f"{shown(frames)}; "
                                  "12 and at least 1 were expected")
             conditioner |= dict(fuse=dict(MELODY), melody_null_bin0=True, melody_frames=frames)
     except (LookupError, TypeError, AttributeError) as error:

@@ -26,9 +26,10 @@ from interop.adapter import adapter_base, is_adapter, merge_adapter
 from interop.audiocraft import read_package_config, read_package_weights
 from interop.huggingface import PublishedModel, read_hf_config, read_hf_weights
 from interop.hub import how_to_get, locate
-from interop.tensors import folder_kind
+from interop.tensors import check_shapes, folder_kind
 from model import ModelConfig, MusicGen
 from support import chroma, common
+from support.bounds import check_fields, check_finite, shown
 
 SAMPLING = dict(cfg=3.0, temperature=1.0, top_k=250, top_p=0.0)      # as published
 
@@ -52,10 +53,41 @@ def read_model(name: str | Path, t5_folder: str | Path | None = None, codec: str
     data = common.read_torch_dict(path, common.MODEL_FILE)
     if data.get("format") != common.FORMAT:
         raise ValueError(f"{path}: not {common.MODEL_FILE}: "
-                         f"its format is {data.get('format')!r}, not {common.FORMAT!r}")
-    if codec:
+                         f"its format is {shown(data.get('format'))}, not {common.FORMAT}")
+    if codec and isinstance(data.get("codec"), dict):
         data["codec"] = {**data["codec"], "name": codec}
+    check_model(path, data)
     return data
+
+
+def check_model(where, data: dict) -> None:
+    """Compares what best.pt says with the limits of bounds.py, then its weights with the shapes of the model
+    that it describes, which has no storage, then their numbers.
+
+    Errors: ValueError naming the first that is damaged."""
+    damaged = f"{where}: not {common.MODEL_FILE}, or damaged"
+    kinds = dict(model=dict, model_config=dict, conditioner_config=(dict, type(None)), assets=dict,
+                 codec=dict, sampling=dict, segment_frames=int)
+    for name, kind in kinds.items():
+        if not isinstance(data.get(name, ...), kind):
+            raise ValueError(f"{damaged}: its {name} is {shown(data[name]) if name in data else 'missing'}")
+    codec = dict(K=None, name=None, fingerprint=None) | data["codec"]
+    for fields in (data["model_config"], data["conditioner_config"] or {}, data["sampling"], codec,
+                   dict(segment_frames=data["segment_frames"])):
+        check_fields(damaged, fields)
+    for name in ("name", "fingerprint"):
+        if not isinstance(codec[name], str):
+            raise ValueError(f"{damaged}: the {name} of its codec is {shown(codec[name])}")
+    try:
+        config = ModelConfig(**data["model_config"])
+        config.layout(1)                                 # its pattern can be made
+        assets = {name: common.tensor_to_bytes(tensor) for name, tensor in data["assets"].items()}
+        model = skeleton(config, read_conditioner_config(data["conditioner_config"]), assets)
+    except Exception as error:                           # a foreign file can fail in any way
+        raise ValueError(f"{damaged} ({common.describe_error(error)})") from None
+    check_finite(where, data["model"])
+    check_shapes(damaged, {k: x.shape for k, x in data["model"].items()},
+                 {k: x.shape for k, x in model.state_dict().items()})
 
 
 def read_conditioner_config(flat: dict | None) -> ConditionerConfig | None:
@@ -103,8 +135,9 @@ def peek(name: str | Path) -> ModelShapes | None:
     try:
         data = common.read_torch_dict(path, common.MODEL_FILE, mapped=True)      # its weights are not read
         conditioner = read_conditioner_config(data["conditioner_config"] or None)
+        check_fields(path, data["model_config"])
         return ModelShapes(ModelConfig(**data["model_config"]), conditioner, None, path)
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None
 
 
@@ -149,10 +182,12 @@ def read_published(path: str | Path, t5_folder: str | Path | None = None, codec:
                          f"its codec has {codec.K} x {codec.card}")
     melody_rate = codec.hop / chroma.hop_length(codec.sample_rate)   # chroma frames a code frame
     conditioner = read_conditioner_config({**found.conditioner, "melody_rate": melody_rate})
-    return dict(
+    data = dict(
         format=common.FORMAT, model=state, model_config=asdict(config),
         conditioner_config=conditioner.to_dict(), assets={"text": common.bytes_to_tensor(pieces)},
         codec=codec.reference,
         sampling={**SAMPLING, **found.sampling},
         segment_frames=math.ceil(round(found.segment_seconds * codec.sample_rate) / codec.hop),
         metrics={}, step=0, args={})
+    check_model(path, data)
+    return data

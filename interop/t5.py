@@ -9,11 +9,13 @@ The names of its tensors stand in huggingface.py beside those of the language mo
 
 import base64
 import re
+import reprlib
 import struct
 from pathlib import Path
 
 from conditioning import vocabulary_size
 from support import common
+from support.bounds import check_fields, shown
 
 T5_FIELDS = dict(                              # ours: (transformers' name, its default)
     text_dim=("d_model", 512), text_layers=("num_layers", 6), text_heads=("num_heads", 8),
@@ -31,12 +33,13 @@ def text_fields(config: dict, where) -> dict:
     """The text's part of a conditioner's flat config for a transformers T5Config.
 
     Errors: ValueError for another encoder or a variant of T5."""
-    if config.get("model_type") != "t5":
-        raise ValueError(f"{where}: its text encoder is {config.get('model_type')!r}, 't5' was expected")
+    if (kind := config.get("model_type")) != "t5":
+        raise ValueError(f"{where}: its text encoder is {reprlib.repr(kind)}, 't5' was expected")
     for name, allowed in (("feed_forward_proj", "relu"), ("layer_norm_epsilon", 1e-6)):
         if config.get(name, allowed) != allowed:
-            raise ValueError(f"{where}: its T5 has {name} {config[name]}, {allowed} was expected")
+            raise ValueError(f"{where}: its T5 has {name} {shown(config[name])}, {allowed} was expected")
     fields = {ours: config.get(theirs, default) for ours, (theirs, default) in T5_FIELDS.items()}
+    check_fields(where, fields, {ours: theirs for ours, (theirs, _) in T5_FIELDS.items()})
     return fields | dict(text_max_tokens=512, text_frozen=True)
 
 
@@ -104,8 +107,9 @@ def _sentencepiece_model(path: Path) -> bytes:
         switches = _field(3, 1) + _field(4, 1) + _field(5, 1)
         fields.append(_field(3, _field(1, b"nmt_nfkc") + _field(2, base64.b64decode(table)) + switches))
         return b"".join(fields)
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, struct.error) as error:
-        raise ValueError(f"{path}: not the vocabulary of T5 ({type(error).__name__} {error}): "
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration, struct.error,
+            RecursionError) as error:
+        raise ValueError(f"{path}: not the vocabulary of T5 ({common.describe_error(error)}): "
                          "pieces of a Unigram that begin with <pad>, </s>, <unk> were expected") from None
 
 

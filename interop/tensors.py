@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from support import common
+from support.bounds import check_finite
 
 HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
             "pytorch_model.bin.index.json")
@@ -69,9 +70,10 @@ class TensorFiles:
         return list(self._content.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor in float32 and memory of its own."""
+        """A tensor in float32 and memory of its own. Errors: ValueError for one with a NaN, for instance."""
         self._open(self.paths[name])
         x = self._content[name] if isinstance(self._content, dict) else self._content.get_tensor(name)
+        check_finite(self.paths[name], {name: x})
         return x.to(torch.float32, copy=True)
 
     def read(self, names) -> dict:
@@ -96,7 +98,8 @@ def _open_pickle(path: Path) -> dict:
     content = common.read_torch(path, "a file of plain tensors", mapped=True)
     if isinstance(content, dict):
         content = content.get("best_state", content)     # audiocraft keeps its settings beside the tensors
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+    pairs = content.items() if isinstance(content, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in pairs):
         raise ValueError(f"{path}: not a file of tensors by name")
     return content
 
@@ -143,8 +146,8 @@ def _is_file_name(file) -> bool:
 def check_shapes(where, found: dict, wanted: dict, ignored: str = r"(?!)") -> None:
     """Compares {name: shape} of a file with what its configuration asks for.
 
-    ignored: pattern of names that may be there or not. Errors: ValueError listing what is missing, unexpected
-    and of another shape."""
+    ignored: pattern of names that may be there or not. Errors: ValueError counting what is missing,
+    unexpected and of another shape, and naming the first."""
     wanted = {name: list(shape) for name, shape in wanted.items()}
     found = {name: list(shape) for name, shape in found.items()
              if name in wanted or not re.search(ignored, name)}
@@ -157,7 +160,6 @@ def check_shapes(where, found: dict, wanted: dict, ignored: str = r"(?!)") -> No
     parts = []
     for what, names in wrong.items():
         if names:
-            more = ", .." if len(names) > 3 else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
+            parts.append(f"{len(names)} {what}" + (f": {names[0][:160]}" if not parts else ""))
     if parts:
         raise ValueError(f"{where}: the weights are not what its configuration says: {'; '.join(parts)}")

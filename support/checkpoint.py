@@ -29,7 +29,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
-from support.common import describe_error, sync_folder
+from support.common import describe_error, is_out_of_memory, sync_folder
 from support.distributed import Ranks, is_lost_peer
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "last.prev.pt", "last.damaged.pt"
@@ -80,7 +80,7 @@ def checkpoint_errors(out: Path):
     try:
         yield
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or is_lost_peer(error):
+        if is_out_of_memory(error) or is_lost_peer(error):
             raise
         raise ValueError(f"{out}: its checkpoint does not fit this code ({describe_error(error)}): "
                          "give another --out") from None

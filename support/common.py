@@ -31,6 +31,8 @@ MODEL_FILE = "a model of this project"         # what best.pt is called in messa
 
 def describe_error(error: Exception) -> str:
     """Kind and first sentence of an error, for the line that a user sees."""
+    if is_out_of_memory(error):
+        return out_of_memory_text(error)
     sentence = re.split(r"\. |\n", str(error).strip())[0][:200]
     return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 
@@ -48,6 +50,21 @@ def left_out(what: str | Path):
         yield
     except Exception as error:                 # whatever it is, what follows does not need it
         say_once(f"{what} is left out: {describe_error(error)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host's memory, or a GPU's, does not suffice."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # how torch reports it of a CPU; a size that no machine has; of Apple's MPS
+    words = ("can't allocate memory", "Storage size calculation overflowed", "bad_alloc", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def out_of_memory_text(error: BaseException) -> str:
+    """What of an error of `is_out_of_memory` a user needs."""
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return "out of memory" + (f" ({int(asked[1]) / 2 ** 30:.1f} GiB more were asked for)" if asked else "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,6 +129,8 @@ def read_torch(path: Path, what: str, mapped: bool = False):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, {what} was expected") from None
     except Exception as error:                 # torch.load raises many kinds on foreign bytes
+        if is_out_of_memory(error):
+            raise
         if mapped and Path(path).is_file():    # files of before torch 1.6 cannot be mapped
             return read_torch(path, what)
         raise ValueError(f"{path}: not {what}, or damaged ({describe_error(error)})") from None
@@ -196,11 +215,12 @@ def output_folder(name: str | Path) -> Path:
 # commands, devices, randomness, vectors
 
 
-def command(name: str) -> Callable:
+def command(name: str, lower: str | None = None) -> Callable:
     """Decorates a `main(argv)`, so that what ends it is one line: a ValueError or OSError with exit code 2,
     Ctrl-C with 130, SIGTERM with 143, as shells count them.
 
-    With DEBUG=1 in the environment the error is raised, to see where it comes from."""
+    lower: what to change where the memory does not suffice; that too is one line. With DEBUG=1 in the
+    environment the error is raised, to see where it comes from."""
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def run(argv: list | None = None) -> int:
@@ -213,6 +233,11 @@ def command(name: str) -> Callable:
                 if os.environ.get("DEBUG"):
                     raise
                 text, code = stdout_problem() or str(error), 2
+            except (MemoryError, RuntimeError) as error:
+                if os.environ.get("DEBUG") or not is_out_of_memory(error):
+                    raise
+                way_out = f"lower {lower}" if lower else "free some, or take a larger machine"
+                text, code = f"{out_of_memory_text(error)}: {way_out}", 2
             except Stopped as stopped:
                 text, code = f"stopped by {stopped}", exit_code(str(stopped))
             except KeyboardInterrupt:                  # in a thread, which has no handlers

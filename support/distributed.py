@@ -30,7 +30,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from support.common import tell
+from support.common import describe_error, is_out_of_memory, out_of_memory_text, tell
+
+# what may end a run that is no fault of the code, see `error_text`
+ENDINGS = (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass
@@ -155,6 +158,21 @@ def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an error says that another rank is gone or does not answer: gloo's is a plain RuntimeError."""
     words = ("gloo", "NCCL", "Connection", "Timed out", "timeout")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def error_text(error: Exception) -> str | None:
+    """One line on what ended a run; None for what is no mistake of the user or of the machine, but ours."""
+    if is_out_of_memory(error):
+        return (f"{out_of_memory_text(error)}: lower --micro_batch_size, --segment_seconds or --size, give "
+                "--checkpointing or --parallel fsdp")
+    if not isinstance(error, RuntimeError):
+        return str(error)
+    problem, way_out = describe_error(error), "the same command goes on from the last checkpoint"
+    if is_lost_peer(error):
+        return f"lost the other ranks ({problem}); {way_out}"
+    if "DataLoader worker" in str(error):
+        return f"a process that loads data died ({problem}); {way_out}"
+    return None
 
 
 def exit_process(code: int) -> None:

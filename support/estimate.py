@@ -7,6 +7,7 @@ Legend: B batch of a rank, S sequence steps, D width.
 """
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 
@@ -89,10 +90,26 @@ def estimate_lines(args: argparse.Namespace, config: ModelConfig, T: int, world:
                          f"a clip is {T} frames = {config.layout(T).S_valid} steps ({args.pattern})")
         parts = ", ".join(f"{name} {gib:.2f}" for name, gib in p.memory.items())
         lines.append(f"memory a rank ({world} in all), about: {parts} = {sum(p.memory.values()):.2f} GiB")
+        if not args.plan_gpus and not args.dry_run:
+            check_memory(args, sum(p.memory.values()))
         lines.append(f"time, about: {p.flops / 1e9:.0f} GFLOP an update and rank at half of "
                      f"{speed / 1e9:.0f} GFLOP/s = {duration_text(p.seconds)} for {args.epochs} epochs of "
                      f"{args.updates_per_epoch} updates, besides encoding audio and evaluation")
     return lines
+
+
+def check_memory(args: argparse.Namespace, gib: float) -> None:
+    """Errors: ValueError where a run would take twice the memory that the machine has, by the estimate."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not args.cpu_offload:
+        there = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    else:
+        return                                                       # it cannot be asked here
+    if gib > 2 * there:
+        raise ValueError(f"a rank would take about {gib:,.0f} GiB of memory, {args.device} has {there:,.0f}: "
+                         "lower --micro_batch_size, --segment_seconds or --size")
 
 
 def machine_flops(args: argparse.Namespace) -> float:

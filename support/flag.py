@@ -5,13 +5,17 @@ of ranges, what may change when a run goes on, and docs/flags.md all come from h
 """
 
 import argparse
+import reprlib
 from dataclasses import dataclass
+
+from support.bounds import check_flag_number
 
 RANGES = {                            # name: (test, what is allowed)
     "share": (lambda x: 0 <= x <= 1, "it lies between 0 and 1"),
-    "count": (lambda x: x >= 1, "at least 1"),
-    "natural": (lambda x: x >= 0, "at least 0"),
+    "count": (lambda x: 1 <= x <= 1e9, "at least 1, at most 1,000,000,000"),
+    "natural": (lambda x: 0 <= x <= 1e9, "at least 0, at most 1,000,000,000"),
     "positive": (lambda x: 0 < x < 1e4, "more than 0, less than 10000"),
+    "clip": (lambda x: 0 < x <= 3600, "more than 0, at most 3600"),
 }
 NOT_SAID = object()
 
@@ -26,7 +30,7 @@ class Flag:
     toy: object = None                # its default if the dataset is toy,
     audio: object = None              # and for any other one
     overfit: object = None            # and with --overfit_one_batch, which wins over both
-    range: str | None = None          # of RANGES
+    range: str | tuple | None = None  # of RANGES, or (least, most)
     choices: tuple | None = None
     nargs: object = None
     metavar: object = None
@@ -44,9 +48,18 @@ class Flag:
                            nargs=self.nargs, metavar=self.metavar, help=self.help)
 
     def check(self, value) -> None:
-        """Errors: ValueError for a value outside the range; also for NaN."""
-        if self.range is None or value is None:
+        """Errors: ValueError for a value of another type or outside the range; also for NaN.
+
+        The values of --only come from a file, which may hold anything."""
+        kinds = (int, float) if self.type is float else self.type if isinstance(self.type, type) else str
+        values = value if self.nargs and isinstance(value, (list, tuple)) else [value]
+        if value is None:
             return
-        test, allowed = RANGES[self.range]
-        if not test(value):
-            raise ValueError(f"--{self.name} {value}: {allowed}")
+        if not all(isinstance(x, kinds) and isinstance(x, bool) == (self.type is bool) for x in values):
+            raise ValueError(f"--{self.name} {reprlib.repr(value)}: "
+                             f"{getattr(kinds, '__name__', 'number')} was expected")
+        for x in values if self.range is not None else ():
+            if isinstance(self.range, tuple):
+                check_flag_number(self.name, x, *self.range)
+            elif not RANGES[self.range][0](x):
+                raise ValueError(f"--{self.name} {x}: {RANGES[self.range][1]}")

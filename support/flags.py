@@ -22,6 +22,7 @@ from interop import load
 from model import SIZES
 from patterns import PATTERNS
 from support import common
+from support.bounds import LIMITS, fits
 from support.compiled import require_compiler
 from support.flag import NOT_SAID, Flag
 
@@ -34,15 +35,16 @@ GROUPS = {
         Flag("cache", "token cache made by data.py cache; audio and codec are then not touched"),
         Flag("codec", "toy, encodec_24khz or the path of a codec (default: by dataset)",
              toy="toy", audio="encodec_24khz"),
-        Flag("num_codebooks", "the first so many codebooks of a channel (default: all)", int, before=None),
+        Flag("num_codebooks", "the first so many codebooks of a channel (default: all)",
+             int, range=(1, 256), before=None),
         Flag("channels", "2: stereo, each channel with codebooks of its own",
              int, 1, choices=(1, 2), before=1),
         Flag("segment_seconds", "length of a training segment, seconds",
-             float, toy=toy.CLIP_SECONDS, audio=30.0, range="positive"),
+             float, toy=toy.CLIP_SECONDS, audio=30.0, range="clip"),
         Flag("min_segment_ratio", "least share of a segment that lies inside its file",
              float, 0.8, range="share"),
         Flag("workers", "processes that load data (default: 0 for toy, else 4)",
-             int, toy=0, audio=4, range="natural", may_change=True, of_launch=True),
+             int, toy=0, audio=4, range=(0, 512), may_change=True, of_launch=True),
     ),
     "model": (
         Flag("size", f"{', '.join(SIZES)}, or WIDTHxLAYERSxHEADS, such as 320x6x5",
@@ -50,7 +52,7 @@ GROUPS = {
         Flag("pattern", "codebook pattern", default="delay", choices=PATTERNS),
         Flag("dropout", "dropout in the transformer", float, 0.0, range="share"),
         Flag("lora", "train additions of rank R to the matrices of --init_from, and nothing else",
-             int, metavar="R", range="count", of_launch=True, before=None),
+             int, metavar="R", range=(1, 4096), of_launch=True, before=None),
         Flag("emb_std", "initial spread of the code embeddings (audio: 1/sqrt(width))", float, toy=1.0),
         Flag("checkpointing", "recompute activations in backward: less memory, 4/3 the work",
              bool, False, may_change=True, of_launch=True),
@@ -66,13 +68,13 @@ GROUPS = {
     ),
     "optimization": (
         Flag("epochs", "epochs; an epoch ends with validation and a checkpoint",
-             int, toy=12, audio=100, range="count", overfit=1, may_change=True),
+             int, toy=12, audio=100, range=(1, 1_000_000), overfit=1, may_change=True),
         Flag("updates_per_epoch", "optimizer steps an epoch",
-             int, toy=100, audio=500, range="count", overfit=200),
+             int, toy=100, audio=500, range=(1, 10_000_000), overfit=200),
         Flag("batch_size", "samples an update, over all ranks and micro-batches",
-             int, toy=16, audio=32, range="count"),
+             int, toy=16, audio=32, range=(1, 65_536)),
         Flag("micro_batch_size", "samples a rank sends through at once (default: all)",
-             int, range="count", may_change=True, of_launch=True),
+             int, range=(1, 65_536), may_change=True, of_launch=True),
         Flag("lr", "peak learning rate (AdamW)",
              float, toy=8e-3, audio=1e-4, range="positive", overfit=1e-3),
         Flag("text_lr", "peak learning rate of the text and style encoders",
@@ -122,15 +124,15 @@ GROUPS = {
              bool, False, may_change=True),
         Flag("log_every", "updates between log lines (default: a tenth of an epoch)",
              int, range="count", may_change=True),
-        Flag("valid_samples", "segments in validation", int, toy=128, audio=512, range="count"),
+        Flag("valid_samples", "segments in validation", int, toy=128, audio=512, range=(1, 100_000)),
         Flag("evaluate_every", "epochs between evaluations; 0: only at the end",
              int, toy=0, audio=25, range="natural", overfit=0, may_change=True),
         Flag("generate_every", "epochs between samples; 0: only at the end",
              int, toy=6, audio=25, range="natural", may_change=True),
         Flag("eval_samples", "clips generated for evaluation (toy: of each kind)",
-             int, 128, range="count", may_change=True),
+             int, 128, range=(1, 100_000), may_change=True),
         Flag("generate_samples", "samples written by the generate stage",
-             int, 4, range="natural", may_change=True),
+             int, 4, range=(0, 10_000), may_change=True),
         Flag("cfg", "guidance coefficient of evaluate and generate; stored with the model",
              float, toy=1.0, audio=3.0),
         Flag("temperature", "sampling temperature; 0 takes the likeliest code; stored likewise",
@@ -146,7 +148,7 @@ GROUPS = {
         Flag("dry_run", "print the estimate of memory and time, then stop",
              bool, False, may_change=True, of_launch=True),
         Flag("plan_gpus", "dry run: for so many GPUs instead of this machine",
-             int, nargs="+", may_change=True, of_launch=True),
+             int, nargs="+", range=(1, 1_000_000), may_change=True, of_launch=True),
         Flag("plan_tflops", "dry run: peak of one of them (default: H100, bfloat16)",
              float, 990.0, range="positive", may_change=True, of_launch=True),
     ),
@@ -264,12 +266,13 @@ def parse_size(size: str) -> dict:
     Errors: ValueError for anything else."""
     if size in SIZES:
         return SIZES[size] | dict(hidden_scale=4)
-    numbers = [int(n) if n.isdecimal() else 0 for n in size.split("x")]
+    numbers = [int(n) if n.isdecimal() and len(n) < 10 else 0 for n in size.split("x")]
     shape = dict(zip(SHAPE, numbers + [4] * (len(numbers) == 3)))
-    counted = len(shape) == 4 and len(numbers) <= 4 and min(numbers) >= 1
+    counted = len(shape) == 4 and len(numbers) <= 4 and all(fits(n, LIMITS[k]) for k, n in shape.items())
     if not counted or shape["dim"] % shape["num_heads"] or shape["dim"] % 2:
-        raise ValueError(f"--size {size}: {', '.join(SIZES)}, or WIDTHxLAYERSxHEADS, such as 320x6x5: "
-                         "even, and a multiple of the heads")
+        most = ", ".join(f"{k} {LIMITS[k][0]} to {LIMITS[k][1]}" for k in SHAPE)
+        raise ValueError(f"--size {size[:60]}: {', '.join(SIZES)}, or WIDTHxLAYERSxHEADS, such as 320x6x5: "
+                         f"even, and a multiple of the heads ({most})")
     return shape
 
 
@@ -334,8 +337,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
     if args.compile:
         require_compiler()
-    if any(n < 1 for n in args.plan_gpus or ()):
-        raise ValueError(f"--plan_gpus {min(args.plan_gpus)}: at least 1")
 
     # the model and its conditions
     if args.lora and not args.init_from:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import tokenizer
 from model import ModelConfig, Transformer, init_transformer, sinusoid
 from support import common
+from support.bounds import check_fields, check_finite
 from support.common import nearest_vectors
 from support.condition import Condition, given_audio, zero_padded
 from support.flag import Flag
@@ -81,7 +82,11 @@ class Bottleneck(nn.Module):
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
-        vectors = torch.randn(levels, bins, dim, generator=fixed, device="cpu")
+        # without storage where the module has none: then the vectors come from a file
+        where = "meta" if torch.get_default_device().type == "meta" else "cpu"
+        vectors = torch.empty(levels, bins, dim, device=where)
+        if where == "cpu":
+            vectors.normal_(generator=fixed)
         self.register_buffer("vectors", vectors)                                                   # [Q, V, E]
         self.register_buffer("sizes", torch.zeros(levels, bins))     # frames an update that fall to a vector
         self.collected = None                    # no buffer: DDP and checkpoints leave it alone
@@ -174,7 +179,7 @@ class Style(Condition):
     flags = (
         Flag("style_seconds", "length of a style excerpt, seconds",
              float, nargs=2, metavar=("LOW", "HIGH")),
-        Flag("style_levels", "levels of the quantizer that a style is rounded by", int, 3, range="count"),
+        Flag("style_levels", "levels of the quantizer that a style is rounded by", int, 3, range=(1, 256)),
     )
 
     def __init__(self, config: StyleConfig, dim: int, asset: None = None):
@@ -300,10 +305,13 @@ def print_style(path: str, run: str) -> None:
         if "style" not in flat["fuse"]:
             raise ValueError(f"{run}: this model was trained without style")
         fields = {k.removeprefix("style_"): v for k, v in flat.items() if k.startswith("style_")}
-        part = Style(StyleConfig(**fields), stored["model_config"]["dim"]).eval()
+        check_fields(run, flat | stored["model_config"])
         prefix = "conditioner.parts.style."
         weights = {k.removeprefix(prefix): v for k, v in stored["model"].items() if k.startswith(prefix)}
-        part.load_state_dict(weights)
+        check_finite(run, weights)
+        with torch.device("meta"):                   # without storage: it takes the tensors of the file
+            part = Style(StyleConfig(**fields), stored["model_config"]["dim"]).eval()
+        part.load_state_dict(weights, assign=True)
         c = stored["codec"]
         codec = tokenizer.load_codec(c["name"], c.get("levels", c["K"]), channels=c.get("channels", 1))
     except ValueError:

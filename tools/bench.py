@@ -45,6 +45,7 @@ from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, forwar
 from support import common
 from support.cache import CachedEntry, shard_path, write_array
 from support.compiled import compile_step, require_compiler
+from support.bounds import LIMITS, check_flag_number
 from support.distributed import keep_freed_memory
 from support.kernels import linear
 from tools.peers import INSTALL, PEERS, Peer
@@ -505,11 +506,12 @@ def complete_flags(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
 
     # Numbers that must be positive, then those that depend on each other.
-    for name in ("dim", "num_layers", "num_heads", "hidden_scale", "K", "card", "tokens", "batch_size",
-                 "rounds", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: at least 1")
+    ranges = {name: LIMITS[name] for name in ("dim", "num_layers", "num_heads", "hidden_scale", "K", "card")}
+    ranges |= dict(tokens=(1, 65_536), batch_size=(1, 65_536), rounds=(1, 1_000_000), threads=(1, 512),
+                   workers=(0, 512))
+    for name, (low, high) in ranges.items():
+        check_flag_number(name, getattr(args, name), low, high)
+    check_flag_number("frames", max(args.frames), 1, 1_000_000)
     if min(args.frames) <= args.K:
         raise ValueError(f"--frames {min(args.frames)}: more than --K {args.K}, else nothing is predicted")
     if args.dim % (2 * args.num_heads):
@@ -527,7 +529,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         require_compiler()
 
 
-@common.command("tools.bench")
+@common.command("tools.bench", "--batch_size, --frames or --size")
 def main(argv: list | None = None) -> None:
     """Measures what the command line asks for."""
     argv = sys.argv[1:] if argv is None else argv

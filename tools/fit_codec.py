@@ -34,7 +34,9 @@ from torch import Tensor, nn
 
 import tokenizer
 import toy
+from interop.encodec import check_codec_config
 from support import audio, common
+from support.bounds import LIMITS, check_flag_number
 from support.quality import MelSpectrum, describe_quality, round_trip_quality
 
 FIT_FORMAT = "nanomusicgen codec fit 1"        # of a checkpoint
@@ -541,15 +543,16 @@ def fit_parser() -> argparse.ArgumentParser:
 
 def check_fit_flags(args: argparse.Namespace) -> None:
     """Refuses flags that make no codec. Errors: ValueError with what is allowed."""
-    ones = ("filters", "compress", "kernel", "last_kernel", "dim", "codebooks", "steps", "batch_size",
-            "sample_rate", "threads", "save_every")
-    zeros = ("residual_layers", "seed", "stop_after", "commitment")
-    least = {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0), "card": 2}
-    for name, low in least.items():
-        if not low <= (value := getattr(args, name)) < 2 ** 31:        # also refuses NaN
-            raise ValueError(f"--{name} {value}: at least {low}, less than 2^31")
-    if min(args.ratios) < 1:
-        raise ValueError(f"--ratios {' '.join(map(str, args.ratios))}: at least 1 each")
+    fields = dict(filters="n_filters", compress="compress", kernel="kernel_size", dim="dimension",
+                  card="bins", last_kernel="last_kernel_size", codebooks="n_q",
+                  residual_layers="n_residual_layers", sample_rate="sample_rate")
+    ranges = {flag: LIMITS[field] for flag, field in fields.items()} | dict(
+        steps=(1, 10 ** 9), save_every=(1, 10 ** 9), stop_after=(0, 10 ** 9), commitment=(0, 10 ** 9),
+        seed=(0, 2 ** 31 - 1), batch_size=(1, 65_536), threads=(1, 512))
+    for name, (low, high) in ranges.items():
+        check_flag_number(name, getattr(args, name), low, high)
+    for ratio in args.ratios:
+        check_flag_number("ratios", ratio, 1, 1024)
     for name in ("lr", "segment_seconds"):
         if not 0 < (value := getattr(args, name)) < 1e4:
             raise ValueError(f"--{name} {value}: more than 0, less than 10000")
@@ -557,11 +560,12 @@ def check_fit_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--autoencoder_share {args.autoencoder_share}: between 0 and 1")
     if args.residual_layers and args.compress > args.filters:
         raise ValueError(f"--compress {args.compress}: at most the {args.filters} of --filters")
+    check_codec_config("--filters, --ratios ..", codec_config(args))
     if common.check_device(args.device).type == "mps":
         raise ValueError(f"--device {args.device}: cpu or cuda (MPS finds wrong nearest vectors)")
 
 
-@common.command("tools.fit_codec")
+@common.command("tools.fit_codec", "--batch_size or --filters")
 def main(argv: list | None = None) -> int:
     args = fit_parser().parse_args(argv)
     check_fit_flags(args)
