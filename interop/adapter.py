@@ -22,7 +22,7 @@ import torch
 
 from interop.huggingface import hf_names
 from interop.hub import find_folder
-from interop.tensors import TensorFiles
+from interop.tensors import TensorFiles, write_safetensors
 from support import common
 from support.lora import LowRank, lora_additions
 
@@ -171,7 +171,6 @@ def write_adapter(data: dict, base: str, read_model: Callable, folder: Path) -> 
     """Writes the additions of a --lora run for peft. base: the model that it began from.
 
     Errors: ValueError where the run has no additions, or they are to another model."""
-    from safetensors.torch import save_file
     additions = lora_additions(data.get("lora") or {})
     if not additions:
         raise ValueError("it holds no additions by themselves: give a run of --lora. In those of older "
@@ -193,5 +192,5 @@ def write_adapter(data: dict, base: str, read_model: Callable, folder: Path) -> 
     config = dict(peft_type="LORA", task_type=None, base_model_name_or_path=str(base), inference_mode=True,
                   r=rank, lora_alpha=LowRank.SCALE * rank, lora_dropout=0.0, bias="none",
                   target_modules=sorted(targets))
-    save_file(tensors, str(folder / WEIGHTS[0]), {"format": "pt"})
+    write_safetensors(folder / WEIGHTS[0], tensors)
     common.write_json(folder / CONFIG, config, indent=2)

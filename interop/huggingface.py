@@ -27,7 +27,7 @@ from conditioning import vocabulary_size
 from support.common import tensor_to_bytes
 from interop import t5
 from interop.encodec import codec_to_hf
-from interop.tensors import TensorFiles, check_shapes, open_hf_folder
+from interop.tensors import TensorFiles, check_shapes, open_hf_folder, write_safetensors
 from support import chroma, common
 from support.bounds import check_fields, shown
 
@@ -216,8 +216,6 @@ def write_hf(data: dict, codec, folder: Path) -> None:
     """Writes a folder for Musicgen(Melody)ForConditionalGeneration and Musicgen(Melody)Processor.
 
     data: what best.pt holds, its configs with all defaults; codec: a tokenizer.Codec."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
     config, conditioner = data["model_config"], data["conditioner_config"]
     pieces = tensor_to_bytes(data["assets"]["text"])
     melody = "melody" in conditioner["fuse"]
@@ -231,10 +229,7 @@ def write_hf(data: dict, codec, folder: Path) -> None:
         if projected or not names[0].startswith(PROJECTION):
             tensors |= {name: part.contiguous() for name, part in zip(names, x.float().chunk(len(names)))}
     tensors |= {f"audio_encoder.{name}": x for name, x in codec_tensors.items()}
-    try:
-        save_file(tensors, str(folder / "model.safetensors"), {"format": "pt"})
-    except SafetensorError as error:                     # as it reports a full disk
-        raise OSError(f"{folder / 'model.safetensors'} could not be written ({error})") from None
+    write_safetensors(folder / "model.safetensors", tensors)
 
     # config.json, generation_config.json
     kind, model_type = ("MusicgenMelody", "musicgen_melody") if melody else ("Musicgen", "musicgen")

@@ -94,6 +94,16 @@ def _open_safetensors(path: Path):
         raise ValueError(f"{path}: not a safetensors file, or truncated ({error})") from None
 
 
+def write_safetensors(path: Path, tensors: dict) -> None:
+    """Writes {name: tensor} into a folder that is not in use yet. Errors: OSError naming the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    try:
+        save_file(tensors, str(path), {"format": "pt"})
+    except SafetensorError as error:                     # as it reports a full disk
+        raise OSError(f"{path} could not be written ({error})") from None
+
+
 def _open_pickle(path: Path) -> dict:
     content = common.read_torch(path, "a file of plain tensors", mapped=True)
     if isinstance(content, dict):

@@ -198,6 +198,7 @@ def test_nothing_writes_past_the_one_writer():
     direct = re.compile(r"write_text\(|write_bytes\(|savez\w*\(path|open\([^)]*[\"'][wx]b?[\"']")
     found = {path.name for path in sources if direct.search(path.read_text())}
     assert found == {"common.py"} and len(sources) > 30
+    assert [p.name for p in sources if re.search(r"\bsave_file\(", p.read_text())] == ["tensors.py"]
 
 
 # ----------------------------------------------------------------------------------------------------------
