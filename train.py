@@ -486,7 +486,7 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
     lock = checkpoint.lock_folder(out) if ranks.is_main else None
     try:
         with checkpoint.checkpoint_errors(out):
-            saved = resume.find_checkpoint(args, ranks, out)
+            saved = resume.find_checkpoint(args, ranks, out, sets, codec)
         if saved is not None:
             with checkpoint.checkpoint_errors(out):
                 run = build_run(args, ranks, codec, sets, out, stop, saved=saved)

@@ -370,11 +370,13 @@ def values_before() -> dict:
     return {name: flag.before for name, flag in flags_by_name().items() if flag.before is not NOT_SAID}
 
 
-def refused_changes(args: argparse.Namespace, saved: dict) -> list:
-    """What of `changed_flags` makes it another run: lines "--lr 0.1 there, 0.2 now"."""
+def refused_changes(args: argparse.Namespace, saved: dict, moved: set = frozenset()) -> list:
+    """What of `changed_flags` makes it another run: lines "--lr 0.1 there, 0.2 now".
+
+    moved: flags whose path may be another, because the same lies there."""
     flags = flags_by_name()
     return [f"--{name} {there} there, {now} now" for name, (there, now) in changed_flags(args, saved).items()
-            if not flags[name].may_change]
+            if not flags[name].may_change and name not in moved]
 
 
 def flags_of_run(argv: list | None, out: str | None) -> argparse.Namespace:

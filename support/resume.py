@@ -30,8 +30,9 @@ from support.distributed import Ranks
 from support.flags import changed_flags, refused_changes, segment_frames
 from support.log import LOG_NAME, flush_log, log_size, only_begun, stage_text
 from support.lora import merge_lora
+from support.sets import sets_fingerprint
 
-# what last.pt must hold, but for the shape of the conditions, which older ones lack
+# what last.pt must hold, but for the shape of the conditions, files and codec, which older ones lack
 CHECKPOINT_KEYS = {
     "format", "args", "step", "epoch", "ema_count", "scaler", "skipped", "skipped_in_a_row", "best_ce",
     "best_values", "history", "sums", "data", "log_bytes", "assets", "names", "tensors", "shards"}
@@ -159,7 +160,8 @@ def save_checkpoint(run) -> None:
             ema_count=run.ema.count, scaler=run.scaler.state_dict(),
             skipped=run.skipped, skipped_in_a_row=run.skipped_in_a_row,
             best_ce=run.best_ce, best_values=run.best_values, history=run.history, sums=sums.cpu(),
-            data=run.train_set.describe(), log_bytes=flush_log(run.out / LOG_NAME),
+            data=run.train_set.describe(), files=sets_fingerprint(run.train_set, run.valid_set),
+            codec=run.codec.fingerprint, log_bytes=flush_log(run.out / LOG_NAME),
             **stored_conditions(run.model), names=list(every), tensors=whole, shards=shards)
         last, previous = run.out / checkpoint.LAST, run.out / checkpoint.PREVIOUS
         problem = try_to_write(common.write_torch, last, content, previous)
@@ -167,7 +169,19 @@ def save_checkpoint(run) -> None:
     note_written(run, checkpoint.LAST, problem)
 
 
-def find_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict | None:
+def moved_flags(args: argparse.Namespace, saved: dict, sets: tuple, codec) -> set:
+    """Flags whose path may be another than in a checkpoint, because the same files or codec lie there."""
+    moved = set()
+    if saved.get("files") == sets_fingerprint(*sets):
+        moved |= {"dataset", "valid"} | ({"cache"} if args.cache and saved["args"].get("cache") else set())
+    elif "files" not in saved and saved["data"] == sets[0].describe():          # an older one
+        moved.add("dataset")
+    if saved.get("codec") == codec.fingerprint:
+        moved.add("codec")
+    return moved
+
+
+def find_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path, sets: tuple, codec) -> dict | None:
     """The folder's newest whole checkpoint, if there is one to go on from. Rank 0 chooses it.
 
     Errors: ValueError if its flags differ in what matters, naming the differences, if none that is there can
@@ -189,7 +203,7 @@ def find_checkpoint(args: argparse.Namespace, ranks: Ranks, out: Path) -> dict |
     if name is None:
         return None
     saved = checkpoint.read_checkpoint_file(out / name, check=False)              # rank 0 has just checked it
-    if refused := refused_changes(args, saved["args"]):
+    if refused := refused_changes(args, saved["args"], moved_flags(args, saved, sets, codec)):
         raise ValueError(f"{out} holds another run: {'; '.join(refused)}. Give the same flags, or "
                          "another --out")
     return saved

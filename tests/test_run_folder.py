@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bad_material
+import tokenizer
 import train
 from bad_input import listing
 from evaluate import stages
@@ -129,6 +131,31 @@ def test_best_weights_that_are_gone_are_written_again(finished, tmp_path, capsys
     assert all(torch.equal(x, here["model"][name]) for name, x in there["model"].items())
     assert {k: v for k, v in here.items() if k not in ("model", "args", "assets")} == \
         {k: v for k, v in there.items() if k not in ("model", "args", "assets")}
+
+
+def test_a_run_follows_its_data_and_its_codec(tmp_path, monkeypatch, capsys):
+    """Another spelling of a path, and files that were moved, are the same data; one file more is not."""
+    monkeypatch.chdir(tmp_path)
+    bad_material.music(tmp_path / "music", "good.wav")
+    shutil.copy(tokenizer.TOY_FILE, "codec.pt")
+    given = {"--dataset": "music", "--codec": "codec.pt", "--valid": "0.4", "--workers": "0"}
+
+    def again(**more) -> int:
+        flags = given | {f"--{name}": value for name, value in more.items()}
+        return run("out", *(word for pair in flags.items() for word in pair))
+
+    assert again() == 0
+    shutil.move("music", "elsewhere")
+    shutil.move("codec.pt", "other.pt")
+    for name in ("./elsewhere", "elsewhere/", str(tmp_path / "elsewhere")):
+        assert again(dataset=name, codec="other.pt") == 0
+    assert f"--dataset is {tmp_path / 'elsewhere'} now" in capsys.readouterr().out
+    assert again(dataset="elsewhere", codec="toy") == 0              # the same codec
+    assert again(dataset="elsewhere", codec="toy", valid="0.7") == 2
+    shutil.copy("elsewhere/song0.wav", "elsewhere/song9.wav")
+    capsys.readouterr()
+    assert again(dataset="elsewhere", codec="toy") == 2
+    assert "--dataset music there, elsewhere now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ("removed", "begun anew"))
