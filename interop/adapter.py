@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from interop.huggingface import hf_names
-from interop.hub import find_folder
+from interop.hub import locate
 from interop.tensors import TensorFiles, write_safetensors
 from support import common
 from support.lora import LowRank, lora_additions
@@ -51,11 +51,13 @@ def adapter_base(folder: Path, given: str | Path | None = None) -> str | Path:
 
     Errors: ValueError saying how to give it."""
     name = given or common.read_json(folder / CONFIG).get("base_model_name_or_path")
-    base = find_folder(name) if isinstance(name, (str, Path)) and str(name) else None
+    try:
+        base = locate(name) if isinstance(name, (str, Path)) and str(name) else None
+    except ValueError:                         # no download
+        base = None
     if base is None or not base.exists():
-        what = "no such path" if given else "which is not here"
-        raise ValueError(f"{folder}: an adapter to {name}, {what}: python -m interop.convert {folder} "
-                         "--base FOLDER_OF_THE_MODEL --to nano --out NEW, then give NEW")
+        raise ValueError(f"{folder}: an adapter to {name}, which is not here: python -m interop.convert "
+                         f"{folder} --base FOLDER_OF_THE_MODEL --to nano --out NEW, then give NEW")
     if is_adapter(base):
         raise ValueError(f"{folder}: an adapter to {base}, which is an adapter itself: python -m "
                          f"interop.convert {base} --to nano --out NEW, then the same of {folder} --base NEW")
@@ -72,11 +74,8 @@ def merge_adapter(data: dict, folder: Path) -> dict:
     # where their tensors lie in ours: views
     places = {}
     for ours, x in data["model"].items():
-        try:
-            names = hf_names(ours)
-        except LookupError:                    # of a condition that transformers' model does not have
-            continue
-        places |= dict(zip(names, x.chunk(len(names))))
+        if names := hf_names(ours):            # not of a condition that transformers' model does not have
+            places |= dict(zip(names, x.chunk(len(names))))
     if SHARED in places:                       # transformers' T5 computes with a copy of it
         places[SHARED.replace("shared", "encoder.embed_tokens")] = places.pop(SHARED)
 

@@ -63,7 +63,7 @@ def write_model(data: dict, target: str, out: Path, base: str | None = None) -> 
             notes.append(MELODY_NOTES[classes])
         elif data["model_config"]["mask_padding"] != MASKS_PADDING[classes]:
             notes.append(PADDING_NOTES[classes])
-        if target == "peft" and base and folder_kind(load.locate(base)) != "hf":
+        if target == "peft" and base and (is_adapter(base) or folder_kind(load.locate(base)) != "hf"):
             notes.append("note: peft loads it onto a folder of transformers: python -m interop.convert "
                          f"{base} --to hf --out DIR writes that; name it here by --base")
 
@@ -190,8 +190,8 @@ def main(argv: list | None = None) -> None:
     if args.base and args.to != "peft" and not is_adapter(path):
         raise ValueError(f"--base {args.base}: {path} is no adapter, so it adds to nothing")
     data = load.read_model(path, args.t5, args.codec, args.base)
-    base = args.base or (data["args"] or {}).get("init_from")
     try:
+        base = args.base or (data["args"] or {}).get("init_from")
         lines = write_model(data, args.to, Path(args.out), base) if args.to else describe_model(data)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:      # a file can lie in any way
         problem = common.describe_error(error)

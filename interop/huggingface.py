@@ -81,9 +81,12 @@ T5_IGNORED = r"^(?!encoder\.block|encoder\.final|shared)"           # its decode
 
 
 def hf_names(name: str) -> list:
-    """Our name of a tensor -> transformers': one, or q, k and v of what is packed."""
+    """Our name of a tensor -> transformers': one, or q, k and v; [] of what is not there."""
     number = r"(?<=\.)\d+(?=\.)"
-    theirs = NAMES[re.sub(number, "{}", name)].format(*re.findall(number, name))
+    pattern = NAMES.get(re.sub(number, "{}", name))
+    if pattern is None:
+        return []
+    theirs = pattern.format(*re.findall(number, name))
     return [theirs.replace("[qkv]", part) for part in "qkv"] if "[qkv]" in theirs else [theirs]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_an_adapter_by_hand(tmp_path, rslora):
 ])
 def test_adapters_that_are_refused(config, tensors, says, tmp_path, capsys, monkeypatch):
     """In one line, by all that reads a model."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     D = load.peek(OLD_RUN).model.dim
     folder = write_files(tmp_path / "lora", {**low_rank(LAYER + "fc1", 4 * D, D), **tensors}, **config)
