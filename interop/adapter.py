@@ -175,9 +175,9 @@ def write_adapter(data: dict, base: str, read_model: Callable, folder: Path) -> 
         raise ValueError("it holds no additions by themselves: give a run of --lora. In those of older "
                          "versions best.pt has only the sum, which --to hf writes")
     there, here = read_model(base)["model"], data["model"]
-    frozen = here.keys() - additions.keys()
-    same = there.keys() == here.keys() and all(there[n].shape == here[n].shape for n in here)
-    if differ := sorted(n for n in frozen if not same or not torch.equal(there[n], here[n])):
+    differ = sorted(name for name in (there.keys() | here.keys()) - additions.keys() if not (
+        name in there and name in here and torch.equal(there[name], here[name])))
+    if differ:
         raise ValueError(f"{base} is not what it was trained from: {differ[0]} is another there. Give "
                          "that model by --base")
     tensors = {}
