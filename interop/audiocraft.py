@@ -17,8 +17,7 @@ import torch
 
 from interop import t5
 from interop.encodec import codec_to_package
-from interop.huggingface import MELODY, SEGMENT_SECONDS, TEXT, TEXT_ENCODER, PublishedModel, read_number
-from interop.huggingface import read_t5_weights
+from interop.huggingface import MELODY, SEGMENT_SECONDS, TEXT, TEXT_ENCODER, PublishedModel, read_t5_weights
 from interop.package import PackageSettings, read_package
 from interop.tensors import PACKAGE_FILES, check_shapes
 from support import chroma, common
@@ -86,14 +85,14 @@ def read_package_config(folder: Path, t5_folder: str | Path | None) -> Published
     delays = settings.get("codebooks_pattern.delay.delays", list(range(K)))
     model = dict(K=K, **lm, cross_attention=bool(cross), mask_padding=False,
                  delays=None if delays == list(range(K)) else delays)
-    seconds = read_number(settings, "dataset.segment_duration", path) or SEGMENT_SECONDS
+    seconds = settings.get("dataset.segment_duration", SEGMENT_SECONDS)
     conditioner = dict(fuse=dict(TEXT))
     conditioner |= t5.text_fields(common.read_json(Path(t5_folder) / "config.json"), t5_folder)
     if prepend:
         conditioner |= _melody_fields(settings, seconds, path)
     sampling = {}
     for ours, theirs in SAMPLING_SETTINGS.items():
-        value = read_number(settings, theirs, path)
+        value = settings.get(theirs)
         if value is not None and (ours == "cfg" or settings.get("generate.lm.use_sampling")):
             sampling[ours] = value
     check_fields(path, dict(segment_seconds=seconds) | sampling,

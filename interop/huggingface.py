@@ -140,32 +140,21 @@ def read_hf_config(folder: Path) -> PublishedModel:
     except (LookupError, TypeError, AttributeError) as error:
         problem = common.describe_error(error)
         raise ValueError(f"{folder}: config.json is not that of a MusicGen ({problem})") from None
-    seconds = read_number(config, "segment_seconds", folder / "config.json")     # as write_hf has it
-    return PublishedModel(model, conditioner, channels, seconds or SEGMENT_SECONDS, _read_sampling(folder))
-
-
-def read_number(settings, name: str, where) -> float | None:
-    """A setting, by its `get`, that must be a finite number of at least 0; None where there is none.
-
-    Errors: ValueError naming it."""
-    value = settings.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{where}: its {name} is {value!r}, a number of at least 0 was expected")
-    return value
+    seconds = config.get("segment_seconds", SEGMENT_SECONDS)         # as write_hf has it
+    check_fields(folder / "config.json", dict(segment_seconds=seconds))
+    return PublishedModel(model, conditioner, channels, seconds, _read_sampling(folder))
 
 
 def _read_sampling(folder: Path) -> dict:
     """What generation_config.json says of generate.Sampling."""
     path = folder / "generation_config.json"
     config = common.read_json(path) if path.is_file() else {}
-    found = dict(cfg=read_number(config, "guidance_scale", path))
-    for name in ("temperature", "top_k", "top_p"):
-        found[name] = read_number(config, name, path)
+    names = dict(cfg="guidance_scale", temperature="temperature", top_k="top_k", top_p="top_p")
+    found = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
+    check_fields(path, found, names)
     if config.get("do_sample") is False:
         found["temperature"] = 0.0                       # the likeliest
-    return {name: value for name, value in found.items() if value is not None}
+    return found
 
 
 def read_hf_weights(folder: Path, shapes: dict, projected: bool) -> dict:
