@@ -75,6 +75,22 @@ def test_packed_once_and_the_same():
         assert kernels.PACKS.get() is None, "a compiled step packs its weights itself"
 
 
+@pytest.mark.skipif(not kernels.HAS_AVX512, reason="MKL rounds otherwise here")
+def test_a_row_attends_with_the_same_bits_in_any_batch():
+    """For one query PyTorch's operator splits the keys among the threads that a small batch leaves free."""
+    q, (k, v) = torch.randn(9, 4, 1, 48), torch.randn(2, 9, 4, 112, 48)
+    mask, before, found = torch.rand(9, 1, 1, 112) > 0.3, torch.get_num_threads(), []
+    close(kernels.attention(q, k, v, mask, False), F.scaled_dot_product_attention(q, k, v, mask))
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for B in (1, 2, 9):
+                found.append(kernels.attention(q[:B], k[:B], v[:B], mask[:B], False)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
 def test_other_types_are_left_to_pytorch(monkeypatch):
     """Autocast and bfloat16 choose for themselves; what is empty has no product."""
     monkeypatch.setattr(kernels, "product", None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import generate
-from generate import MusicGenerator, Sampling, generate_codes
+from generate import MusicGenerator, Sampling, generate_codes, generate_long
 from support import audio, kernels
 from support.per_sample import Noise
 from three_conditions import ALL, CLASSES, style_codes, tiny
@@ -72,7 +72,7 @@ def test_a_sample_alone_and_in_any_batch(sampling, fuse):
 
 @pytest.mark.skipif(not EXACT, reason="products round otherwise here")
 def test_logits_of_a_row_have_the_same_bits_in_any_batch(monkeypatch):
-    """Nothing but rounding is left to differ: with any number of rows and threads."""
+    """Nothing but rounding is left to differ: with any number of rows and of threads."""
     model, logits = tiny(), []
     original = generate.sample_codes
 
@@ -92,6 +92,21 @@ def test_logits_of_a_row_have_the_same_bits_in_any_batch(monkeypatch):
             assert torch.equal(found, wanted), (threads, rows)
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_cell_of_a_long_piece_is_drawn_once():
+    """No window draws with noise that another one has used; those of the prompt are not drawn."""
+    drawn = []
+
+    class Watched(Noise):
+        def __call__(self, cells, codes):
+            drawn.extend(cells.tolist())
+            return super().__call__(cells, codes)
+
+    prompt = torch.randint(13, (1, 3, 5))
+    generate_long(tiny({"text": "cross"}), asked_for([0]), 33, Sampling(cfg=1), window=12, stride=7,
+                  noise=Watched(0, [0]), prompt=prompt)
+    assert sorted(drawn) == list(range(5 * 3, 33 * 3))
 
 
 # ----------------------------------------------------------------------------------------------------------
