@@ -40,7 +40,7 @@ def describe_error(error: Exception) -> str:
 @functools.cache
 def say_once(line: str) -> None:
     """Prints a line on stderr; the same line never again."""
-    print(line, file=sys.stderr, flush=True)
+    tell(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
