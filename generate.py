@@ -15,8 +15,8 @@ Longer than the training window: a first window, then windows whose beginning is
 melody is read on in each from where it begins, and begins again after its end.
 
     |------- window -------|
-              |-- prompt --|-- stride --|
-                           |-- prompt --|-- stride --|
+    |-- stride --|- prompt |--- new ---|
+                 |-- stride --|- prompt |--- new ---|
 
 Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
     python generate.py --run runs/NAME --prompt "a slow organ tune" --seconds 8 --n 4
@@ -180,28 +180,30 @@ def values_at(model: MusicGen, values: list, start: int) -> list:
 def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, window: int, stride: int,
                   noise: Noise | None = None, prompt: Tensor | None = None, progress=None,
                   dtype: torch.dtype = torch.float32) -> Tensor:
-    """As `generate_codes`, for any T: windows of `window` frames, each after the first advancing by `stride`.
+    """As `generate_codes`, for any T: windows of `window` frames, each begins `stride` after the one before.
 
-    The first hears all of the prompt, of one that fills it all but a frame. The prompt counts in T. Errors:
-    ValueError if the stride does not leave a prompt."""
-    if not 0 < stride < window:
-        raise ValueError(f"stride {stride} frames: 1 to {window - 1}, less than the window")
+    The first hears all of the prompt, of a long one as much as leaves two frames. The prompt counts in T. A
+    training segment ends in its last frame, and the codec codes that frame as an ending: where the music goes
+    on, the next window draws it again. Errors: ValueError if the stride leaves no frame to go on from."""
+    if T > window and not 0 < stride < window - 1:
+        raise ValueError(f"stride {stride} frames: 1 to {window - 2}, two less than the window")
     codes = prompt
     if prompt is None:
         codes = torch.empty(len(values), model.config.K, 0, dtype=torch.long)
     given = codes.shape[2]
-    start = max(0, given - (window - 1))                             # of the window
+    start = max(0, given - (window - 2))                             # of the window
     while codes.shape[2] < T:
         kept, done = codes[..., start:], codes.shape[2] - given
         frames = min(window, T - start)
+        stop = frames if start + frames == T else frames - 1         # of what is kept
 
-        def report(step, steps, done=done, new=frames - kept.shape[2]):
+        def report(step, steps, done=done, new=stop - kept.shape[2]):
             progress(done + new * step // steps, T - given)
 
         part = generate_codes(model, values_at(model, values, start), frames, sampling, noise=noise,
                               prompt=kept, progress=report if progress else None, dtype=dtype, began=start)
-        codes = torch.cat([codes.to(part.device), part[..., kept.shape[2]:]], 2)
-        start = codes.shape[2] - (window - stride)                   # so much is taken over
+        codes = torch.cat([codes.to(part.device), part[..., kept.shape[2]:stop]], 2)
+        start += stride
     return codes                                                                                # [B, K, T]
 
 
@@ -279,7 +281,7 @@ class MusicGenerator:
             raise ValueError(f"--stride {stride_seconds:g}: more than 0, less than the window of "
                              f"{window_seconds:g} s")
         stride = 0.6 * self.window if stride_seconds is None else round(stride_seconds * frame_rate)
-        stride = max(1, min(int(stride), self.window - 1))                                      # frames
+        stride = max(1, min(int(stride), self.window - 2))                                      # frames
         noise = Noise(seed, range(first, first + len(values)), device)
         codes = generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
                               stride=stride, noise=noise, prompt=prompt, progress=progress, dtype=self.dtype)

@@ -130,24 +130,25 @@ def watch_windows(monkeypatch) -> list:
 
 
 def test_windows(monkeypatch):
-    """60 s in windows of 30 with stride 18: 30 + 18 + 12 new; each begins with the end of the one before."""
+    """60 frames in windows of 30 with stride 18: each begins with the end of the one before, whose last frame
+    it draws again."""
     m, calls, seen = tiny(), [], watch_windows(monkeypatch)
     codes = generate_long(m, texts("slow organ"), 60, GREEDY, window=30, stride=18,
                           progress=lambda *a: calls.append(a))
     assert codes.shape == (1, 3, 60) and [T for T, _ in seen] == [30, 30, 24]
-    assert torch.equal(seen[1][1], codes[..., 18:30]) and torch.equal(seen[2][1], codes[..., 36:48])
+    assert torch.equal(seen[1][1], codes[..., 18:29]) and torch.equal(seen[2][1], codes[..., 36:47])
     assert calls[-1] == (60, 60) and all(a <= b for a, b in zip(calls, calls[1:]))
 
 
 @pytest.mark.parametrize("given, heard, frames", [
-    (10, [10, 12, 12, 12], [30, 30, 30, 16]),
-    (25, [25, 12, 12, 12], [30, 30, 30, 16]),
-    (29, [29, 12, 12, 12], [30, 30, 30, 16]),
-    (30, [29, 12, 12, 12], [30, 30, 30, 15]),
-    (50, [29, 12, 12], [30, 30, 13]),
+    (10, [10, 11, 11, 11], [30, 30, 30, 16]),
+    (25, [25, 11, 11, 11], [30, 30, 30, 16]),
+    (29, [28, 11, 11, 11], [30, 30, 30, 15]),
+    (30, [28, 11, 11, 11], [30, 30, 30, 14]),
+    (50, [28, 11], [30, 30]),
 ])
 def test_a_prompt_is_heard_as_far_as_a_window_reaches(given, heard, frames, monkeypatch):
-    """The first window hears all of it, or as much as leaves a frame to generate; the piece has 70 frames."""
+    """The first window hears all of it, or as much as leaves two frames to generate. The piece has 70."""
     prompt, seen = torch.randint(0, 13, (2, 3, given)), watch_windows(monkeypatch)
     codes = generate_long(tiny(), texts("slow organ", "fast bells"), 70, GREEDY, window=30, stride=18,
                           prompt=prompt)
@@ -157,8 +158,8 @@ def test_a_prompt_is_heard_as_far_as_a_window_reaches(given, heard, frames, monk
 
 
 def test_bad_stride():
-    with pytest.raises(ValueError, match="stride 30"):
-        generate_long(tiny(), texts("x"), 60, GREEDY, window=30, stride=30)
+    with pytest.raises(ValueError, match="stride 29 frames: 1 to 28"):
+        generate_long(tiny(), texts("x"), 60, GREEDY, window=30, stride=29)
 
 
 def draw(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -198,7 +198,7 @@ def test_a_melody_is_read_on_in_each_window(monkeypatch):
     generate_long(model, asked, 26, sampling, window=12, stride=8)
     assert seen == [[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 0], [8, 0, 1, 2, 3, 4]]
     seen.clear()
-    # a prompt longer than a window: its last 11 frames begin at 10, and the next window's 4 at 18
-    prompt = torch.randint(13, (1, 3, 21))
+    # a prompt longer than a window: its last 10 frames begin at 10, and the next window's 3 at 18
+    prompt = torch.randint(13, (1, 3, 20))
     generate_long(model, asked, 26, sampling, window=12, stride=8, prompt=prompt)
     assert seen == [[5, 6, 7, 8, 0, 1], [0, 1, 2, 3, 4, 5]]
