@@ -38,7 +38,7 @@ from interop.encodec import TRAINING_BUFFERS, check_codec_config, is_codec_folde
 from interop.encodec import read_encodec_24khz
 from interop.tensors import check_shapes
 from support import audio, common
-from support.bounds import check_finite
+from support.bounds import check_finite, shown
 from support.quality import describe_quality, round_trip_quality
 
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
@@ -227,7 +227,7 @@ def read_codec_file(path: Path) -> tuple[dict, dict]:
     what = "a codec file made by `python -m tools.fit_codec`"
     stored = common.read_torch_dict(path, what)
     if stored.get("format") != CODEC_FORMAT:
-        raise ValueError(f"{path}: not {what}: its format is {stored.get('format')!r}")
+        raise ValueError(f"{path}: not {what}: its format is {shown(stored.get('format'))}")
     if missing := sorted({"config", "state"} - stored.keys()):
         raise ValueError(f"{path}: not {what}, or damaged: it lacks {' and '.join(missing)}")
     return stored["config"], stored["state"]

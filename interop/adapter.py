@@ -15,6 +15,7 @@ three share, and the rows of B.
 
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from interop.huggingface import hf_names
 from interop.hub import locate
 from interop.tensors import TensorFiles, write_safetensors
 from support import common
+from support.bounds import check_finite, shown
 from support.lora import LowRank, lora_additions
 
 CONFIG = "adapter_config.json"
@@ -56,8 +58,9 @@ def adapter_base(folder: Path, given: str | Path | None = None) -> str | Path:
     except ValueError:                         # no download
         base = None
     if base is None or not base.exists():
-        raise ValueError(f"{folder}: an adapter to {name}, which is not here: python -m interop.convert "
-                         f"{folder} --base FOLDER_OF_THE_MODEL --to nano --out NEW, then give NEW")
+        raise ValueError(f"{folder}: an adapter to {shown(name)}, which is not here: python -m "
+                         f"interop.convert {folder} --base FOLDER_OF_THE_MODEL --to nano --out NEW, "
+                         "then give NEW")
     if is_adapter(base):
         raise ValueError(f"{folder}: an adapter to {base}, which is an adapter itself: python -m "
                          f"interop.convert {base} --to nano --out NEW, then the same of {folder} --base NEW")
@@ -116,6 +119,7 @@ def merge_adapter(data: dict, folder: Path) -> dict:
     for name, (B, A, embedding, factor) in additions.items():
         addition = factor * tensors[B] @ tensors[A]
         places[name] += addition.T if embedding else addition
+    check_finite(folder, {name: places[name] for name in [*whole, *additions]})
     data.pop("lora", None)                     # of the base: not all that was added now
     if any(name.startswith("text_encoder.") for name in [*additions, *whole]):
         data["conditioner_config"]["text_frozen"] = False            # no longer the published one
@@ -136,12 +140,14 @@ def _read_scales(folder: Path):
     path = folder / CONFIG
     config = common.read_json(path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: its peft_type is {config.get('peft_type')!r}, 'LORA' was expected")
-    if str(start := config.get("init_lora_weights")).lower() not in STARTS:
-        raise ValueError(f"{path}: its init_lora_weights is {start!r}, which changes the model's own weights "
+        kind = reprlib.repr(config.get("peft_type"))
+        raise ValueError(f"{path}: its peft_type is {kind}, 'LORA' was expected")
+    if shown(start := config.get("init_lora_weights")).lower() not in STARTS:
+        start = reprlib.repr(start)
+        raise ValueError(f"{path}: its init_lora_weights is {start}, which changes the model's own weights "
                          "too; save it as a plain LoRA (path_initial_model_for_weight_conversion)")
     if others := [name for name, value in config.items() if value and name not in FREE + READ]:
-        raise ValueError(f"{path}: it has {others[0]} {config[others[0]]}, which is not read")
+        raise ValueError(f"{path}: it has {shown(others[0])} {shown(config[others[0]])}, which is not read")
 
     def setting(patterns: dict | None, module: str, usual):
         """The value of the first pattern that the module's name ends in."""

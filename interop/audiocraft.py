@@ -83,6 +83,7 @@ def read_package_config(folder: Path, t5_folder: str | Path | None) -> Published
                          "['description'], or prepend ['self_wav', 'description'] was expected")
 
     delays = settings.get("codebooks_pattern.delay.delays", list(range(K)))
+    check_fields(path, dict(delays=delays), dict(delays="codebooks_pattern.delay.delays"))
     model = dict(K=K, **lm, cross_attention=bool(cross), mask_padding=False,
                  delays=None if delays == list(range(K)) else delays)
     seconds = settings.get("dataset.segment_duration", SEGMENT_SECONDS)

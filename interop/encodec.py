@@ -15,6 +15,7 @@ the way out.
 
 import math
 import re
+import reprlib
 import socket
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from interop.hub import find_folder
 from interop.package import read_package
 from interop.tensors import HF_FILES, PACKAGE_FILES, TensorFiles, folder_kind, open_hf_folder
 from support import common
-from support.bounds import check_fields, shown
+from support.bounds import check_fields, fits, shown
 
 # Buffers of a codebook that serve its training: not part of what a codec computes.
 TRAINING_BUFFERS = ("inited", "cluster_size", "embed_avg")
@@ -155,7 +156,8 @@ def open_codec_folder(path: str | Path) -> CodecFolder:
 def _from_hf_config(config: dict, where) -> dict:
     """The plain config for a transformers EncodecConfig. Errors: ValueError for what it cannot be."""
     if config.get("model_type") != "encodec":
-        raise ValueError(f"{where}: its codec is {config.get('model_type')!r}, EnCodec was expected")
+        kind = reprlib.repr(config.get("model_type"))
+        raise ValueError(f"{where}: its codec is {kind}, EnCodec was expected")
     full = {**HF_DEFAULTS, **config}
     fixed = dict(norm_type="weight_norm", normalize=False, chunk_length_s=None, trim_right_ratio=1.0)
     for name, allowed in fixed.items():
@@ -188,7 +190,7 @@ def _hf_levels(kbps: float, sample_rate: int, hop: int, card: int) -> int:
 def _from_package_settings(settings, where) -> dict:
     """The plain config for the settings of an audiocraft codec. Errors: ValueError."""
     if (model := settings.get("compression_model")) != "encodec":
-        raise ValueError(f"{where}: its codec is {model!r}, encodec was expected")
+        raise ValueError(f"{where}: its codec is {reprlib.repr(model)}, encodec was expected")
     if settings.get("encodec.renormalize", False):
         raise ValueError(f"{where}: its codec scales every clip by a factor of its own (renormalize), "
                          "which is lost here")
@@ -214,10 +216,13 @@ def check_codec_config(where, config: dict, names: dict | None = None) -> None:
     seanet, rvq = full_seanet(config), {"dimension": None, "n_q": None, "bins": None} | config["rvq"]
     check_fields(where, {**seanet, "sample_rate": config.get("sample_rate")}, names)
     check_fields(where, rvq, names)
-    if seanet["activation"] not in ACTIVATIONS or seanet["pad_mode"] not in PADDINGS:
-        raise ValueError(f"{where}: its codec has activation {shown(seanet['activation'])}, pad_mode "
-                         f"{shown(seanet['pad_mode'])}; {', '.join(ACTIVATIONS)}, and {', '.join(PADDINGS)} "
-                         "were expected")
+    for name, choices in (("activation", ACTIVATIONS), ("pad_mode", PADDINGS)):
+        if seanet[name] not in choices:
+            raise ValueError(f"{where}: its codec has {name} {shown(seanet[name])}, {', '.join(choices)} was "
+                             "expected")
+    params = seanet["activation_params"]
+    if not isinstance(params, dict) or not all(fits(x, (-1e4, 1e4)) for x in params.values()):
+        raise ValueError(f"{where}: its codec has activation_params {shown(params)}, numbers were expected")
     hop, width = math.prod(seanet["ratios"]), seanet["n_filters"] * 2 ** len(seanet["ratios"])
     dilation = seanet["dilation_base"] ** max(0, seanet["n_residual_layers"] - 1)
     for name, value, most in (

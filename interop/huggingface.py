@@ -136,6 +136,7 @@ def read_hf_config(folder: Path) -> PublishedModel:
                 raise ValueError(f"{folder}: its melody has num_chroma {shown(classes)}, chroma_length "
                                  f"{shown(frames)}; "
                                  "12 and at least 1 were expected")
+            check_fields(folder, dict(melody_frames=frames), dict(melody_frames="chroma_length"))
             conditioner |= dict(fuse=dict(MELODY), melody_null_bin0=True, melody_frames=frames)
     except (LookupError, TypeError, AttributeError) as error:
         problem = common.describe_error(error)

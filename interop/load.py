@@ -60,12 +60,12 @@ def read_model(name: str | Path, t5_folder: str | Path | None = None, codec: str
     return data
 
 
-def check_model(where, data: dict) -> None:
+def check_model(where, data: dict, problem: str = f"not {common.MODEL_FILE}, or damaged") -> None:
     """Compares what best.pt says with the limits of bounds.py, then its weights with the shapes of the model
     that it describes, which has no storage, then their numbers.
 
-    Errors: ValueError naming the first that is damaged."""
-    damaged = f"{where}: not {common.MODEL_FILE}, or damaged"
+    Errors: ValueError naming the first that is damaged. problem: what its line says before that."""
+    damaged = f"{where}: {problem}"
     kinds = dict(model=dict, model_config=dict, conditioner_config=(dict, type(None)), assets=dict,
                  codec=dict, sampling=dict, segment_frames=int)
     for name, kind in kinds.items():
@@ -76,7 +76,7 @@ def check_model(where, data: dict) -> None:
                    dict(segment_frames=data["segment_frames"])):
         check_fields(damaged, fields)
     for name in ("name", "fingerprint"):
-        if not isinstance(codec[name], str):
+        if not isinstance(codec[name], str) or max(map(len, codec[name].split("/"))) > 255:
             raise ValueError(f"{damaged}: the {name} of its codec is {shown(codec[name])}")
     try:
         config = ModelConfig(**data["model_config"])
@@ -189,5 +189,5 @@ def read_published(path: str | Path, t5_folder: str | Path | None = None, codec:
         sampling={**SAMPLING, **found.sampling},
         segment_frames=math.ceil(round(found.segment_seconds * codec.sample_rate) / codec.hop),
         metrics={}, step=0, args={})
-    check_model(path, data)
+    check_model(path, data, "it makes no model")
     return data

@@ -11,6 +11,7 @@ import torch
 
 import data
 import generate
+import mutations
 import toy
 import train
 from evaluate import analyser, metrics
@@ -132,3 +133,52 @@ def test_weights_that_are_not_finite_are_named():
     for odd in (3, torch.zeros(3, dtype=torch.long), torch.zeros(3).to_sparse(), wide):
         with pytest.raises(ValueError, match="^here: its b "):
             bounds.check_finite("here", good | dict(b=odd))
+
+
+@pytest.fixture(name="campaign", scope="module")
+def campaign_fixture(tmp_path_factory):
+    """(good folders, {name: case})."""
+    good = mutations.make_good(tmp_path_factory.mktemp("good"))
+    return good, {case.name: case for case in mutations.all_cases(good)}
+
+
+def test_a_sample_of_the_campaign(campaign, tmp_path):
+    """Every field of every file by an absurd value; `python tests/mutations.py` tries them all."""
+    good, cases = campaign
+    assert len(cases) > 4000
+    endings = []
+    for i, case in enumerate([*cases.values()][:50]):
+        place = tmp_path / str(i)
+        place.mkdir()
+        endings.append(mutations.run_case(case, good, place))
+    assert sum(ending.startswith("refused") for ending in endings) > 20
+
+
+@pytest.mark.parametrize("name, says", [
+    ("hf_text/config.json: decoder.num_hidden_layers = 1000000000", "its num_hidden_layers is 1000000000, a"),
+    ("hf_text/config.json: decoder.num_attention_heads = 0", "its num_attention_heads is 0"),
+    ("hf_text/config.json: decoder = None", "config.json is not that of a MusicGen"),
+    ("hf_text/config.json: decoder = 'x'", "config.json is not that of a MusicGen"),
+    ("hf_text/config.json: text_encoder.d_model = 1000000000", "its d_model is 1000000000"),
+    ("hf_text/codec: num_filters = 1000000000", "its num_filters is 1000000000"),
+    ("hf_text/codec: target_bandwidths = [1000000000]", "target_bandwidths is [1000000000]"),
+    ("hf_text/codec: upsampling_ratios = deep", "upsampling_ratios is [[[[[[[...]]]]]]]"),
+    ("hf_melody/config.json: chroma_length = 1000000000", "its chroma_length is 1000000000"),
+    ("package/state_dict.bin: transformer_lm.num_heads = 0", "its num_heads is 0"),
+    ("package/state_dict.bin: fuser = None", "its fuser has cross []"),
+    ("package/compression_state_dict.bin: seanet.n_filters = 1000000000", "its n_filters is 1000000000"),
+    ("package/t5: num_layers = 1000000000", "its num_layers is 1000000000"),
+    ("text.pt: segment_frames = 1000000000000", "its segment_frames is 1000000000000"),
+    ("text.pt: model_config.num_layers = 1000000000", "its num_layers is 1000000000"),
+    ("text.pt: model_config.delays = [1000000000]", "its delays is [1000000000]"),
+    ("style.pt: conditioner_config.style_bins = 1000000000", "its style_bins is 1000000000"),
+    ("codec.pt: config.rvq.n_q = 1000000000", "its n_q is 1000000000"),
+    ("codec.pt: config = None", "seanet and rvq were expected"),
+    ("text.pt: weights nan", "has 1 of"), ("codec.pt: weights inf", "has 1 of"),
+    ("hf_text: decoder. nan", "has 1 of"), ("hf_text: text_encoder. inf", "k.weight has 1 of"),
+    ("hf_text: audio_encoder. nan", "audio_encoder."), ("package/t5: weights nan", "t5/model.safetensors"),
+    ("package/state_dict.bin: weights nan", "has 1 of"), ("adapter: weights nan", "lora_A.weight has 1 of")])
+def test_what_is_absurd_is_named(campaign, tmp_path, name, says):
+    good, cases = campaign
+    ending = mutations.run_case(cases[name], good, tmp_path)
+    assert ending.startswith("refused") and says in ending
