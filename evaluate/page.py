@@ -145,12 +145,10 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def audio_uri(wav: Tensor, sample_rate: int) -> str:
     """Audio [C,N] as MP3, which every browser plays; as 16-bit FLAC at rates that MP3 has not."""
-    file, samples = io.BytesIO(), wav.clamp(-1, 1).T.numpy()
+    wav = wav.clamp(-1, 1)
     if sample_rate in MP3_RATES and "MP3" in soundfile.available_formats():
-        soundfile.write(file, samples, sample_rate, format="MP3", subtype="MPEG_LAYER_III")
-        return data_uri("audio/mpeg", file.getvalue())
-    soundfile.write(file, samples, sample_rate, format="FLAC", subtype="PCM_16")
-    return data_uri("audio/flac", file.getvalue())
+        return data_uri("audio/mpeg", audio.encode_audio(wav, sample_rate, "mp3", "MPEG_LAYER_III"))
+    return data_uri("audio/flac", audio.encode_audio(wav, sample_rate, "flac", "PCM_16"))
 
 
 def picture_uri(level: Tensor) -> str:

@@ -5,9 +5,10 @@ Legend: C channels, N samples.
 """
 
 import functools
-import io
 import math
+import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +155,24 @@ def check_rate(path, rate: int, wanted: int) -> None:
         raise ValueError(f"{path}: absurd sample rate: {rate} Hz cannot be resampled to {wanted} Hz")
 
 
+def encode_audio(wav: torch.Tensor, sample_rate: int, kind: str, subtype: str | None = None) -> bytes:
+    """The bytes of an audio file of wav [C, N]. Errors: soundfile.SoundFileError.
+
+    Into memory, because libsndfile does not say why a disk refuses; and by a file descriptor. Into a Python
+    object it would write through calls of Python, and a signal that raises in there is lost and leaves
+    libsndfile's memory corrupt (soundfile 0.14.0)."""
+    samples = wav.T.numpy()                                                         # [N, C]
+    in_memory = hasattr(os, "memfd_create")                                         # on Linux
+    with open(os.memfd_create("audio"), "w+b") if in_memory else tempfile.TemporaryFile() as file:
+        with soundfile.SoundFile(file.fileno(), "w", sample_rate, samples.shape[1], subtype, format=kind,
+                                 closefd=False) as encoder:
+            # libsndfile crashes on a long OGG in one piece
+            for start in range(0, len(samples), sample_rate):
+                encoder.write(samples[start:start + sample_rate])
+        file.seek(0)
+        return file.read()
+
+
 def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
     """Writes wav [C, N]; the suffix is the format, in 16 bits where it has a choice.
 
@@ -175,17 +194,11 @@ def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
         subtype, wav = "PCM_16", (wav * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).short()
     else:
         subtype, wav = None, wav.clamp(-1, 1)
-    samples = wav.T.numpy()                                                         # [N, C]
-    content = io.BytesIO()                     # libsndfile does not say why a disk refuses
     try:
-        with soundfile.SoundFile(content, "w", sample_rate, samples.shape[1], subtype,
-                                 format=suffix[1:]) as file:
-            # libsndfile crashes on a long OGG in one piece
-            for start in range(0, len(samples), sample_rate):
-                file.write(samples[start:start + sample_rate])
+        content = encode_audio(wav, sample_rate, suffix[1:], subtype)
     except soundfile.SoundFileError as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
-    common.write_atomically(path, lambda file: file.write(content.getbuffer()))
+    common.write_atomically(path, lambda file: file.write(content))
 
 
 def write_clip(path: Path, wav: torch.Tensor, sample_rate: int, record: dict) -> None:

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 
 import faults
 import train
-from support import checkpoint, common, signals
+from evaluate import page
+from support import audio, checkpoint, common, signals
 from support.distributed import Ranks
 
 HERE = Path(__file__).parent.parent
@@ -275,3 +277,22 @@ def test_signals_wait_for_what_must_be_whole():
         with pytest.raises(signals.Stopped, match="SIGINT"):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("write", ("file", "page"))
+def test_a_signal_while_sound_is_written_is_obeyed(write, tmp_path, capfd):
+    """At once, wherever it strikes: no library calls Python in between, which could not pass it on."""
+    wav = torch.rand(1, 16_000 * 30) - 0.5
+    for milliseconds in range(1, 30):
+        with signals.Stop() as stop:
+            timer = threading.Timer(milliseconds / 1000, os.kill, (os.getpid(), signal.SIGTERM))
+            with pytest.raises(signals.Stopped):
+                timer.start()
+                for _ in range(50):
+                    if write == "page":
+                        page.audio_uri(wav, 16_000)
+                    else:
+                        audio.write_audio(tmp_path / "a.flac", wav, 16_000)
+            timer.join()
+        assert stop.requested == "SIGTERM"
+    assert capfd.readouterr().err == "" and {p.name for p in tmp_path.iterdir()} <= {"a.flac"}
