@@ -206,12 +206,14 @@ class ToyDataset(SegmentDataset):
 
     def example(self, epoch: int, index: int) -> Example:
         """The clip of (seed, epoch, index)."""
-        made = toy.make_clip(self.seed, epoch if self.split == "train" else 0, index, self.split)
+        training = self.split == "train"
+        made = toy.make_clip(self.seed, epoch if training else 0, index, self.split, anywhere=training)
         wav = torch.from_numpy(toy.pan(made.wav, made.clip, self.channels))  # [C, n]
         wav = audio.resample(wav, toy.SAMPLE_RATE, self.sample_rate)
         meta = {"description": made.text, "toy": asdict(made.clip)}
+        start_seconds = made.clip.start * toy.GRID / toy.SAMPLE_RATE
         return Example(segment_frames=self.segment_frames, meta=meta, path=f"toy:{self.split}/{index}",
-                       index=index, start_seconds=0.0, **self.content_of_audio(wav))
+                       index=index, start_seconds=start_seconds, **self.content_of_audio(wav))
 
     def metadata(self, limit: int = 4000) -> list:
         """Captions of the first clips."""

@@ -23,6 +23,9 @@ composes attributes or recalls clips. There are 2,160 combinations for a reason:
 learned by heart which ones exist, and played one of those when asked for another. A clip is a function of
 (seed, epoch, index): data are fresh in every epoch and take no disk.
 
+Half of the clips of training begin anywhere in their piece. Long music is generated in windows, which begin
+anywhere too: a model that knows the beat by its place in the clip alone would lose it there.
+
 Legend: C channels, N samples (16 kHz).
     python toy.py                    prints captions, and what each clip plays
 """
@@ -40,6 +43,7 @@ SAMPLE_RATE = 16_000                                    # Hz
 CLIP_SECONDS = 1.6
 GRID = 320                                              # samples in 20 ms
 SPLITS = ("train", "valid", "heldout")
+START_STREAM = 16                                       # of random numbers: where a clip begins
 
 INSTRUMENTS = ("flute", "chip", "pluck", "bell", "organ")
 BEAT_FRAMES = {"slow": 32, "medium": 20, "fast": 12}    # a beat in frames of 20 ms: 94, 150, 250 bpm
@@ -81,13 +85,15 @@ CASES = (str, str.lower, str.upper, str.title, lambda text: text[0].upper() + te
 
 @dataclass(frozen=True)
 class Clip:
-    """What a toy clip plays: a value of each attribute; the tune in semitones over the root, one a beat."""
+    """What a toy clip plays: a value of each attribute; the tune in semitones over the root, one a beat;
+    the frame of the piece at which it begins."""
     instrument: str
     tempo: str
     root: str
     register: str
     drums: str
     tune: tuple
+    start: int = 0
 
     def attributes(self) -> dict:
         """The captioned attributes as {name: value}."""
@@ -180,7 +186,8 @@ def drum(name: str) -> np.ndarray:
 
 def render(clip: Clip, seconds: float = CLIP_SECONDS) -> np.ndarray:
     """Audio of a clip, float32 [N] at 16 kHz; a tune shorter than the clip starts again."""
-    N = int(seconds * SAMPLE_RATE)
+    skipped = clip.start * GRID                         # samples
+    N = skipped + int(seconds * SAMPLE_RATE)
     wav = np.zeros(N, np.float32)
     beat = BEAT_FRAMES[clip.tempo] * GRID               # samples
     held = beat // 2
@@ -194,7 +201,7 @@ def render(clip: Clip, seconds: float = CLIP_SECONDS) -> np.ndarray:
         if clip.drums in (hit, "both"):
             struck = drum(hit)[: N - start]
             wav[start:start + len(struck)] += struck
-    return wav
+    return wav[skipped:]
 
 
 def pan(wav: np.ndarray, clip: Clip, channels: int) -> np.ndarray:
@@ -207,9 +214,13 @@ def pan(wav: np.ndarray, clip: Clip, channels: int) -> np.ndarray:
     return np.stack([4 * tune + 2 * drums, 2 * tune + 4 * drums]) / 3                     # [2, N]
 
 
-def make_clip(seed: int, epoch: int, index: int, split: str = "train") -> RenderedClip:
-    """Clip number `index` of an epoch, rendered. Errors: see `draw_clip`."""
+def make_clip(seed: int, epoch: int, index: int, split: str = "train", anywhere=False) -> RenderedClip:
+    """Clip number `index` of an epoch, rendered; if `anywhere`, every other one from any frame of its piece
+    on. Errors: see `draw_clip`."""
     clip, text = draw_clip(seed, epoch, index, split)
+    if anywhere and index % 2:
+        rng = common.random_generator(seed, START_STREAM, SPLITS.index(split), epoch, index)
+        clip = replace(clip, start=int(rng.integers(len(clip.tune) * BEAT_FRAMES[clip.tempo])))
     return RenderedClip(render(clip), text, clip)
 
 

@@ -199,7 +199,8 @@ class Analyser:
         generator = torch.Generator().manual_seed(seed)
         features, labels = [], []
         for i, start in enumerate(range(0, clips, 32)):          # small pieces: large ones thrash memory
-            made = [toy.make_clip(seed, 10**6, index) for index in range(start, min(start + 32, clips))]
+            made = [toy.make_clip(seed, 10**6, index, anywhere=True)
+                    for index in range(start, min(start + 32, clips))]
             wav = torch.from_numpy(np.stack([m.wav for m in made]))
             wav = (wav, degrade(wav, generator), through(wav))[i % 3]
             wav = RMS * wav / wav.square().mean(1, keepdim=True).sqrt()

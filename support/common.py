@@ -286,7 +286,8 @@ def random_generator(*key: int) -> np.random.Generator:
     """A random generator that is a function of its key alone, such as (seed, stream, step, sample).
 
     A stream is a number that keeps uses of one seed apart. Taken: 1 order of files, 2 places of segments
-    (data.py), 11 dropping conditions, 12 text, 13 dropout in the model, 14 style, 15 melody."""
+    (data.py), 11 dropping conditions, 12 text, 13 dropout in the model, 14 style, 15 melody, 16 where a toy
+    clip begins."""
     return np.random.default_rng(key)
 
 

@@ -128,7 +128,7 @@ GROUPS = {
         Flag("evaluate_every", "epochs between evaluations; 0: only at the end",
              int, toy=0, audio=25, range="natural", overfit=0, may_change=True),
         Flag("generate_every", "epochs between samples; 0: only at the end",
-             int, toy=6, audio=25, range="natural", may_change=True),
+             int, toy=12, audio=25, range="natural", may_change=True),
         Flag("eval_samples", "clips generated for evaluation (toy: of each kind)",
              int, 128, range=(1, 100_000), may_change=True),
         Flag("generate_samples", "samples written by the generate stage",

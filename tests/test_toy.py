@@ -1,8 +1,11 @@
 """The toy music is a function of (seed, epoch, index); its captions say what it plays."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+import data
 import toy
 
 
@@ -11,6 +14,22 @@ def test_deterministic_and_fresh():
     assert np.array_equal(a.wav, b.wav) and a.text == b.text and a.clip == b.clip
     assert not np.array_equal(a.wav, c.wav)
     assert a.wav.shape == (25_600,) and a.wav.dtype == np.float32 and np.abs(a.wav).max() <= 1
+
+
+def test_training_clips_begin_anywhere_in_their_piece():
+    """Every other one, the audio of the piece from there on; without being asked, none."""
+    for i in range(40):
+        clip = toy.draw_clip(1, 0, i)[0]
+        assert toy.make_clip(1, 0, i).clip.start == 0
+        made = toy.make_clip(1, 0, i, anywhere=True)
+        piece = toy.render(clip, toy.CLIP_SECONDS + 8 * 0.64)
+        start = made.clip.start * toy.GRID
+        assert np.array_equal(made.wav, piece[start:start + 25_600])
+    codec = SimpleNamespace(sample_rate=16_000, channels=1, hop=320)
+    starts = {split: [data.ToyDataset(0, split, codec).example(0, i).start_seconds for i in range(100)]
+              for split in ("train", "valid")}
+    assert 45 < np.count_nonzero(starts["train"]) <= 50 and len(set(starts["train"])) > 40
+    assert not any(starts["valid"])                              # the figures of validation stay comparable
 
 
 def test_held_out_combinations_never_appear_in_training():
