@@ -68,7 +68,7 @@ GROUPS = {
     ),
     "optimization": (
         Flag("epochs", "epochs; an epoch ends with validation and a checkpoint",
-             int, toy=12, audio=100, range=(1, 1_000_000), overfit=1, may_change=True),
+             int, toy=24, audio=100, range=(1, 1_000_000), overfit=1, may_change=True),
         Flag("updates_per_epoch", "optimizer steps an epoch",
              int, toy=100, audio=500, range=(1, 10_000_000), overfit=200),
         Flag("batch_size", "samples an update, over all ranks and micro-batches",
