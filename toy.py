@@ -209,7 +209,7 @@ def pan(wav: np.ndarray, clip: Clip, channels: int) -> np.ndarray:
     each twice as loud (6 dB) on its side as on the other; the mean of both is the mono audio."""
     if channels == 1:
         return wav[None]                                                                  # [1, N]
-    tune = render(replace(clip, drums="no"))                                              # [N]
+    tune = render(replace(clip, drums="no"), len(wav) / SAMPLE_RATE)                      # [N]
     drums = wav - tune                                                                    # [N]
     return np.stack([4 * tune + 2 * drums, 2 * tune + 4 * drums]) / 3                     # [2, N]
 

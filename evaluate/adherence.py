@@ -32,18 +32,18 @@ from support import audio, chroma
 FIRST_CLIP, FIRST_OTHER_CLIP = 100_000, 200_000          # indices far from those that validation reads
 
 
-def render_clips(clips: list, codec) -> Tensor:
+def render_clips(clips: list, codec, seconds: float = toy.CLIP_SECONDS) -> Tensor:
     """Toy clips as a codec takes them: [B,C,N] at its rate."""
-    wav = torch.from_numpy(np.stack([toy.pan(toy.render(clip), clip, codec.channels) for clip in clips]))
-    return audio.resample(wav, toy.SAMPLE_RATE, codec.sample_rate)                # [B, C, N]
+    wavs = [toy.pan(toy.render(clip, seconds), clip, codec.channels) for clip in clips]
+    return audio.resample(torch.from_numpy(np.stack(wavs)), toy.SAMPLE_RATE, codec.sample_rate)   # [B, C, N]
 
 
-def render_through_codec(clips: list, codec) -> Tensor:
+def render_through_codec(clips: list, codec, seconds: float = toy.CLIP_SECONDS) -> Tensor:
     """Toy clips through the codec and back: [B,C,N] at its rate."""
     device = next(codec.parameters()).device
     parts = []
     for i in range(0, len(clips), 16):
-        wav = render_clips(clips[i:i + 16], codec).to(device)
+        wav = render_clips(clips[i:i + 16], codec, seconds).to(device)
         parts.append(codec.decode(codec.encode(wav)).cpu())
     return torch.cat(parts)                                                                       # [B, C, N]
 
@@ -85,6 +85,36 @@ def measure_adherence(music, split: str, n: int, seed: int, *, batch: int = 64, 
             reach = (generated[name] - chance) / (ceiling[name] - chance)
         result[name] = dict(generated=generated[name], ceiling=ceiling[name], chance=chance,
                             shuffled=shuffled[name], none=none, reach=reach)
+    return result
+
+
+def measure_long(music, split: str, n: int, seed: int, seconds: float, batch: int = 64) -> dict:
+    """What is heard along n pieces of so many seconds: {"from 0 s": {attribute: accuracy}, ..}.
+
+    A row is the length of a toy clip, from each whole second on; "codec" are rendered pieces through the
+    codec, the mean of all rows. Errors: ValueError for less than a clip."""
+    if seconds < toy.CLIP_SECONDS:
+        raise ValueError(f"--seconds {seconds:g}: at least a toy clip, {toy.CLIP_SECONDS:g} s")
+    drawn = [toy.draw_clip(seed, 0, FIRST_CLIP + i, split) for i in range(n)]
+    asked, rate = [clip.attributes() for clip, _ in drawn], music.codec.sample_rate
+    starts = range(int(seconds - toy.CLIP_SECONDS) + 1)
+
+    def hear_along(wav: Tensor) -> list:
+        """What is heard from each start on, of each piece of [b,C,N]: [starts][b]."""
+        length = round(toy.CLIP_SECONDS * rate)
+        return [analyser.hear(wav[..., start * rate:start * rate + length], rate) for start in starts]
+
+    heard, coded = [[] for _ in starts], [[] for _ in starts]
+    for i in range(0, n, batch):
+        clips, texts = zip(*drawn[i:i + batch])
+        made = music.generate(texts, seconds, seed, first=i)                                      # [b, C, N]
+        real = render_through_codec(clips, music.codec, seconds)
+        for rows, wav in ((heard, made), (coded, real)):
+            for row, part in zip(rows, hear_along(wav)):
+                row += part
+    result = {f"from {start} s": analyser.accuracy(row, asked) for start, row in zip(starts, heard)}
+    ceilings = [analyser.accuracy(row, asked) for row in coded]
+    result["codec"] = {name: float(np.mean([row[name] for row in ceilings])) for name in toy.VALUES}
     return result
 
 

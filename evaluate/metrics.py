@@ -169,6 +169,16 @@ def compare_conditions(args: argparse.Namespace) -> None:
     print(adherence.rows_table(rows, f"{args.n} clips, given"))
 
 
+def follow_long(args: argparse.Namespace) -> None:
+    """Prints what is heard in each second of long pieces of --run. Errors: ValueError."""
+    music = generate.MusicGenerator.load(args.run)
+    if not adherence.has_text(music):
+        raise ValueError(f"{args.run}: this model was trained without text, "
+                         "so there are no captions to follow")
+    rows = adherence.measure_long(music, args.split, args.n, args.seed, args.seconds)
+    print(adherence.rows_table(rows, f"{args.n} pieces, {args.seconds:g} s"))
+
+
 def compare_sampling(args: argparse.Namespace) -> None:
     """Prints a line of adherence for each combination of sampling settings. Errors: ValueError."""
     grid = [generate.Sampling(*point) for point in
@@ -244,6 +254,7 @@ def metrics_parser() -> argparse.ArgumentParser:
     group("--top_p", type=float, nargs="+", default=[0.0], help="masses of likeliest codes; 0 is off")
     group("--conditions", action="store_true", help="of --run: given some conditions, what its clips follow")
     group("--table", action="store_true", help="of --run: its clips beside real, coded, untrained ones")
+    group("--seconds", type=float, help="of --run: what is heard along pieces as long as this")
     group("--split", default="valid", choices=("valid", "heldout"), help="of the captions")
     group("--n", type=int, default=128, help="clips")
     group("--seed", type=int, default=1, help="of the captions and the sampling")
@@ -262,13 +273,16 @@ def main(argv: list | None = None) -> None:
         return compare_folders(args)
     check_flag_number("n", args.n, 1, 100_000)
     check_flag_number("seed", args.seed, 0, 2 ** 31 - 1)
-    for name in ("table", "conditions"):
+    for name in ("table", "conditions", "seconds"):
         if getattr(args, name) and not args.run:
             raise ValueError(f"--{name}: of which model? Give --run")
     if args.table:
         return compare_untrained(args)
     if args.conditions:
         return compare_conditions(args)
+    if args.seconds is not None:
+        check_flag_number("seconds", args.seconds, 0, 600)
+        return follow_long(args)
     if args.run:
         return compare_sampling(args)
     return measure_analyser(args)

@@ -1,11 +1,14 @@
 """The analyser hears clean toy clips and refuses what is none."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+import tokenizer
 import toy
-from evaluate import analyser
+from evaluate import adherence, analyser
 
 ANALYSER = analyser.Analyser()
 
@@ -51,3 +54,19 @@ def test_tune_accuracy():
     other = [heard(m, o.clip) for m, o in zip(made, made[1:] + made[:1])]
     assert np.mean(right) > 0.97 and np.mean(other) < 0.3, (np.mean(right), np.mean(other))
     assert analyser.tune_accuracy(torch.zeros(25_600), made[0].clip) == 0
+
+
+def test_what_is_heard_along_a_piece():
+    """Pieces that play what was asked for three seconds, then nothing."""
+    def generate(texts, seconds, seed, first):
+        drawn = [toy.draw_clip(seed, 0, adherence.FIRST_CLIP + first + i, "valid") for i in range(len(texts))]
+        assert [text for _, text in drawn] == list(texts)
+        wav = np.stack([toy.render(clip, seconds) for clip, _ in drawn])[:, None]
+        wav[..., 3 * toy.SAMPLE_RATE:] = 0
+        return torch.from_numpy(wav)
+
+    music = SimpleNamespace(generate=generate, codec=tokenizer.load_codec("toy", None, "cpu", 1))
+    rows = adherence.measure_long(music, "valid", 12, 1, 4.7, batch=8)
+    assert list(rows) == ["from 0 s", "from 1 s", "from 2 s", "from 3 s", "codec"]
+    assert rows["from 0 s"]["tempo"] == rows["from 1 s"]["drums"] == 1 and rows["codec"]["drums"] > 0.9
+    assert set(rows["from 3 s"].values()) == {0}

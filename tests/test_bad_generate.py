@@ -142,6 +142,8 @@ REFUSED = {
     "metrics: run missing": ("metrics --run no/such", "no/such", "no best.pt"),
     "metrics: run is a pickle": ("metrics --run @best_pickle", "best_pickle", "not a model"),
     "metrics: run without text": ("metrics --run @mute --n 1", "without text"),
+    "metrics: pieces of no length": ("metrics --run @model --seconds 0", "--seconds 0", "a toy clip, 1.6 s"),
+    "metrics: pieces of no model": ("metrics --seconds 8", "--seconds", "Give --run"),
     "metrics: no clips": ("metrics --run @model --n 0", "--n 0", "at least 1"),
     "metrics: no clips of a codec": ("metrics --n 0", "--n 0", "at least 1"),
     "metrics: negative seed": ("metrics --n 1 --seed -1", "--seed -1", "at least 0"),
