@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import torch
 
-from conditioning import vocabulary_size
 from support.common import tensor_to_bytes
 from interop import t5
 from interop.encodec import codec_to_hf
 from interop.tensors import TensorFiles, check_shapes, open_hf_folder, write_safetensors
+from interop.tokenizer_json import tokenizer_json
 from support import chroma, common
 from support.bounds import check_fields, shown
 
@@ -231,7 +231,8 @@ def write_hf(data: dict, codec, folder: Path) -> None:
         ffn_dim=config["dim"] * config["hidden_scale"], num_hidden_layers=config["num_layers"],
         num_attention_heads=config["num_heads"], num_codebooks=config["K"], audio_channels=codec.streams,
         activation_function="gelu", scale_embedding=False, dropout=config["dropout"],
-        pad_token_id=config["card"], bos_token_id=config["card"], tie_word_embeddings=False)
+        pad_token_id=config["card"], bos_token_id=config["card"], decoder_start_token_id=config["card"],
+        tie_word_embeddings=False)
     whole = dict(architectures=[f"{kind}ForConditionalGeneration"], model_type=model_type,
                  is_encoder_decoder=not melody, torch_dtype="float32", text_encoder=t5.t5_config(conditioner),
                  audio_encoder=codec_config, decoder=decoder,
@@ -242,13 +243,13 @@ def write_hf(data: dict, codec, folder: Path) -> None:
     generation = _generation_config(data, melody, codec.levels)
     common.write_json(folder / "generation_config.json", generation, indent=2)
 
-    # the tokenizer of the text: T5 has 100 pieces <extra_id_N> that no text has, if there is room for them
+    # the tokenizer of the text; what reads a T5Tokenizer finds no <extra_id_N> after its pieces
     common.write_atomically(folder / "spiece.model", lambda file: file.write(pieces))
-    extra = 100 if conditioner["text_vocab"] - vocabulary_size(pieces) >= 100 else 0
+    common.write_json(folder / "tokenizer.json", tokenizer_json(pieces))
     tokenizer_config = dict(
-        tokenizer_class="T5Tokenizer", extra_ids=extra, legacy=True, pad_token="<pad>", eos_token="</s>",
-        unk_token="<unk>", model_max_length=conditioner["text_max_tokens"],
-        additional_special_tokens=[f"<extra_id_{i}>" for i in range(extra)])
+        tokenizer_class="PreTrainedTokenizerFast", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=conditioner["text_max_tokens"], model_input_names=["input_ids", "attention_mask"],
+        split_special_tokens=True, clean_up_tokenization_spaces=False, extra_ids=0)
     common.write_json(folder / "tokenizer_config.json", tokenizer_config, indent=2)
 
     # the processor of the audio: what to continue, or of a melody model what to follow
@@ -268,10 +269,12 @@ def write_hf(data: dict, codec, folder: Path) -> None:
 
 def _generation_config(data: dict, melody: bool, levels: int) -> dict:
     """transformers' defaults of generation: as the run has them, over a training window."""
-    sampling, special = data["sampling"], data["model_config"]["card"]
+    sampling, special, frames = data["sampling"], data["model_config"]["card"], data["segment_frames"]
+    # Both lengths are the same: transformers 5 adds the first token to max_length alone, and the pipeline of
+    # 4.57 reads no other.
     config = dict(do_sample=sampling["temperature"] > 0, guidance_scale=sampling["cfg"],
-                  max_length=data["segment_frames"] + levels, bos_token_id=special, pad_token_id=special,
-                  decoder_start_token_id=special)
+                  max_length=frames + levels, max_new_tokens=frames + levels - 1, bos_token_id=special,
+                  pad_token_id=special, decoder_start_token_id=special)
     if config["do_sample"]:
         config |= dict(temperature=sampling["temperature"], top_k=sampling["top_k"])
         if sampling["top_p"] > 0:

@@ -7,13 +7,11 @@
 The names of its tensors stand in huggingface.py beside those of the language model.
 """
 
-import base64
-import re
 import reprlib
-import struct
 from pathlib import Path
 
 from conditioning import vocabulary_size
+from interop.tokenizer_json import sentencepiece_model
 from support import common
 from support.bounds import check_fields, shown
 
@@ -67,7 +65,7 @@ def read_vocabulary(folder: Path) -> bytes:
         pieces = path.read_bytes()
     elif (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
-        pieces = _sentencepiece_model(path)
+        pieces = sentencepiece_model(path)
     else:
         command = f"hf download google-t5/t5-base spiece.model --local-dir {folder}"
         raise ValueError(f"{path}: no such file: the sentencepiece model of T5 was expected, "
@@ -77,51 +75,3 @@ def read_vocabulary(folder: Path) -> bytes:
     except Exception as error:                 # a foreign file can fail in any way
         raise ValueError(f"{path}: not a sentencepiece model ({common.describe_error(error)})") from None
     return pieces
-
-
-def _sentencepiece_model(path: Path) -> bytes:
-    """The sentencepiece model that a tokenizer.json was made from.
-
-    Errors: ValueError for a vocabulary of another kind."""
-    content = common.read_json(path)
-    try:
-        model, normalizer = content["model"], content["normalizer"]
-        if model["type"] != "Unigram" or model["unk_id"] != 2:
-            raise ValueError(f"of {model['type']} with unk_id {model['unk_id']}")
-        steps = normalizer.get("normalizers", [normalizer])
-        table = next(step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled")
-        pieces = [(piece, score) for piece, score in model["vocab"]
-                  if not re.fullmatch(r"<extra_id_\d+>", piece)]                 # no text has these
-        if [piece for piece, _ in pieces[:3]] != ["<pad>", "</s>", "<unk>"]:
-            raise ValueError(f"begins with {[piece for piece, _ in pieces[:3]]}")
-
-        # sentencepiece's ModelProto: field 1 is a piece (text, log-probability, kind), once for each
-        fields = []
-        for i, (piece, score) in enumerate(pieces):
-            kind = (3, 3, 2)[i] if i < 3 else 1          # control, control, unknown; then pieces of text
-            fields.append(_field(1, _field(1, piece.encode()) + _field(2, float(score)) + _field(3, kind)))
-        # 2: the settings of its training: a Unigram; the ids of unknown, begin (none), end and padding
-        ids = _field(40, 2) + _field(41, -1) + _field(42, 1) + _field(43, 0)
-        fields.append(_field(2, _field(3, 1) + ids))
-        # 3: normalization by a table; then a space in front, no double spaces, "▁" for a space
-        switches = _field(3, 1) + _field(4, 1) + _field(5, 1)
-        fields.append(_field(3, _field(1, b"nmt_nfkc") + _field(2, base64.b64decode(table)) + switches))
-        return b"".join(fields)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration, struct.error,
-            RecursionError) as error:
-        raise ValueError(f"{path}: not the vocabulary of T5 ({common.describe_error(error)}): "
-                         "pieces of a Unigram that begin with <pad>, </s>, <unk> were expected") from None
-
-
-def _field(number: int, value) -> bytes:
-    """A field of a protocol buffer, in which sentencepiece writes its models: an int, a float or bytes."""
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value & (1 << 64) - 1)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    """A number in groups of seven bits, the low ones first, each but the last marked."""
-    return bytes([value & 127 | 128]) + _varint(value >> 7) if value > 127 else bytes([value])

@@ -12,6 +12,7 @@ from interop import convert
 try:
     import transformers
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()          # the tests count lines
 except ImportError:
     transformers = None
 VERSION = "4.57.1"
@@ -33,8 +34,9 @@ def randomize(module: torch.nn.Module) -> None:
 
 def published(channels=1, width=32, melody=False, **t5):
     """transformers' Musicgen, or its MusicgenMelody with melodies of 20 frames, with random weights."""
-    text = transformers.T5Config(vocab_size=80, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
-                                 relative_attention_num_buckets=8, relative_attention_max_distance=20, **t5)
+    shape = dict(vocab_size=360, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
+                 relative_attention_num_buckets=8, relative_attention_max_distance=20)
+    text = transformers.T5Config(**shape | t5)
     codec = transformers.EncodecConfig(target_bandwidths=[1.0], sampling_rate=16000, hidden_size=16,
                                        num_filters=4, codebook_size=32, upsampling_ratios=[8, 5, 4, 2],
                                        use_causal_conv=False, use_conv_shortcut=False)
@@ -44,7 +46,8 @@ def published(channels=1, width=32, melody=False, **t5):
         num_codebooks=4 * channels, audio_channels=channels, pad_token_id=32, bos_token_id=32)
     torch.manual_seed(0)
     more = dict(chroma_length=20) if melody else {}
-    config = getattr(transformers, f"{kind}Config").from_sub_models_config(text, codec, decoder, **more)
+    parts = dict(text_encoder=text, audio_encoder=codec, decoder=decoder)
+    config = getattr(transformers, f"{kind}Config")(**{k: v.to_dict() for k, v in parts.items()}, **more)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     # as beside the public weights
     model.generation_config.update(decoder_start_token_id=32, bos_token_id=32, pad_token_id=32)
@@ -84,13 +87,13 @@ def tuned_fixture(request, tmp_path_factory):
 def greedy(theirs, ids, mask, T: int, guidance: float = 3.0, **given) -> torch.Tensor:
     """Codes [B,K,T] that transformers generates.
 
-    A sequence of T frames has T + levels steps with the first, which is special."""
+    A sequence of T frames has T + levels steps with the first, which is special and not new."""
     channels, K = theirs.config.decoder.audio_channels, theirs.config.decoder.num_codebooks
     seen, decode = [], theirs.audio_encoder.decode
     theirs.audio_encoder.decode = lambda codes, **kwargs: seen.append(codes[0]) or decode(codes, **kwargs)
     try:
         theirs.generate(input_ids=ids, attention_mask=mask.long(), do_sample=False, guidance_scale=guidance,
-                        max_length=T + K // channels, **given)
+                        max_new_tokens=T + K // channels - 1, **given)
     finally:
         del theirs.audio_encoder.decode
     return torch.stack(seen, 2).flatten(1, 2)  # [B, K, T]

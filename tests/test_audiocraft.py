@@ -87,7 +87,7 @@ def test_package_in_and_out(channels, melody, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert convert.main([str(tmp_path / "nano"), "--to", "audiocraft", "--out", str(tmp_path / "no")]) == 2
     assert "fetches by name" in capsys.readouterr().err
-    monkeypatch.setitem(PUBLISHED_T5, (24, 2, 3, 8, 40, 80), "t5-tiny")
+    monkeypatch.setitem(PUBLISHED_T5, (24, 2, 3, 8, 40, 360), "t5-tiny")
     assert ("demucs" in write(tmp_path / "nano", "audiocraft", tmp_path / "out", capsys)) == melody
     back = load.read_published(tmp_path / "out", t5)
     assert back["model_config"] == found["model_config"] and back["segment_frames"] == 1500

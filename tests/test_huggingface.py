@@ -61,7 +61,7 @@ def test_codec(pair, samples):
     codec = tokenizer.load_codec(str(folder))
     wav = torch.randn(3, 1, samples, generator=torch.Generator().manual_seed(samples)) * 0.3
     codes = theirs.audio_encoder.encode(wav).audio_codes[0]
-    assert torch.equal(codec.encode(wav), codes) and len(codes.unique()) > 5
+    assert torch.equal(codec.encode(wav), codes) and len(codes.unique()) > 4
     assert (codec.decode(codes) - theirs.audio_encoder.decode(codes[None], [None])[0]).abs().max() < 1e-5
     assert ours.codec.channels == ours.codec.streams == theirs.config.decoder.audio_channels
 
@@ -291,7 +291,7 @@ def test_vocabulary_from_tokenizer_json(tmp_path, capsys):
     texts = [toy.draw_clip(1, 0, i)[1] for i in range(200)]
     texts += ["ﬁne Ｔｅｘｔ ½ é — “x”", "  two   spaces", "日本 drums", "Émile ☃"]
     model, content = unigram([toy.draw_clip(0, 0, i)[1] for i in range(2000)] + ["ﬁne Ｔｅｘｔ é"] * 3)
-    folder = save(published(), tmp_path / "hf")
+    folder = save(published(vocab_size=80), tmp_path / "hf")
     (folder / "spiece.model").unlink()
     (folder / "tokenizer.json").write_text(json.dumps(content))
     fast = transformers.T5TokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from model import ModelConfig
 
 INSTALL = {
-    "transformers": "pip install transformers==4.57.1",
+    "transformers": "pip install transformers",
     "audiocraft": "pip install transformers==4.57.1 wheel && pip install --no-deps --no-build-isolation "
                   "audiocraft==1.3.0 omegaconf antlr4-python3-runtime==4.9.3 julius",
 }
@@ -88,7 +88,8 @@ def transformers_peer(config: ModelConfig, B: int, L: int, device: str, cfg: flo
         vocab_size=config.card, hidden_size=config.dim, num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads, ffn_dim=config.dim * config.hidden_scale, num_codebooks=K,
         dropout=0.0, pad_token_id=special, bos_token_id=special)
-    full = MusicgenConfig.from_sub_models_config(text, codec, decoder)
+    full = MusicgenConfig(text_encoder=text.to_dict(), audio_encoder=codec.to_dict(),
+                          decoder=decoder.to_dict())
     model = MusicgenForConditionalGeneration(full).to(device)
     backend = model.decoder.config._attn_implementation
     assert backend == "sdpa", backend
@@ -109,7 +110,7 @@ def transformers_peer(config: ModelConfig, B: int, L: int, device: str, cfg: flo
 
     def generate(T):
         return model.generate(input_ids=ids, attention_mask=mask, do_sample=True, guidance_scale=cfg,
-                              top_k=top_k, max_length=T + K)
+                              top_k=top_k, max_new_tokens=T + K - 1)
 
     return Peer("transformers", model, loss, generate)
 
