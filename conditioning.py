@@ -209,7 +209,7 @@ class Text(Condition):
         Flag("freeze_text_encoder", "leave the text encoder as it is (default: yes for published weights)",
              bool),
         Flag("text_vocab", "most pieces of the vocabulary fitted to the captions, beside the 256 bytes",
-             int, 2000, range="count"),
+             int, 2000, range="million"),
         Flag("word_dropout", "probability that a word of a caption is dropped",
              float, toy=0.0, audio=0.3, range="share", overfit=0.0),
         Flag("merge_text_p", "probability that metadata is merged into the caption",

@@ -265,6 +265,8 @@ def main():
                         help="two interleaved codebooks a level, left and right at one step")
     args = parser.parse_args()
     T, channels = args.T, 2 if args.stereo else 1
+    if args.K > 1024:
+        parser.error(f"--K {args.K}: at most 1024")
     K = args.K * channels
     level = [k // channels for k in range(K)]  # of each codebook: 0 0 1 1 .. in stereo
     coarse_then_fine = [min(k, 1) for k in level]

@@ -34,7 +34,7 @@ LIMITS = {
     "style_bins": (1, 1 << 20), "style_every": (1, 1 << 15), "style_norm": bool,
     "style_frames": (1, 1 << 15),
     # what else best.pt says: of its codec, its window, its sampling (generate.Sampling)
-    "levels": (1, 256), "segment_frames": (2, 1 << 20), "cfg": (-100.0, 100.0),
+    "levels": (1, 256), "segment_frames": (1, 1 << 20), "cfg": (-100.0, 100.0),
     "temperature": (0.0, 100.0), "top_k": (0, 1 << 20), "top_p": (0.0, 1.0), "cfg_style": (-100.0, 100.0),
     # a codec (tokenizer.build_networks)
     "sample_rate": (100, 1_000_000), "channels": (1, 16), "dimension": (1, 1 << 16), "n_filters": (1, 1024),

@@ -13,6 +13,7 @@ from support.bounds import check_flag_number
 RANGES = {                            # name: (test, what is allowed)
     "share": (lambda x: 0 <= x <= 1, "it lies between 0 and 1"),
     "count": (lambda x: 1 <= x <= 1e9, "at least 1, at most 1,000,000,000"),
+    "million": (lambda x: 1 <= x <= 1e6, "at least 1, at most 1,000,000"),
     "natural": (lambda x: 0 <= x <= 1e9, "at least 0, at most 1,000,000,000"),
     "positive": (lambda x: 0 < x < 1e4, "more than 0, less than 10000"),
     "clip": (lambda x: 0 < x <= 3600, "more than 0, at most 3600"),
