@@ -97,7 +97,7 @@ def measure_long(music, split: str, n: int, seed: int, seconds: float, batch: in
         raise ValueError(f"--seconds {seconds:g}: at least a toy clip, {toy.CLIP_SECONDS:g} s")
     drawn = [toy.draw_clip(seed, 0, FIRST_CLIP + i, split) for i in range(n)]
     asked, rate = [clip.attributes() for clip, _ in drawn], music.codec.sample_rate
-    starts = range(int(seconds - toy.CLIP_SECONDS) + 1)
+    starts = range(int(seconds - toy.CLIP_SECONDS + 1e-6) + 1)
 
     def hear_along(wav: Tensor) -> list:
         """What is heard from each start on, of each piece of [b,C,N]: [starts][b]."""
