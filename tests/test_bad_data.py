@@ -85,7 +85,7 @@ REFUSED = {
     "tokenizer: codec is a list": (
         "tokenizer @good.wav out.wav --codec @codec_list", "codec_list", "not a codec file"),
     "tokenizer: codec of another format": (
-        "tokenizer @good.wav out.wav --codec @codec_format", "codec_format", "'other'"),
+        "tokenizer @good.wav out.wav --codec @codec_format", "codec_format", "its format is other"),
     "tokenizer: codec without config": (
         "tokenizer @good.wav out.wav --codec @codec_no_config", "codec_no_config", "damaged"),
     "tokenizer: codec without weights": (

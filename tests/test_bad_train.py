@@ -111,7 +111,7 @@ REFUSED = {
     "train: share of a segment over 1": (
         "train --min_segment_ratio 1.5", "--min_segment_ratio 1.5", "between 0 and 1"),
     "train: share of a segment zero": ("train --min_segment_ratio 0", "--min_segment_ratio 0", "more than 0"),
-    "train: no codebooks": ("train --num_codebooks 0", "num_codebooks 0", "1 to 4"),
+    "train: no codebooks": ("train --num_codebooks 0", "num_codebooks 0", "at least 1"),
     "train: too many codebooks": ("train --num_codebooks 99", "num_codebooks 99", "1 to 4"),
     "train: vocabulary of one piece": ("train --text_vocab 1", "text_vocab 1", "characters"),
     "train: vocabulary smaller than the alphabet": ("train --text_vocab 9", "text_vocab 9", "characters"),

@@ -83,7 +83,7 @@ def test_log_has_flat_records(finished):
         assert wanted <= r.keys()
         assert abs(r["ce"] - sum(r[f"ce_q{k}"] for k in (1, 2, 3, 4)) / 4) < 1e-9
         assert abs(r["ppl"] - math.exp(r["ce"])) < 1e-6
-    assert steps[0]["ce"] == pytest.approx(math.log(256), abs=0.6)
+    assert steps[0]["ce"] == pytest.approx(math.log(256), abs=0.9)       # over it: --emb_std is 1
     assert steps[0]["lr"] > 0
     # an epoch's loss is the mean of its updates here, because all have equally many targets
     mean = sum(r["ce"] for r in steps if r["epoch"] == 2) / 3
