@@ -278,4 +278,5 @@ def test_the_file_draws_itself(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["patterns.py", "--T", "0"])
     with pytest.raises(SystemExit):
         patterns.main()
-    assert capsys.readouterr().err.splitlines()[-1].endswith("T (frames) is 0: at least 1 is needed")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(
+        "T (frames) is 0: at least 1, at most 2^20, and 2^24 codes are allowed")

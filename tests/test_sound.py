@@ -93,8 +93,8 @@ def test_a_part_of_a_file_is_that_of_the_whole(rate, suffix, tmp_path):
 
 
 def test_one_function_resamples():
-    for path in ROOT.rglob("*.py"):
-        if "tests" not in path.parts:
+    for folder in (".", "support", "evaluate", "interop", "tools"):
+        for path in (ROOT / folder).glob("*.py"):
             assert not re.search(r"functional\.resample|transforms\.Resample", path.read_text()), path
 
 

@@ -159,7 +159,7 @@ def test_drawn(capsys, monkeypatch):
 def test_toy_clips_are_panned(mono, stereo):
     """Tune to the left, drums to the right, their mean the mono clip; no drums: the left is louder."""
     for i in range(20):
-        x, y = (data.ToyDataset(0, "train", codec).example(0, i) for codec in (mono, stereo))
+        x, y = (data.ToyDataset(0, "valid", codec).example(0, i) for codec in (mono, stereo))
         assert y.wav.shape == (2, 25_600) and y.meta == x.meta
         assert np.abs(y.wav.mean(0) - x.wav[0]).max() < 1e-6
         if y.meta["toy"]["drums"] == "no":

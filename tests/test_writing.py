@@ -50,13 +50,24 @@ def code_of(command: str, otherwise: int) -> int:
 
 @contextlib.contextmanager
 def full_disk():
-    """No file may grow past 64 bytes: a real failure of write(2)."""
+    """No file may grow past 64 bytes: a real failure of write(2). But the memory that sound is encoded in."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
-    try:
-        yield
-    finally:
+    encode = audio.encode_audio
+
+    def encode_in_memory(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        try:
+            return encode(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audio, "encode_audio", encode_in_memory)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager
