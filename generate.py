@@ -186,12 +186,12 @@ def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, 
     training segment ends in its last frame, and the codec codes that frame as an ending: where the music goes
     on, the next window draws it again. Errors: ValueError if the stride leaves no frame to go on from."""
     if T > window and not 0 < stride < window - 1:
-        raise ValueError(f"stride {stride} frames: 1 to {window - 2}, two less than the window")
+        raise ValueError(f"stride {stride} in windows of {window} frames: no frame is left to go on from")
     codes = prompt
     if prompt is None:
         codes = torch.empty(len(values), model.config.K, 0, dtype=torch.long)
     given = codes.shape[2]
-    start = max(0, given - (window - 2))                             # of the window
+    start = 0 if T <= window else max(0, given - (window - 2))       # of the window
     while codes.shape[2] < T:
         kept, done = codes[..., start:], codes.shape[2] - given
         frames = min(window, T - start)
@@ -276,12 +276,11 @@ class MusicGenerator:
             prompt = self.codec.encode(F.pad(prompt.to(device), (silence, 0)))                  # [B, K, T']
             unheard, prompt = prompt.tensor_split([1 if silence else 0], 2)   # only real audio is continued
             T -= unheard.shape[2]
-        window_seconds = self.window / frame_rate
-        if stride_seconds is not None and not 0 < stride_seconds < window_seconds:
-            raise ValueError(f"--stride {stride_seconds:g}: more than 0, less than the window of "
-                             f"{window_seconds:g} s")
-        stride = 0.6 * self.window if stride_seconds is None else round(stride_seconds * frame_rate)
-        stride = max(1, min(int(stride), self.window - 2))                                      # frames
+        stride = 0.6 * self.window if stride_seconds is None else stride_seconds * frame_rate       # frames
+        if stride_seconds is not None and not 0 < stride < self.window - 1.5:
+            raise ValueError(f"--stride {stride_seconds:g}: more than 0, and two frames of "
+                             f"{1 / frame_rate:g} s less than the window of {self.window / frame_rate:g} s")
+        stride = max(1, int(stride) if stride_seconds is None else round(stride))
         noise = Noise(seed, range(first, first + len(values)), device)
         codes = generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
                               stride=stride, noise=noise, prompt=prompt, progress=progress, dtype=self.dtype)
@@ -437,8 +436,7 @@ def read_values(music: MusicGenerator, requests: list) -> list:
 
 
 def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling:
-    """The run's own settings, but for those given. Errors: ValueError, also for seconds, seed
-    and number."""
+    """The run's own settings, but for those given. Errors: ValueError, also for seconds, seed and first."""
     if args.seconds is not None and not 0 < args.seconds <= 3600:
         raise ValueError(f"--seconds {args.seconds:g}: more than 0, at most 3600")
     for name in ("seed", "first"):
@@ -449,8 +447,7 @@ def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling
 
 
 def serve_page(args: argparse.Namespace) -> None:
-    """--serve: the page; it begins with the settings given. Errors: ValueError, also for flags it cannot
-    use."""
+    """--serve: the page; it begins with the settings given. Errors: ValueError, also for flags of no use."""
     from support import serve                                        # nothing else needs it
     unused = ["prompt", "prompts", "unconditional", "continued", "stride", "first"]
     for name, condition in CONDITIONS.items():

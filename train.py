@@ -403,8 +403,7 @@ def build_conditioner(args: argparse.Namespace, train_set, codec, ranks: Ranks, 
 
 
 def optimizer_groups(model: MusicGen, args: argparse.Namespace) -> list:
-    """Groups of the optimizer: decayed and not, at the learning rate or, some conditions, lr_scale times
-    it."""
+    """Groups of the optimizer: decayed and not; some conditions learn at `lr_scale` times the rate."""
     parts = model.conditioner.parts.values() if model.conditioner is not None else []
     slower = {id(p) for part in parts if part.learns_at_text_lr for p in part.parameters()}
     groups = []

@@ -30,6 +30,7 @@ from evaluate.embeddings import CHUNK_SECONDS, EMBEDDINGS, MEL_RATE, Clap, load_
 from support import audio, common
 from support.bounds import check_flag_number
 
+SAMPLING_GRID = dict(cfg=1.0, temperature=1.0, top_k=250, top_p=0.0)   # of a table, if not said
 MIN_SECONDS = 0.1                                        # of audio that can be compared
 
 
@@ -146,6 +147,14 @@ def text_consistency(args: argparse.Namespace) -> None:
 # toy clips
 
 
+def load_with_text(run: str) -> generate.MusicGenerator:
+    """A model that follows captions. Errors: ValueError, also for one trained without text."""
+    music = generate.MusicGenerator.load(run)
+    if not adherence.has_text(music):
+        raise ValueError(f"{run}: this model was trained without text, so there are no captions to follow")
+    return music
+
+
 def compare_untrained(args: argparse.Namespace) -> None:
     """Prints the clips of --run beside real ones, the codec's, an untrained model's, and what is out of
     order."""
@@ -171,22 +180,16 @@ def compare_conditions(args: argparse.Namespace) -> None:
 
 def follow_long(args: argparse.Namespace) -> None:
     """Prints what is heard in each second of long pieces of --run. Errors: ValueError."""
-    music = generate.MusicGenerator.load(args.run)
-    if not adherence.has_text(music):
-        raise ValueError(f"{args.run}: this model was trained without text, "
-                         "so there are no captions to follow")
+    music = load_with_text(args.run)
     rows = adherence.measure_long(music, args.split, args.n, args.seed, args.seconds)
     print(adherence.rows_table(rows, f"{args.n} pieces, {args.seconds:g} s"))
 
 
 def compare_sampling(args: argparse.Namespace) -> None:
     """Prints a line of adherence for each combination of sampling settings. Errors: ValueError."""
-    grid = [generate.Sampling(*point) for point in
-            itertools.product(args.cfg, args.temperature, args.top_k, args.top_p)]
-    music = generate.MusicGenerator.load(args.run)
-    if not adherence.has_text(music):
-        raise ValueError(f"{args.run}: this model was trained without text, "
-                         "so there are no captions to follow")
+    lists = [getattr(args, name) or [default] for name, default in SAMPLING_GRID.items()]
+    grid = [generate.Sampling(*point) for point in itertools.product(*lists)]
+    music = load_with_text(args.run)
     names = "".join(f"{name:>12}" for name in (*toy.VALUES, "none"))
     print(f"{args.n} clips, {args.split}: cfg temp top_k top_p |{names}")
     for sampling in grid:
@@ -248,10 +251,10 @@ def metrics_parser() -> argparse.ArgumentParser:
           help="by --clap: also the divergence of how likely it finds each of these, such as instruments")
     group = parser.add_argument_group("a run on toy clips").add_argument
     group("--run", help="run folder, for a table over sampling settings")
-    group("--cfg", type=float, nargs="+", default=[1.0], help="guidance coefficients")
-    group("--temperature", type=float, nargs="+", default=[1.0], help="temperatures")
-    group("--top_k", type=int, nargs="+", default=[250], help="numbers of likeliest codes; 0 is all")
-    group("--top_p", type=float, nargs="+", default=[0.0], help="masses of likeliest codes; 0 is off")
+    group("--cfg", type=float, nargs="+", help="guidance coefficients (default: 1)")
+    group("--temperature", type=float, nargs="+", help="temperatures (default: 1)")
+    group("--top_k", type=int, nargs="+", help="numbers of likeliest codes; 0 is all (default: 250)")
+    group("--top_p", type=float, nargs="+", help="masses of likeliest codes; 0 is off (default: 0)")
     group("--conditions", action="store_true", help="of --run: given some conditions, what its clips follow")
     group("--table", action="store_true", help="of --run: its clips beside real, coded, untrained ones")
     group("--seconds", type=float, help="of --run: what is heard along pieces as long as this")
@@ -273,9 +276,14 @@ def main(argv: list | None = None) -> None:
         return compare_folders(args)
     check_flag_number("n", args.n, 1, 100_000)
     check_flag_number("seed", args.seed, 0, 2 ** 31 - 1)
-    for name in ("table", "conditions", "seconds"):
-        if getattr(args, name) and not args.run:
-            raise ValueError(f"--{name}: of which model? Give --run")
+    asked = [name for name in ("table", "conditions", "seconds") if getattr(args, name) not in (None, False)]
+    if asked and not args.run:
+        raise ValueError(f"--{asked[0]}: of which model? Give --run")
+    if len(asked) > 1:
+        raise ValueError(f"--{asked[1]} does not go with --{asked[0]}")
+    given = [name for name in SAMPLING_GRID if getattr(args, name)]
+    if given and (asked or not args.run):
+        raise ValueError(f"--{given[0]}: it goes with --run alone, not with --table, --conditions, --seconds")
     if args.table:
         return compare_untrained(args)
     if args.conditions:

@@ -6,9 +6,9 @@ width of 1e9 takes all memory. The limits lie far beyond what anybody trains, so
 or damage. What they allow is then built without storage (on the meta device), and its shapes are compared
 with those of the weights in the file.
 
-    check_fields     the fields of a configuration
-    check_flag_number     a flag
-    check_finite     weights: a NaN in them would be sung
+    check_fields         the fields of a configuration
+    check_flag_number    a flag
+    check_finite         weights: a NaN in them would be sung
 """
 
 import reprlib

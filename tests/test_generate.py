@@ -157,8 +157,19 @@ def test_a_prompt_is_heard_as_far_as_a_window_reaches(given, heard, frames, monk
     assert torch.equal(seen[0][1], prompt[..., -heard[0]:])
 
 
+@pytest.mark.parametrize("window, given", [(1, 0), (2, 1), (3, 2)])
+def test_a_window_of_few_frames(window, given, monkeypatch):
+    """What fits into one window is made in one, and hears all of its prompt; more needs three frames."""
+    prompt, seen = torch.randint(0, 13, (1, 3, given)), watch_windows(monkeypatch)
+    codes = generate_long(tiny(), texts("x"), window, GREEDY, window=window, stride=1, prompt=prompt)
+    assert codes.shape[2] == window and [x.shape[2] for _, x in seen] == [given]
+    if window < 3:
+        with pytest.raises(ValueError, match=f"in windows of {window} frames: no frame is left"):
+            generate_long(tiny(), texts("x"), 5, GREEDY, window=window, stride=1)
+
+
 def test_bad_stride():
-    with pytest.raises(ValueError, match="stride 29 frames: 1 to 28"):
+    with pytest.raises(ValueError, match="stride 29 in windows of 30"):
         generate_long(tiny(), texts("x"), 60, GREEDY, window=30, stride=29)
 
 
