@@ -3,18 +3,22 @@ finite, and memory that does not suffice. Each ends in one line before anything 
 
 import itertools
 import resource
+import shutil
 import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import generate
 import mutations
+import tokenizer
 import toy
 import train
 from evaluate import analyser, metrics
+from interop import load
 from support import bounds, common, distributed, estimate
 from tools import bench, fit_codec
 
@@ -140,6 +144,28 @@ def campaign_fixture(tmp_path_factory):
     """(good folders, {name: case})."""
     good = mutations.make_good(tmp_path_factory.mktemp("good"))
     return good, {case.name: case for case in mutations.all_cases(good)}
+
+
+@pytest.mark.parametrize("name", ["text.pt", "codec.pt", "hf_text", "package"])
+def test_weights_that_are_not_finite_are_not_loaded(name, campaign, tmp_path):
+    """In every kind of file that holds a model or a codec."""
+    path = tmp_path / name
+    (shutil.copytree if (campaign[0] / name).is_dir() else shutil.copy)(campaign[0] / name, path)
+    file = {"hf_text": path / "model.safetensors", "package": path / "state_dict.bin"}.get(name, path)
+    if file.suffix == ".safetensors":
+        weights = content = load_file(file)
+    else:
+        content = torch.load(file, weights_only=False)
+        weights = content[{"text.pt": "model", "codec.pt": "state", "package": "best_state"}[name]]
+    broken = next(key for key, x in weights.items() if x.is_floating_point() and x.numel() > 1)
+    weights[broken].view(-1)[1] = float("nan")
+    save_file(content, file) if file.suffix == ".safetensors" else torch.save(content, file)
+
+    with pytest.raises(ValueError, match="its weights are not all finite: .* has 1 of"):
+        if name == "codec.pt":
+            tokenizer.load_codec(str(path))
+        else:
+            load.read_model(path, path / "t5" if name == "package" else None)
 
 
 def test_a_sample_of_the_campaign(campaign, tmp_path):
