@@ -2,6 +2,7 @@
 finite, and memory that does not suffice. Each ends in one line before anything is built."""
 
 import itertools
+import re
 import resource
 import shutil
 import time
@@ -148,7 +149,7 @@ def campaign_fixture(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["text.pt", "codec.pt", "hf_text", "package"])
 def test_weights_that_are_not_finite_are_not_loaded(name, campaign, tmp_path):
-    """In every kind of file that holds a model or a codec."""
+    """In every kind of file that holds a model or a codec; the line has the file's own name of the tensor."""
     path = tmp_path / name
     (shutil.copytree if (campaign[0] / name).is_dir() else shutil.copy)(campaign[0] / name, path)
     file = {"hf_text": path / "model.safetensors", "package": path / "state_dict.bin"}.get(name, path)
@@ -161,7 +162,7 @@ def test_weights_that_are_not_finite_are_not_loaded(name, campaign, tmp_path):
     weights[broken].view(-1)[1] = float("nan")
     save_file(content, file) if file.suffix == ".safetensors" else torch.save(content, file)
 
-    with pytest.raises(ValueError, match="its weights are not all finite: .* has 1 of"):
+    with pytest.raises(ValueError, match=f"not all finite: {re.escape(broken)} has 1 of"):
         if name == "codec.pt":
             tokenizer.load_codec(str(path))
         else:
