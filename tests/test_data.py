@@ -20,7 +20,8 @@ import data
 import tokenizer
 from support import audio, cache
 from support.cache import make_cache, read_index
-from support.scan import MAX_TEXT, Entry, scan_dataset, skip_lines, split_by_hash
+from support.captions import MAX_TEXT
+from support.scan import Entry, scan_dataset, skip_lines, split_by_hash
 
 RATE, HOP = 16_000, 320
 MONO = SimpleNamespace(sample_rate=RATE, channels=1, hop=HOP)  # all of a codec that live audio asks for
