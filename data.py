@@ -248,7 +248,7 @@ def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: 
     if dataset == "toy":
         return ToyDataset(seed, split, codec, segment_seconds, features)
     found = dataset if isinstance(dataset, Scan) else scan_dataset(dataset)
-    train_entries, valid_entries, note = split_entries(found.entries, valid)
+    train_entries, valid_entries, note = found.parts or split_entries(found.entries, valid)
     if found.skipped:
         note = "; ".join(filter(None, [f"{len(found.skipped)} skipped", note]))
     return AudioDataset(train_entries if split == "train" else valid_entries, codec, segment_seconds, seed,
@@ -258,11 +258,6 @@ def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: 
 
 # ------------------------------------------------------------------------------------------------------------
 # batches
-
-
-def find_data(dataset: str, cache: str | None) -> str | Scan:
-    """What `open_dataset` takes: a scan of a folder or manifest, or the name of what needs none."""
-    return dataset if cache or dataset == "toy" else scan_dataset(dataset)
 
 
 def load_examples(dataset, epoch: int, count: int, first: int) -> list[Example] | ValueError:
@@ -324,6 +319,8 @@ def main(argv: list | None = None) -> int:
         sub.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         sub.add_argument("dataset", help="toy, a folder of audio, or an audiocraft manifest .jsonl[.gz]")
         sub.add_argument("--valid", default="0.05", help="a folder, a manifest or a fraction of the files")
+        sub.add_argument("--captions", help="a table of captions that does not lie beside or above the audio")
+        sub.add_argument("--caption_column", help="its column of captions, or that of the tables found")
     cache.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec")
     cache.add_argument("--num_codebooks", type=int, help="of a channel, to keep; None: the codec's number")
     cache.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, codes of each")
@@ -333,18 +330,19 @@ def main(argv: list | None = None) -> int:
         for flag in condition.cache_flags:
             flag.add_to(cache)
     args = parser.parse_args(argv)
+    scanning = dict(captions=args.captions, caption_column=args.caption_column)
     if args.command == "check" and args.dataset == "toy":
         caption = toy.draw_clip(0, 0, 0)[1]
         print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {caption!r}")
     elif args.command == "check":
-        found = scan_dataset(args.dataset, headers=True)
-        print_report(args.dataset, found, *split_entries(found.entries, args.valid))
+        found = scan_dataset(args.dataset, headers=True, **scanning)
+        print_report(args.dataset, found, *split_entries(found.entries, args.valid, **scanning))
     else:
         codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device, args.channels)
         features = {}
         for condition in CONDITIONS.values():
             features |= condition.features(args)
-        make_cache(args.dataset, args.out, codec, args.valid, args.device, features)
+        make_cache(args.dataset, args.out, codec, args.valid, args.device, features, **scanning)
     return 0
 
 

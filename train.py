@@ -51,7 +51,7 @@ from support.flags import (build_parser, check_flags, fill_flags, flags_of_run, 
                            segment_frames)
 from support.log import LOG_NAME, append_record, cut_log, loss_metrics, loss_text, stage_text, write_config
 from support.lora import add_lora
-from support.sets import check_sets, open_sets
+from support.sets import check_sets, find_data, open_sets
 from support.signals import Stop, Stopped, exit_code
 from support.start import Start, load_start, read_start
 
@@ -467,7 +467,7 @@ def build_run(args: argparse.Namespace, ranks: Ranks, codec, sets: tuple, out: P
 def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop) -> Run | None:
     """Everything before the first update: the same on every rank, its errors too. None after a dry run."""
     # what there is: data, codec, an estimate
-    found = data.find_data(args.dataset, args.cache)
+    found = find_data(args, ranks)
     codec = tokenizer.load_codec(args.codec, args.num_codebooks, ranks.device, args.channels)
     config, T = model_config(args, codec), segment_frames(args, codec)
     if T < 2:
@@ -518,7 +518,7 @@ def stage_alone(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
         raise ValueError(f"{args.out}: --codec {args.codec} is not the one it was trained with: "
                          "its fingerprint is another")
     ranks.print(*notes)
-    sets = open_sets(args, data.find_data(args.dataset, args.cache), codec, ranks)
+    sets = open_sets(args, find_data(args, ranks), codec, ranks)
     run = build_run(args, ranks, codec, sets, out, stop, saved=best)
     with checkpoint.checkpoint_errors(out):
         distributed.load_tensors(distributed.named_tensors(run.ema.model), best["model"])

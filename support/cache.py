@@ -241,10 +241,11 @@ def begin_cache(out: str, settings: dict) -> None:
 
 
 def make_cache(dataset: str, out: str, codec, valid: str | float = 0.05, device="cpu",
-               features: dict | None = None) -> None:
+               features: dict | None = None, **scanning) -> None:
     """Encodes every file of a dataset once, into the folder `out`, and says so. Run again, it goes on.
 
-    features: name -> what computes it. Errors: ValueError if `out` is in use or no file readable."""
+    features: name -> what computes it; scanning: see `scan_dataset`. Errors: ValueError if `out` is in use
+    or no file readable."""
     # What there is to encode, and whether it can be
     if dataset == "toy":
         raise ValueError("toy clips are made fresh and need no token cache: "
@@ -255,12 +256,14 @@ def make_cache(dataset: str, out: str, codec, valid: str | float = 0.05, device=
     features = features or {}
     for feature in features.values():
         feature.load()  # may be missing
-    found = scan_dataset(dataset)
+    found = scan_dataset(dataset, **scanning)
+    for line in found.notes:
+        print(f"note {line}")
     for line in skip_lines(found.skipped):
         print(f"skipped {line}")
     entries = found.entries
     if valid_fraction(valid) is None:  # the cache says which file is of which folder
-        train_entries, valid_entries, _ = split_entries(entries, valid)
+        train_entries, valid_entries, _ = split_entries(entries, valid, **scanning)
         entries = [replace(e, split="train") for e in train_entries]
         for e in valid_entries:  # both folders may hold the same names
             entries.append(replace(e, split="valid", key=f"valid:{e.key}"))

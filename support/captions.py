@@ -1,12 +1,15 @@
-"""Captions and metadata: from the text and JSON files beside the audio, cleaned.
+"""Captions and metadata of a file: from the text and JSON files beside it, or its line of a manifest.
 
-A caption is the text of song.txt, or the "description" in song.json, beside song.mp3. The fields of song.json
-are those of audiocraft. A bad field is left out, with its reason, and the rest is used.
+A caption is the text of song.txt or song.mp3.txt, or in song.json the first of the fields TEXT_FIELDS that
+holds something, beside song.mp3. The other fields of song.json are those of audiocraft. A bad field is left
+out, with its reason, and the rest is used.
 """
 
+import functools
 import json
+import os
 import re
-from pathlib import Path
+import zipfile
 
 from support.common import MAX_TEXT
 
@@ -14,13 +17,24 @@ READ_ERRORS = (ValueError, OSError)  # of a file that is skipped; others, such a
 LOWER_TEXTS = ("key", "genre", "name", "instrument")  # fields that are written in lower case
 LISTS = ("moods", "keywords")
 FIELDS = ("title", "artist", "description", *LOWER_TEXTS, *LISTS, "bpm")
+TEXT_FIELDS = tuple("description caption captions text prompt tags style".split())
+FILE_FIELDS = {"duration", "sample_rate", "weight", "amplitude", "info_path",  # of a line, but not of music
+               "meta", "from"}
+NO_TEXT = FILE_FIELDS - {"info_path", "meta"}
+NO_META = {"description": None}  # shared by all files that have nothing: not to be changed
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and infinities
 CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0e-\x1b\x7f-\x9f]")
+
+
+def decode_text(raw: bytes, errors: str = "replace") -> str:
+    """UTF-8 with or without a mark at its beginning. Errors: UnicodeDecodeError, if they are "strict"."""
+    return raw.removeprefix(b"\xef\xbb\xbf").decode(errors=errors)
 
 
 def parse_object(raw: bytes) -> dict:
     """A JSON object, NaN and infinities as None. Errors: ValueError for anything else, however hostile."""
     try:
-        row = json.loads(raw.decode("utf-8-sig"), parse_constant=lambda name: None)
+        row = DECODER.decode(decode_text(raw, "strict"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict):
@@ -60,36 +74,112 @@ def clean_field(name: str, value) -> str | float | list | None:
     return text or None
 
 
-def clean_meta(raw: dict) -> tuple[dict, list]:
-    """audiocraft's metadata fields, cleaned -> (those that hold something, problems)."""
-    meta, problems = {}, []
+def clean_meta(raw: dict) -> tuple[dict, list, list]:
+    """audiocraft's metadata fields, cleaned -> (those that hold something, problems, fields not used).
+
+    The description is the first of TEXT_FIELDS that holds a text."""
+    fields = {str(name).lower(): value for name, value in raw.items()} if raw.keys() - set(FIELDS) else raw
+    meta, problems, taken = {}, [], set()
     for name in FIELDS:
-        try:
-            value = clean_field(name, raw.get(name))
-        except (ValueError, TypeError, OverflowError) as error:
-            problems.append(f"{name} left out: {error}")
+        if name not in fields and name != "description":
             continue
-        if value is not None:
-            meta[name] = value
-    return meta, problems
+        sources = TEXT_FIELDS if name == "description" else (name,)
+        for source in sources:
+            try:
+                value = clean_field(name, fields.get(source))
+            except (ValueError, TypeError, OverflowError) as error:
+                problems.append(f"{source} left out: {error}")
+                taken.add(source)
+                continue
+            if value is not None:
+                meta[name] = value
+                taken.add(source)
+                break
+    unused = [name for name, value in fields.items()
+              if value not in (None, "", [], {}) and name not in taken and name not in FIELDS]
+    return meta, problems, unused
 
 
-def read_sidecar(path: str) -> tuple[dict, str, list]:
-    """Metadata of song.json, else the caption of song.txt -> (meta, "json" | "txt" | "none", problems)."""
-    meta, source, problems = {"description": None}, "none", []
-    for kind in ("json", "txt"):
-        sidecar = Path(path).with_suffix(f".{kind}")
-        if meta["description"] or not sidecar.is_file():
-            continue
+# ------------------------------------------------------------------------------------------------------------
+# files beside the audio
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether a file's name is that of captions and not of audio."""
+    return name.lower().endswith((".json", ".txt"))
+
+
+def index_sidecars(names) -> dict:
+    """{(name without the suffix, "json" | "txt"): name}; suffixes in any case."""
+    return {(name[:name.rindex(".")], name[name.rindex(".") + 1:].lower()): name
+            for name in names if is_sidecar(name)}
+
+
+def find_sidecars(folder: str, name: str, index: dict) -> tuple:
+    """Paths of the sidecars of a file out of its folder's index, the most telling first.
+
+    song.mp3.txt says more exactly than song.txt that it belongs to song.mp3."""
+    if not index:
+        return ()
+    stem = os.path.splitext(name)[0]
+    keys = (name, "json"), (stem, "json"), (name, "txt"), (stem, "txt")
+    return tuple([f"{folder}/{index[key]}" for key in keys if key in index])
+
+
+@functools.lru_cache(maxsize=8)
+def open_zip(path: str) -> zipfile.ZipFile:
+    """A zip file of captions, opened once."""
+    return zipfile.ZipFile(path)
+
+
+def read_text_file(path: str) -> bytes:
+    """The bytes of a file, or of one in a zip file: FILE.zip:NAME."""
+    archive, inside, member = path.partition(".zip:")
+    if inside:
         try:
-            raw = sidecar.read_bytes()
-            row = parse_object(raw) if kind == "json" else {"description": raw.decode("utf-8-sig", "replace")}
+            return open_zip(archive + ".zip").read(member)
+        except (KeyError, zipfile.BadZipFile, RuntimeError) as error:  # the last for an encrypted one
+            raise ValueError(f"{path}: {error}") from None
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_captions(said: dict, sidecars: tuple) -> tuple[dict | None, str, list, list]:
+    """What the sidecars of a file say, else its line of a manifest, else a table.
+
+    said: {"info_path": its JSON by name, "meta": what a table says, "from": that table's kind, ..}, all of
+    which may be missing.
+    -> (metadata or None, where the description came from, problems, fields not used)."""
+    if not sidecars and said.keys() <= NO_TEXT:
+        return None, "none", [], []
+    meta, caption, problems, unused = {}, "none", [], []
+    if "info_path" in said:
+        sidecars = (said["info_path"], *sidecars)
+    for path in sidecars:
+        kind = "txt" if path.lower().endswith(".txt") else "json"
+        if "description" in meta:
+            break
+        try:
+            raw = read_text_file(path)
+            row = parse_object(raw) if kind == "json" else {"description": decode_text(raw)}
         except READ_ERRORS as error:
             problems.append(f"{kind} not used: {error}")
             continue
-        found, notes = clean_meta(row)
-        meta |= found
+        found, notes, others = clean_meta(row)
+        meta = found | meta
         problems += notes
-        if meta["description"]:
-            source = kind
-    return meta, source, problems
+        unused += others
+        if "description" in found:
+            caption = kind
+
+    line = {name: value for name, value in said.items() if name not in FILE_FIELDS}
+    if line:
+        found, notes, others = clean_meta(line)
+        problems += notes
+        unused += others
+        caption = "manifest" if caption == "none" and "description" in found else caption
+        meta = found | meta
+    if "meta" in said:
+        caption = said["from"] if caption == "none" and "description" in said["meta"] else caption
+        meta = said["meta"] | meta
+    return meta, caption, problems, unused

@@ -75,7 +75,10 @@ class Ranks:
 
     def broadcast(self, value):
         """Rank 0's value on every rank."""
-        return self.gather(value)[0]
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def apply_to_gathered(self, mine: list, batch_size: int, change) -> list:
         """Applies `change` to the list of all ranks, in a single process's order -> this rank's part of it.

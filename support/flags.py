@@ -31,6 +31,8 @@ SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a mode
 GROUPS = {
     "data": (
         Flag("dataset", "toy, a folder of audio, or a manifest .jsonl[.gz]", default="toy"),
+        Flag("captions", "a table of captions that does not lie beside or above the audio", before=None),
+        Flag("caption_column", "its column of captions, or that of the tables found", before=None),
         Flag("valid", "folder, manifest, or the fraction of --dataset kept for validation", default="0.05"),
         Flag("cache", "token cache made by data.py cache; audio and codec are then not touched"),
         Flag("codec", "toy, encodec_24khz or the path of a codec (default: by dataset)",
@@ -329,6 +331,12 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         divisors = ", ".join(str(d) for d in range(1, share + 1) if share % d == 0)
         raise ValueError(f"--micro_batch_size {args.micro_batch_size} does not divide a rank's {share} "
                          f"samples: take one of {divisors}")
+
+    # the data
+    for name in ("captions", "caption_column"):
+        if getattr(args, name) is not None and (args.cache or args.dataset == "toy"):
+            what = "a cache has its captions from when it was made" if args.cache else "the toy has its own"
+            raise ValueError(f"--{name} {getattr(args, name)}: {what}; leave it out")
 
     # the machine
     if args.dtype == "float16" and torch.device(args.device).type == "cpu":

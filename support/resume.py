@@ -172,8 +172,13 @@ def save_checkpoint(run) -> None:
 def moved_flags(args: argparse.Namespace, saved: dict, sets: tuple, codec) -> set:
     """Flags whose path may be another than in a checkpoint, because the same files or codec lie there."""
     moved = set()
+    for name in ("dataset", "valid", "cache", "captions"):                       # ./music is music/
+        there, here = saved["args"].get(name), getattr(args, name)
+        if there and here and os.path.realpath(str(there)) == os.path.realpath(str(here)):
+            moved.add(name)
     if saved.get("files") == sets_fingerprint(*sets):
-        moved |= {"dataset", "valid"} | ({"cache"} if args.cache and saved["args"].get("cache") else set())
+        moved |= {"dataset", "valid", "captions"}
+        moved |= {"cache"} if args.cache and saved["args"].get("cache") else set()
     elif "files" not in saved and saved["data"] == sets[0].describe():          # an older one
         moved.add("dataset")
     if saved.get("codec") == codec.fingerprint:

@@ -1,31 +1,41 @@
-"""What is in a dataset: audio of a folder or a manifest, captions beside it, what cannot be used and why.
+"""What is in a dataset: audio of a folder or a manifest, its captions, what cannot be used and why.
 
-    folder | manifest ─► rows (path, key, what the manifest says) ─► header and sidecar of each file ─► Scan
+    folder | manifest ─► rows (path, key, what the manifest says)
+        ─► captions of tables (tables.py) ─► header and sidecars of each file (captions.py) ─► Scan
 
-A caption is the text of song.txt, or the "description" in song.json, beside song.mp3. Manifests and the
-fields of song.json are those of audiocraft. Nobody can vouch for files that people collect: a bad file is
-skipped, a bad field is left out, each with its reason, and the rest goes on.
+Nobody can vouch for files that people collect: a bad file is skipped, a bad field is left out, each with its
+reason, and the rest goes on. Collections are large: a folder is listed once, a file asked for once, and only
+some hundreds of files are under way at a time.
 """
 
+import functools
 import gzip
 import hashlib
 import os
 import re
+import stat
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from support import audio
-from support.captions import FIELDS, READ_ERRORS, parse_object, read_sidecar
+from support.captions import (FIELDS, NO_META, READ_ERRORS, find_sidecars, index_sidecars, is_sidecar,
+                              parse_object, read_captions)
+from support.tables import add_tables, is_table
 
 MAX_SECONDS = 1e6  # 11 days: a longer duration in a header is a broken header
 THREADS = 16  # the time goes into waiting for the disk
+FILES_AT_ONCE = 64  # files that a thread takes at once
+TRASH = ("#recycle", "@eadir", "@recycle", "$recycle.bin", "__macosx", "lost+found")  # beside hidden names
+PATH_FIELDS = ("file_name", "audio_filepath", "audio_path", "audio", "file", "filename")
 
 
 @dataclass
@@ -37,8 +47,9 @@ class Entry:
     sample_rate: int | None = None  # Hz
     channels: int | None = None  # None: the manifest does not say
     meta: dict = field(default_factory=dict)  # description and metadata (FIELDS, those present)
-    caption: str = "none"  # where the description came from: json, txt or none
+    caption: str = "none"  # where the description came from: json, txt, manifest, csv .., tags or none
     split: str | None = None  # "train" or "valid" where a folder decided, not the hash
+    weight: float | None = None  # how often it is drawn beside others, where the manifest says so
 
     def read(self, start_seconds: float, seconds: float, codec) -> Tensor:
         """Audio [C, n] as the codec takes it, less at the end. Errors: ValueError where there is none."""
@@ -50,58 +61,132 @@ class Entry:
 
 @dataclass
 class Scan:
-    """What was found: files to use, and {path: reason} of files skipped and of files used with a problem."""
+    """What was found: files to use, and {path: reason} of files skipped and of files used with a problem.
+
+    notes: lines on tables, fields and texts that were seen, and whether they are used. parts: (train, valid,
+    note) of `split_entries`, once it was asked."""
     entries: list
     skipped: dict
     problems: dict
+    notes: list = field(default_factory=list)
+    parts: tuple | None = None
+
+
+class Listing(NamedTuple):
+    """The names in a folder. files: {name: whether it is a symbolic link}; sidecars: see `index_sidecars`."""
+    real: str  # the folder's path without symbolic links
+    folders: list
+    files: dict
+    sidecars: dict
 
 
 # ------------------------------------------------------------------------------------------------------------
 # folders and manifests
 
 
-def list_folder(root: str) -> tuple[list, dict]:
-    """Files under root but captions, links followed, sorted -> ([(path, key, {})], skipped)."""
-    rows, skipped, seen = [], {}, set()
+def list_names(folder: str) -> Listing:
+    """What is in a folder, without asking for each file. Errors: OSError, ValueError where it is none."""
+    folders, files = [], {}
+    with os.scandir(folder) as found:
+        for item in found:
+            try:
+                is_folder = item.is_dir()
+            except OSError:  # a link to itself
+                is_folder = False
+            if is_folder:
+                folders.append(item.name)
+            else:
+                files[item.name] = item.is_symlink()
+    return Listing(os.path.realpath(folder), sorted(folders), files, index_sidecars(files))
 
-    def note_unreadable(error: OSError) -> None:
-        skipped[error.filename] = "unreadable folder"
 
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=note_unreadable):
-        subfolders.sort()
-        if os.path.realpath(folder) in seen:  # links that form a loop
-            subfolders.clear()
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or is what a system keeps of removed files and of previews."""
+    return name.startswith(".") or name.lower() in TRASH
+
+
+def list_folder(root: str, listing: Callable, alive: Callable) -> tuple[list, dict, list, list]:
+    """Files under root, links followed -> ([(path, key, {})], skipped, tables, texts that belong to none)."""
+    rows, skipped, tables, lone, seen, waiting = [], {}, [], [], set(), [root]
+    while waiting:
+        folder = waiting.pop()
+        alive()
+        try:
+            real, folders, files, sidecars = listing(folder)
+        except OSError:
+            skipped[folder] = "unreadable folder"
             continue
-        seen.add(os.path.realpath(folder))
-        for name in names:
-            if not name.lower().endswith((".json", ".txt")):
-                path = os.path.join(folder, name)
-                rows.append((path, os.path.relpath(path, root), {}))
-    return sorted(rows, key=lambda row: row[1]), skipped
+        if real in seen:  # links that form a loop
+            continue
+        seen.add(real)
+        waiting += [os.path.join(folder, name) for name in reversed(folders) if not is_hidden(name)]
+        for hidden in filter(is_hidden, folders):
+            for inner, _, names in os.walk(os.path.join(folder, hidden)):
+                skipped |= {os.path.join(inner, name): "hidden or in a trash folder" for name in names}
+        stems = {os.path.splitext(name)[0] for name in files if not is_sidecar(name)} | files.keys()
+        for name in files:
+            path = os.path.join(folder, name)
+            if is_hidden(name):
+                skipped[path] = "hidden or in a trash folder"
+            elif is_table(name):
+                tables.append(path)
+            elif not is_sidecar(name):
+                rows.append((path, os.path.relpath(path, root) if folder != root else name, {}))
+            elif os.path.splitext(name)[0] not in stems:
+                (tables if name.lower().endswith(".json") else lone).append(path)
+    return rows, skipped, tables, lone
 
 
-def list_manifest(manifest: str) -> tuple[list, dict]:
-    """The lines of audiocraft's data.jsonl[.gz], sorted -> ([(path, key, the line's fields)], skipped).
+def list_manifest(manifest: str, listing: Callable, alive: Callable) -> tuple[list, dict]:
+    """The lines of a manifest, such as audiocraft's data.jsonl[.gz] -> ([(path, key, its fields)], skipped).
 
     A path is relative to the manifest's folder, else to the working directory; unresolved, it is the key."""
-    rows, skipped = [], {}
+    lines, skipped, here = [], {}, os.path.dirname(manifest)
     try:
         with (gzip.open if manifest.endswith(".gz") else open)(manifest, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
+                alive()
                 try:
-                    row = parse_object(line)
-                    path = os.path.join(os.path.dirname(manifest), row["path"])  # absolute: stays itself
-                except (ValueError, KeyError, TypeError) as error:
-                    skipped[f"{manifest}:{number}"] = f"manifest line: {error!r}"
+                    said = parse_object(line)
+                    name = said.pop("path", None)
+                    for field in PATH_FIELDS:
+                        name = said.pop(field, None) if name is None else name
+                    if name is None:
+                        fields = ", ".join(map(ascii, said))[:100] or "no fields"
+                        raise ValueError(f'without "path", with {fields}')
+                    if not isinstance(name, str):
+                        raise ValueError("whose path is no text")
+                except ValueError as error:
+                    skipped[f"{manifest}:{number}"] = f"manifest line {error}"
                     continue
-                if not os.path.exists(path):
-                    path = os.path.abspath(row["path"])
-                rows.append((path, row["path"], row))
+                lines.append((name, {field: value for field, value in said.items() if value is not None}))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{manifest} cannot be read as a manifest: {error}") from None
-    return sorted(rows, key=lambda row: row[1]), skipped
+    lines.sort(key=lambda line: line[0])  # folder by folder
+    rows = []
+    for name, said in lines:
+        alive()
+        path = os.path.join(here, name)  # absolute: stays itself
+        if not is_listed(path, listing) and is_listed(os.path.abspath(name), listing):
+            path = os.path.abspath(name)
+        if isinstance(info := said.get("info_path"), str):  # FILE.json, or FILE.zip:NAME
+            beside = os.path.join(here, info)
+            is_beside = is_listed(beside.partition(".zip:")[0] + ".zip" * (".zip:" in beside), listing)
+            said["info_path"] = beside if is_beside else os.path.abspath(info)
+        rows.append((path, name, said))
+    return rows, skipped
+
+
+def is_listed(path: str, listing: Callable) -> bool:
+    """Whether there is a file or folder of this name, from the listing of its folder."""
+    folder, name = os.path.split(path)
+    try:
+        found = listing(folder)
+    except (OSError, ValueError):
+        return False
+    return name in found.files or name in found.folders
 
 
 def cancels_in_mono(path: str, seconds: float) -> bool:
@@ -111,17 +196,21 @@ def cancels_in_mono(path: str, seconds: float) -> bool:
 
 
 def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, list]:
-    """Header and sidecar of a file -> (entry, problems). A manifest's numbers are believed unless `headers`.
+    """The header of a file -> (entry, problems). A manifest's numbers are believed unless `headers`.
 
     Errors: ValueError, OSError for a file that cannot be used."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in audio.AUDIO_SUFFIXES:
         raise ValueError(f"not audio by its name: {suffix or 'no suffix'}")
-    if not os.path.isfile(path):
-        raise ValueError("not a file" if os.path.exists(path) else "missing")
-    if os.path.getsize(path) == 0:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # the latter for a zero within the name
+        raise ValueError("missing") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a file")
+    if status.st_size == 0:
         raise ValueError("zero bytes")
-    meta, caption, problems = read_sidecar(path)
+    problems = []
     seconds, sample_rate, channels = row.get("duration"), row.get("sample_rate"), None
     said = isinstance(seconds, (int, float))
     if headers or not said or not isinstance(sample_rate, (int, float)):
@@ -134,67 +223,176 @@ def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, li
             problems.append("silent after mixing to mono (its channels cancel)")
     if not (0 < seconds < MAX_SECONDS and audio.SAMPLE_RATES[0] <= sample_rate <= audio.SAMPLE_RATES[1]):
         raise ValueError(f"absurd header: {seconds} s at {sample_rate} Hz")
-    return Entry(path, key, float(seconds), int(sample_rate), channels, meta, caption), problems
+    return Entry(path, key, float(seconds), int(sample_rate), channels, NO_META), problems
 
 
-def scan_dataset(dataset: str, headers: bool = False) -> Scan:
-    """What is in a folder, a manifest or a folder that holds data.jsonl[.gz], from headers and sidecars.
+def describe_file(path: str, key: str, said: dict, sidecars: tuple, headers: bool) -> tuple:
+    """(entry, problems, fields not used) of a file, or the reason why it cannot be used.
 
-    headers: those of a manifest's files too, whose durations and rates are believed otherwise.
+    Where several say the same, the sidecar wins, then what the manifest or a table says, then tags."""
+    try:
+        entry, problems = probe_file(path, key, said, headers)
+        meta, caption, notes, unused = read_captions(said, sidecars)
+    except READ_ERRORS as error:
+        return str(error).removeprefix(f"{path}: ")
+    if caption != "none":
+        entry.caption = caption
+    if meta:
+        entry.meta = {**entry.meta, **meta}
+    if (weight := said.get("weight")) is not None:
+        try:
+            entry.weight = check_weight(weight)
+        except ValueError as error:
+            notes.append(str(error))
+    return entry, problems + notes, unused
+
+
+def check_weight(weight) -> float:
+    """A manifest's weight. Errors: ValueError unless it is a number from 0 on."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e9:
+        raise ValueError(f"weight left out: {str(weight)[:20]}")
+    return float(weight)
+
+
+def described(rows: list, listing: Callable, headers: bool, alive: Callable) -> Iterator[tuple]:
+    """(path, its path without links, what `describe_file` gives) of rows, which are consumed from the end."""
+    def blocks() -> Iterator[list]:
+        while rows:
+            block = []
+            for path, key, said in reversed(rows[-FILES_AT_ONCE:]):
+                real, sidecars = resolve_file(path, said, listing)
+                block.append((path, key, said, sidecars, headers, real))
+            del rows[-FILES_AT_ONCE:]
+            yield block
+
+    def describe_block(block: list) -> list:
+        return [(row[0], row[-1], describe_file(*row[:-1])) for row in block]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = deque()
+        for block in blocks():
+            waiting.append(pool.submit(describe_block, block))
+            alive()
+            if len(waiting) > 2 * THREADS:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def resolve_file(path: str, said: dict, listing: Callable) -> tuple[str, tuple]:
+    """(the path without symbolic links, the sidecars of a file). A link's own come before its target's."""
+    folder, name = os.path.split(path)
+    try:
+        found = listing(folder)
+    except (OSError, ValueError):
+        return path, ()
+    sidecars = find_sidecars(folder, name, found.sidecars)
+    real = path if found.real == folder else os.path.join(found.real, name)
+    if found.files.get(name):
+        real = os.path.realpath(path)
+        if real != path:
+            target, name = os.path.split(real)
+            try:
+                sidecars += find_sidecars(target, name, listing(target).sidecars)
+            except OSError:
+                pass
+    return real, sidecars
+
+
+def scan_dataset(dataset: str, headers: bool = False, captions: str | None = None,
+                 caption_column: str | None = None, alive: Callable = lambda: None) -> Scan:
+    """What is in a folder, a manifest or a folder that holds data.jsonl[.gz], from headers and captions.
+
+    headers: those of a manifest's files too, whose durations and rates are believed otherwise. captions: a
+    table beside those that are found; caption_column: which column of tables to take. alive: called often.
     Errors: ValueError where there is no dataset, or no audio in it that can be used."""
     # A manifest, or the files of a folder
     root = os.path.abspath(dataset)
+    listing = functools.lru_cache(maxsize=64)(list_names)
     candidates = [root, f"{root}/data.jsonl", f"{root}/data.jsonl.gz"]
     manifests = [p for p in candidates if p.endswith((".jsonl", ".jsonl.gz")) and os.path.isfile(p)]
     if not manifests and not os.path.isdir(root):
-        raise ValueError(f"dataset {dataset!r} is not there: "
-                         "give a folder of audio, a manifest .jsonl[.gz], or toy")
-    rows, skipped = list_manifest(manifests[0]) if manifests else list_folder(root)
+        raise ValueError(not_a_dataset(dataset))
+    if manifests:
+        (rows, skipped), tables, lone = list_manifest(manifests[0], listing, alive), [], []
+    else:
+        rows, skipped, tables, lone = list_folder(root, listing, alive)
+    rows.sort(key=lambda row: row[1], reverse=True)  # they are taken from the end
+    notes = add_tables(rows, tables, root, captions, caption_column)
 
-    # Each file's header and sidecar
-    def probe_or_reason(row: tuple) -> tuple[Entry, list] | str:
-        try:
-            return probe_file(*row, headers)
-        except READ_ERRORS as error:
-            return str(error).removeprefix(f"{row[0]}: ")
-
-    entries, problems, first_seen = [], {}, {}
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(probe_or_reason, rows)
-        results = tqdm(results, "scanning", len(rows), leave=False, disable=not sys.stderr.isatty())
-        for (path, _, _), result in zip(rows, results):
-            if isinstance(result, str):
-                skipped[path] = result
-                continue
-            entry, notes = result
-            same = first_seen.setdefault(os.path.realpath(path), entry)
-            if same is not entry:
-                skipped[f"{path} (again)"] = f"same file twice: {same.key}"
-                continue
+    # Each file's header and sidecars. Of several links to a file the file itself is taken
+    entries, problems, places, unused, total = [], {}, {}, Counter(), len(rows)
+    results = described(rows, listing, headers, alive)
+    hidden = not sys.stderr.isatty()
+    for path, real, result in tqdm(results, "scanning", total, leave=False, disable=hidden):
+        if isinstance(result, str):
+            skipped[path] = result
+            continue
+        entry, reasons, fields = result
+        unused.update(fields)
+        if reasons:
+            problems[path] = "; ".join(reasons)
+        place = places.setdefault(real, len(entries))
+        if place == len(entries):
             entries.append(entry)
-            if notes:
-                problems[path] = "; ".join(notes)
+            continue
+        same = entries[place]
+        if path == real != same.path:
+            entries[place], entry, same = entry, same, entry
+        if same.meta["description"] is None and entry.meta["description"] is not None:
+            same.meta, same.caption = entry.meta, entry.caption
+        skipped[f"{entry.path} (again)"] = f"same file twice: {same.key}"
     if not entries:
         found = "; ".join(skip_lines(skipped)) or "nothing"
         raise ValueError(f"no usable audio in {dataset!r}: looked for {' '.join(audio.AUDIO_SUFFIXES)}, "
                          f"found {found}; give a folder or manifest of readable audio")
-    return Scan(entries, skipped, problems)
+    entries.sort(key=lambda entry: entry.key)
+    if unused:
+        notes.append("fields not used: " + ", ".join(f"{k} ({n})" for k, n in unused.most_common(12)))
+    if lone:
+        notes.append(f"{len(lone)} texts belong to no audio file of their name "
+                     f"({', '.join(ascii(os.path.relpath(path, root)) for path in sorted(lone)[:3])})")
+    return Scan(entries, skipped, problems, notes)
+
+
+def not_a_dataset(dataset: str) -> str:
+    """Why a dataset argument is none, and what to give instead."""
+    name, kind = dataset.lower(), "give a folder of audio, a manifest .jsonl[.gz], or toy"
+    if not os.path.exists(dataset):
+        return f"dataset {dataset!r} is not there: {kind}"
+    if name.endswith((".csv", ".tsv", ".json")):
+        return (f"dataset {dataset!r} is a table: give the folder of its audio; the table is found where it "
+                f"lies beside or above the audio, else give it as --captions {dataset}")
+    if name.endswith((".parquet", ".tar", ".tar.gz", ".tgz")):
+        return (f"dataset {dataset!r} is packed: unpack it with `python data.py import {dataset} --out "
+                "FOLDER` and give that folder")
+    if name.endswith((".zip", ".7z", ".rar", ".gz")):
+        return f"dataset {dataset!r} is an archive: unpack it and give the folder"
+    if name.endswith(audio.AUDIO_SUFFIXES):
+        return f"dataset {dataset!r} is one audio file: give the folder it lies in"
+    return f"dataset {dataset!r} is a file of another kind: {kind}"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # split into train and valid
 
 
-def split_by_hash(entries: list, fraction: float) -> tuple[list, list, str]:
-    """(train, valid, note): a file is in valid where its key's hash is under the fraction, come what may."""
+def split_by_hash(entries: list, fraction: float, hash_alone: bool = False) -> tuple[list, list, str]:
+    """(train, valid, note): a file is in valid where its key's hash is under the fraction, come what may.
+
+    Of few files that may be far from the fraction asked for: the lowest hashes are taken, so many that their
+    number lies within a third of it. hash_alone: not so, for runs begun before this."""
     if len(entries) == 1:
         return entries, entries, "the only file is both train and valid"
-    place = {}
+    places = {}
     for entry in entries:
         digest = hashlib.sha256(os.fsencode(entry.key)).digest()
-        place[entry.key] = int.from_bytes(digest[:8], "big") / 2 ** 64
-    ordered = sorted(entries, key=lambda entry: place[entry.key])
-    count = sum(p < fraction for p in place.values())
+        places[entry.key] = int.from_bytes(digest[:8], "big") / 2 ** 64
+    ordered = sorted(entries, key=lambda entry: places[entry.key])
+    count = sum(place < fraction for place in places.values())
+    if not hash_alone:
+        wanted = round(fraction * len(entries))
+        count = min(max(count, wanted - wanted // 3), wanted + wanted // 3)
     count = min(max(1, count), len(entries) - 1)  # each gets at least one
     return ordered[count:], ordered[:count], ""
 
@@ -211,13 +409,22 @@ def valid_fraction(valid) -> float | None:
     return fraction
 
 
-def split_entries(entries: list, valid: str | float = 0.05) -> tuple[list, list, str]:
-    """(train, valid, note). Files of a --valid folder that also lie in the dataset are taken out of train."""
+def split_entries(entries: list, valid: str | float = 0.05, hash_alone: bool = False,
+                  **scanning) -> tuple[list, list, str]:
+    """(train, valid, note). Files of a --valid folder that also lie in the dataset are taken out of train.
+
+    scanning: arguments of `scan_dataset` for such a folder."""
     if (fraction := valid_fraction(valid)) is not None:
-        return split_by_hash(entries, fraction)
-    valid_entries = scan_dataset(valid).entries
-    paths = {os.path.realpath(entry.path) for entry in valid_entries}
-    train_entries = [entry for entry in entries if os.path.realpath(entry.path) not in paths]
+        return split_by_hash(entries, fraction, hash_alone)
+    real_folder = functools.lru_cache(maxsize=64)(os.path.realpath)
+
+    def real_path(entry: Entry) -> str:
+        folder, name = os.path.split(entry.path)
+        return os.path.realpath(entry.path) if os.path.islink(entry.path) else f"{real_folder(folder)}/{name}"
+
+    valid_entries = scan_dataset(valid, **scanning).entries
+    paths = set(map(real_path, valid_entries))
+    train_entries = [entry for entry in entries if real_path(entry) not in paths]
     if not train_entries:
         raise ValueError(f"--valid {valid!r} holds every file of the dataset: nothing is left to train on")
     taken = len(entries) - len(train_entries)
@@ -262,6 +469,8 @@ def print_report(dataset: str, found: Scan, train: list, valid: list, note: str)
     for name, part in (("train", train), ("valid", valid)):
         hours = sum(entry.seconds for entry in part) / 3600
         print(f"{name}        {len(part)} files, {hours:.3f} hours" + (f" ({note})" if note else ""))
+    for line in found.notes:
+        print(f"note         {line}")
     for kind, reasons in (("skipped", found.skipped), ("problem", found.problems)):
         for line in skip_lines(reasons):
             print(f"{kind}      {line}")

@@ -3,15 +3,63 @@
 import argparse
 import hashlib
 import json
+import time
+from pathlib import Path
 
 import data
-from conditioning import CONDITIONS
+from conditioning import CONDITIONS, full_text
+from support.common import read_json
 from support.distributed import Ranks
-from support.scan import Scan, skip_lines
+from support.scan import READ_ERRORS, Scan, scan_dataset, skip_lines, split_entries
+
+NOT_YET = "not yet"  # what the other ranks hear while rank 0 scans
+BEAT_SECONDS = 60  # how often: less than the least --timeout that makes sense
+
+
+def find_data(args: argparse.Namespace, ranks: Ranks) -> str | Scan:
+    """What `data.open_dataset` takes: the dataset scanned and split, or the name of what needs no scan.
+
+    Rank 0 alone reads the disk. All ranks call it. Errors: ValueError, OSError on all ranks."""
+    if args.cache or args.dataset == "toy":
+        return args.dataset
+    if not ranks.is_main:
+        while (found := ranks.broadcast(None)) == NOT_YET:
+            pass
+    else:
+        last = time.monotonic()
+
+        def alive() -> None:
+            nonlocal last
+            if time.monotonic() - last > BEAT_SECONDS:
+                ranks.broadcast(NOT_YET)
+                last = time.monotonic()
+
+        try:
+            scanning = dict(captions=args.captions, caption_column=args.caption_column, alive=alive)
+            found = scan_dataset(args.dataset, **scanning)
+            found.parts = split_entries(found.entries, args.valid, begun_before(args), **scanning)
+        except READ_ERRORS as error:
+            found = error
+        found = ranks.broadcast(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def begun_before(args: argparse.Namespace) -> bool:
+    """Whether the run in --out was begun when hashes alone split the files, see `split_by_hash`.
+
+    args.near_split, which config.json holds, says so to the next start."""
+    try:
+        config = read_json(Path(args.out, "config.json"))
+        args.near_split = bool((config.get("args") or {}).get("near_split"))
+    except (ValueError, AttributeError):  # no run, or nothing to go on from
+        args.near_split = True
+    return not args.near_split
 
 
 def open_sets(args: argparse.Namespace, found: str | Scan, codec, ranks: Ranks) -> tuple:
-    """(training set, validation set) out of what `data.find_data` gave; says what is in them."""
+    """(training set, validation set) out of what `find_data` gave; says what is in them."""
     features = {}
     for condition in CONDITIONS.values():
         if condition.is_active(args):
@@ -22,8 +70,13 @@ def open_sets(args: argparse.Namespace, found: str | Scan, codec, ranks: Ranks) 
                           features=features)
         for split in ("train", "valid"))
     if isinstance(found, Scan):
-        ranks.print(*(f"skipped: {line}" for line in skip_lines(found.skipped)))
+        ranks.print(*found.notes, *(f"skipped: {line}" for line in skip_lines(found.skipped)))
     ranks.print(f"train: {train_set.describe()}", f"valid: {valid_set.describe()}")
+    if any(condition.is_text and condition.is_active(args) for condition in CONDITIONS.values()):
+        count, without = len(train_set.files), sum(not full_text(entry.meta) for entry in train_set.files)
+        if count / 2 < without < count:
+            ranks.print(f"warning: {without} of {count} files of the training set have no text: of them the "
+                        "model learns nothing about captions")
     return train_set, valid_set
 
 

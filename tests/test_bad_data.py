@@ -208,7 +208,8 @@ SKIPPED = {
         )
     },
     "data check: manifest with paths that are none": (
-        "data check @music+good.wav+odd.jsonl/odd.jsonl", "5 skipped", "3 manifest line", "2 missing"),
+        "data check @music+good.wav+odd.jsonl/odd.jsonl",
+        "5 skipped", "2 manifest line whose path is no text", "2 missing"),
     "data check: manifest that lies about seconds": (
         "data check @music+good.wav+lies.jsonl/lies.jsonl", "1 with a problem", "duration differs"),
     "data check: manifest with a number of 400 digits": (

@@ -1,0 +1,308 @@
+"""Captions in tables: one column names files of a dataset, another holds text.
+
+    metadata.csv | captions.tsv | .jsonl | .json | .parquet, beside or above the audio, or --captions FILE
+        ─► rows {column: cell} ─► which column holds text, which names files ─► {file: metadata}
+
+Such are Hugging Face's audiofolder (file_name, text), MusicCaps (ytid, caption), Song Describer and
+MTG-Jamendo (path, ..), FMA (track_id), MagnaTagATune (a column of 0 and 1 for each tag). What a table does
+not say for certain is not taken: a row that could be of two files, a column that may hold captions or not.
+It is named, and --caption_column decides.
+"""
+
+import csv
+import gzip
+import itertools
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+from support.captions import FIELDS, READ_ERRORS, TEXT_FIELDS, clean_meta, parse_object
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".jsonl.gz", ".parquet")
+FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "audio_path", "audio_file",
+                "audio_filepath", "audio", "mp3_path", "wav", "mp3", "location", "ytid", "youtube_id",
+                "track_id", "trackid", "clip_id", "song_id", "audio_id", "id", "name", "key", "track", "song")
+SAMPLE = 1000  # rows from which the columns are known
+PROSE_WORDS = 3  # a column without a known name holds captions if its cells have so many words on average
+MOST_JSON = 2 ** 28  # bytes of a .json, which is read at once
+YOUTUBE_ID = re.compile(r"\[?([\w-]{11})[]_\-. ]")  # at the start of a name: ID_30_40.wav, [ID]-[30-40].wav
+
+
+def is_table(name: str) -> bool:
+    """Whether a file's name is that of a table. (A .json that belongs to no audio file may be one, too.)"""
+    return name.lower().endswith(TABLE_SUFFIXES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def table_rows(path: str) -> Iterator[dict]:
+    """The rows of a table, {column: cell}. Errors: ValueError, OSError where it cannot be read."""
+    name = path.lower()
+    if name.endswith((".csv", ".tsv")):
+        yield from csv_rows(path)
+    elif name.endswith(".parquet"):
+        yield from parquet_rows(path)
+    elif name.endswith(".json"):
+        if os.path.getsize(path) > MOST_JSON:
+            raise ValueError("too large for a .json: write one object a line, as .jsonl")
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            content = json.load(file)
+        if isinstance(content, dict):  # {file: caption}, {file: {column: cell}}
+            content = [{"file_name": key, **(value if isinstance(value, dict) else {"text": value})}
+                       for key, value in content.items()]
+        yield from (row for row in content if isinstance(row, dict)) if isinstance(content, list) else ()
+    else:
+        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
+            yield from (parse_object(line) for line in file if line.strip())
+
+
+def csv_rows(path: str) -> Iterator[dict]:
+    """The rows of a text table. What separates its cells is seen in its first line."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = file.readline()
+        file.seek(0)
+        separator = max("\t,;|", key=first.count)
+        try:
+            lines = csv.reader((line.replace("\0", "") for line in file), delimiter=separator)
+            columns = next(lines, [])
+            if columns and not columns[0] and len(set(columns)) < len(columns):  # FMA: names in three lines
+                columns = [".".join(filter(None, pair)) for pair in zip(columns, next(lines, []))]
+                columns[0] = next(lines, [""])[0]
+            for cells in lines:
+                # cells beyond the last column belong to it: tags, or a text whose commas are not quoted
+                cells[len(columns) - 1:] = [", ".join(cells[len(columns) - 1:])]
+                yield dict(zip(columns, cells))
+        except csv.Error as error:
+            raise ValueError(f"not readable as a table: {error}") from None
+
+
+def parquet_rows(path: str) -> Iterator[dict]:
+    """The rows of a parquet file, without columns that hold structures, such as audio."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("needs `pip install pyarrow`") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        plain = [field.name for field in file.schema_arrow if not pyarrow.types.is_struct(field.type)
+                 and not pyarrow.types.is_binary(field.type)]
+        for batch in file.iter_batches(columns=plain):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"not readable as parquet: {str(error)[:100]}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# which column holds text
+
+
+def text_column(sample: list, asked: str | None) -> str | tuple | None:
+    """The column of captions; a tuple of columns of 0 and 1, which are tags; None where it is not known.
+
+    Errors: ValueError where the table has not the column asked for."""
+    columns = list(dict.fromkeys(itertools.chain(*sample)))
+    if asked is not None:
+        if asked in columns:
+            return asked
+        raise ValueError(f"--caption_column {asked}: it has {', '.join(columns)[:300] or 'no columns'}")
+
+    def texts(column: str) -> list:
+        cells = (row.get(column) for row in sample)
+        return [cell for cell in cells if cell and isinstance(cell, (str, list))]
+
+    named = {column.lower(): column for column in reversed(columns)}
+    for name in TEXT_FIELDS:
+        if name in named and texts(named[name]):
+            return named[name]
+    like = [c for c in columns if re.search("caption|description|prompt", c.lower()) and texts(c)]
+    if len(like) == 1:
+        return like[0]
+    prose = []
+    for column in columns:
+        words = [str(cell).split() for cell in texts(column)]
+        if words and sum(map(len, words)) / len(words) >= PROSE_WORDS and column.lower() not in FIELDS:
+            prose.append(column)
+    if len(prose) == 1 and not like:
+        return prose[0]
+    flags = [c for c in columns if {str(row.get(c)) for row in sample} <= {"0", "1"}]
+    return tuple(flags) if len(flags) > 1 and not (prose or like) else None
+
+
+def row_meta(row: dict, text, file_column: str) -> dict:
+    """The metadata of a row: its caption, and its columns of the names that FIELDS has."""
+    if isinstance(text, tuple):
+        caption = ", ".join(name for name in text if str(row.get(name)) == "1")
+    else:
+        caption = row.get(text)
+    if isinstance(caption, str):
+        caption = re.sub(r"\b[\w/]+---", "", caption)  # MTG-Jamendo: "genre---rock"
+    found = {c.lower(): cell for c, cell in row.items() if c.lower() in FIELDS and c != file_column}
+    return clean_meta(found | {"description": caption})[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# which column names files
+
+
+class FileNames:
+    """The files of a dataset by what a table may call them."""
+    def __init__(self, paths: list):
+        self.by_path = {os.path.normpath(path): i for i, path in enumerate(paths)}
+        self.paths, self.by_name, self.by_part = paths, defaultdict(list), defaultdict(list)
+        for i, path in enumerate(paths):
+            stem = os.path.splitext(os.path.basename(path))[0]
+            self.by_name[stem].append(i)
+            youtube = YOUTUBE_ID.match(stem)
+            parts = {stem.split(".")[0], stem.lstrip("0"), youtube[1] if youtube else stem}
+            for part in parts - {stem, ""}:  # 948.low.mp3, 000002.mp3
+                self.by_part[part].append(i)
+
+    def find(self, cell, folder: str) -> tuple[list, bool]:
+        """(files that a cell of a table names, whether their folders say so, too). folder: the table's."""
+        name = str(cell).strip().replace("\\", "/")
+        if not name or len(name) > 1000 or name.startswith("["):
+            return [], False
+        exact = self.by_path.get(os.path.normpath(os.path.join(folder, name)))
+        if exact is not None:
+            return [exact], True
+        name = os.path.normpath(name)
+        base = os.path.basename(name)
+        stem, suffix = os.path.splitext(base)
+        found = self.by_name.get(stem) if suffix[1:].isalnum() else None
+        found = found or self.by_name.get(base) or self.by_part.get(base) or self.by_part.get(stem) or []
+        below = [i for i in found if os.path.join(self.paths[i], "").startswith(os.path.join(folder, ""))]
+        wanted = os.path.dirname(name).strip("/")
+        if not wanted:
+            return below, False
+        alike = []
+        for i in below:
+            there = os.path.relpath(os.path.dirname(self.paths[i]), folder)
+            there = "" if there == "." else there
+            if there == "" or f"/{there}".endswith(f"/{wanted}") or f"/{wanted}".endswith(f"/{there}"):
+                alike.append(i)
+        return (alike, True) if alike else (below, False)
+
+
+def one_song(paths: list) -> bool:
+    """Whether files differ in nothing but their suffix."""
+    return len({os.path.splitext(path)[0] for path in paths}) == 1
+
+
+def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> tuple[dict, str]:
+    """({number of a file: its metadata}, a line that says so) of a table whose files lie below `folder`.
+
+    Errors: ValueError, OSError saying why it is not used."""
+    rows = table_rows(path)
+    sample = list(itertools.islice(rows, SAMPLE))
+    rows.close()
+    columns = list(dict.fromkeys(itertools.chain(*sample)))
+    if not sample:
+        raise ValueError("it has no rows")
+    text = text_column(sample, asked)
+    if text is None:
+        raise ValueError(f"which column holds captions? It has {', '.join(columns)[:300]}; choose with "
+                         f"--captions {path} --caption_column NAME")
+
+    # The column that names most files; names that such columns have go first
+    known = [c for c in columns if c.lower() in FILE_COLUMNS]
+    known.sort(key=lambda c: FILE_COLUMNS.index(c.lower()))
+    others = [c for c in columns if c not in known]
+    file_column, most = None, 0
+    for group in (known, others):
+        group = [c for c in group if c != text and c not in (text if isinstance(text, tuple) else ())]
+        counts = dict.fromkeys(group, 0)
+        for row in table_rows(path) if group else ():
+            for column in group:
+                counts[column] += bool(names.find(row.get(column) or "", folder)[0])
+        for column, count in counts.items():
+            if count > most:
+                file_column, most = column, count
+        if file_column is not None:
+            break
+    if file_column is None:
+        raise ValueError(f"no column names a file; it has {', '.join(columns)[:300]}")
+
+    # What each row says; a file that two different names could mean is left alone
+    claims, certain, without = {}, set(), 0
+    for row in table_rows(path):
+        cell = str(row.get(file_column) or "")
+        found, sure = names.find(cell, folder)
+        if found and (len(found) == 1 or one_song([names.paths[i] for i in found])):
+            for i in found:
+                if sure and i not in certain:
+                    claims.pop(i, None)
+                    certain.add(i)
+                if sure or i not in certain:
+                    claims.setdefault(i, {}).setdefault(cell, []).append(row_meta(row, text, file_column))
+        else:
+            without += 1
+    matched, twice, unclear = {}, 0, 0
+    for i, by_cell in claims.items():
+        if len(by_cell) > 1 or (certain and i not in certain and "/" in next(iter(by_cell)).strip("./")):
+            unclear += 1
+            continue
+        metas = next(iter(by_cell.values()))
+        twice += len(metas) > 1
+        matched[i] = next((meta for meta in metas if "description" in meta), metas[0])
+    shown = "columns of 0 and 1 as tags" if isinstance(text, tuple) else f"column {text}"
+    taken = {file_column, *(text if isinstance(text, tuple) else (text,))}
+    unused = [c for c in columns if c not in taken and c.lower() not in FIELDS]
+    line = f"{len(matched)} files by their {file_column}, {shown}"
+    for count, what in ((without, "rows name no file that is here, or more than one"),
+                        (twice, "files have several captions, of which the first is taken"),
+                        (unclear, "files could be meant by two names and are left alone")):
+        line += f"; {count} {what}" if count else ""
+    return matched, line + (f"; not used: {', '.join(unused)[:200]}" if unused else "")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the tables of a dataset
+
+
+def add_tables(rows: list, tables: list, root: str, captions: str | None, asked: str | None) -> list:
+    """Puts what tables say into the rows [(path, key, {.., "meta": .., "from": ..})] -> lines about them.
+
+    captions: the table of --captions, which wins; then those nearest to a file. asked: --caption_column.
+    Errors: ValueError where the table or the column asked for cannot be used."""
+    above = os.path.dirname(root)
+    tables = [(path, os.path.dirname(path)) for path in sorted(tables, key=lambda p: (-p.count("/"), p))]
+    for suffix in TABLE_SUFFIXES:  # metadata.csv above the folder of a split
+        if os.path.isdir(root) and os.path.isfile(path := os.path.join(above, f"metadata{suffix}")):
+            tables.append((path, above))
+    if captions is not None:
+        if not os.path.isfile(captions):
+            raise ValueError(f"--captions {captions}: no such file")
+        given = os.path.abspath(captions)
+        tables = [(given, root)] + [table for table in tables if table[0] != given]
+    if asked is not None and not tables:
+        raise ValueError(f"--caption_column {asked}: there is no table; give it as --captions FILE")
+    if not tables:
+        return []
+    names, lines, used, reasons = FileNames([row[0] for row in rows]), [], set(), {}
+    for path, folder in tables:
+        given = captions is not None and path == os.path.abspath(captions)
+        try:
+            matched, line = match_table(path, folder, names, asked if given or captions is None else None)
+        except (*READ_ERRORS, RecursionError) as error:
+            if given:
+                raise ValueError(f"--captions {captions}: {error}") from None
+            reasons.setdefault(str(error), []).append(path)
+            continue
+        kind = os.path.splitext(path.lower().removesuffix(".gz"))[1][1:]
+        for i, meta in matched.items():
+            if i not in used:
+                path_, key, said = rows[i]
+                rows[i] = path_, key, {**said, "meta": meta, "from": kind}
+        used |= matched.keys()
+        lines.append(f"captions of {ascii(os.path.relpath(path, root))}: {line}")
+    if asked is not None and not lines:
+        raise ValueError(f"--caption_column {asked}: {'; '.join(reasons)}")
+    for reason, paths in reasons.items():
+        shown = ", ".join(ascii(os.path.relpath(path, root)) for path in paths[:3])
+        lines.append(f"table {shown}{', ..' if len(paths) > 3 else ''} not used: {reason}")
+    return lines
