@@ -147,6 +147,10 @@ def evaluate_stage(run) -> dict:
 
     # the loss without each condition, and with that of another clip
     for name, condition in conditions.items():
+        mine = [values[name] for batch in load_valid(run) for values in batch.values]
+        if not ranks.any(any(value is not None for value in mine))[0]:
+            ranks.print(f"evaluate: no clip of validation has {condition.plural}: nothing to compare")
+            continue
         without = mean_loss(run, model, lambda values: [{**v, name: None} for v in values])["ce"]
         others = mean_loss(run, model, lambda values: [
             {**mine, name: next_one[name]} for mine, next_one in zip(values, values[1:] + values[:1])])["ce"]

@@ -90,4 +90,10 @@ def check_sets(args: argparse.Namespace, train_set, valid_set) -> None:
     """Errors: ValueError where a condition that is trained on has nothing to learn from in these sets."""
     for condition in CONDITIONS.values():
         if condition.is_active(args):
+            texts, held_out = (sum(bool(full_text(entry.meta)) for entry in one.files)
+                               for one in (train_set, valid_set))
+            if condition.is_text and held_out and not texts:
+                raise ValueError(f"no captions to train with: the {held_out} files that have one are held "
+                                 f"out for validation: give another --valid than {args.valid}, more "
+                                 "captions, or train without text (--no_text)")
             condition.check_sets(args, train_set, valid_set)

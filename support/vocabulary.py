@@ -18,7 +18,7 @@ from support import common
 PAD, EOS, UNK = 0, 1, 2                        # ids, T5's
 BYTES = 256                                    # pieces of one byte each, beside those fitted to captions
 NO_CAPTIONS = ("no captions to fit the text encoder's vocabulary on, or to train it with: add captions (a "
-               ".txt or .json beside each audio file) or train without text (--no_text)")
+               ".txt or .json beside each audio file, or a table) or train without text (--no_text)")
 FOLDING = "nmt_nfkc_cf"                        # sentencepiece's name of: NFKC, then case folding
 
 

@@ -222,6 +222,8 @@ FINE = {
     "train: odd captions": (
         "train --dataset @music+surrogate.json+nul.txt+emoji.txt+rtl.txt+binary.txt+words.txt", "finished"),
     "train: one caption of 1,600 words": ("train --dataset @long_caption", "finished"),
+    "train: no clip of validation has a caption": (
+        "train --dataset @music --valid @no_captions", "no clip of validation has captions", "finished"),
     "train: odd audio": (
         "train --dataset @music+silent.wav+one.wav+seven.wav+u8.wav+double.wav+pcm24.wav", "finished"),
     "train: an old cache with text alone": ("train --cache @cache_no_chroma", "finished"),
