@@ -134,7 +134,7 @@ REFUSED = {
         "train --cache @cache_cut_chroma --conditions melody", "cache_cut_chroma", "damaged"),
     # train.py: what it reads
     "train: dataset missing": ("train --dataset no/such", "'no/such'", "give a folder"),
-    "train: dataset is a song": ("train --dataset @good.wav", "good.wav", "give a folder"),
+    "train: dataset is a song": ("train --dataset @good.wav", "good.wav", "give the folder"),
     "train: dataset folder empty": ("train --dataset @empty_folder", "empty_folder", "found nothing"),
     "train: folder without audio": ("train --dataset @no_audio", "not audio by its name", "cover.jpg"),
     "train: folder of bad audio only": ("train --dataset @only_bad", "zero bytes", "text.wav"),
