@@ -11,6 +11,7 @@ named once and counted. Features, {name: what computes it}, are what conditions 
 Legend: B batch, K codebooks, T frames of a segment, F frames of a feature, C channels, N samples.
     python data.py check DATASET [--valid 0.05]             what was found, what was skipped and why
     python data.py cache DATASET --codec CODEC --out DIR    encode everything once, to train on codes alone
+    python data.py import SHARDS .. --out FOLDER            parquet and tar shards -> a folder of audio
 """
 
 import argparse
@@ -35,6 +36,7 @@ from support.cache import CachedEntry, make_cache, open_cache, read_rows
 from support.common import command, output_name, random_generator, tell
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
 from support.signals import end_with_parent
+from support.unpack import SHARD_SUFFIXES, import_shards
 
 FILES, SEGMENT = 1, 2  # streams of random numbers: each has its own generator
 MAX_TRIES = 10  # files drawn in place of an unreadable one before giving up
@@ -310,7 +312,7 @@ def collate(examples: list[Example]) -> Batch:
 
 @command("data.py")
 def main(argv: list | None = None) -> int:
-    """Says what is in a dataset, or makes a token cache of it."""
+    """Says what is in a dataset, makes a token cache of it, or a dataset of shards."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="say what was found, what was skipped and why")
@@ -329,7 +331,13 @@ def main(argv: list | None = None) -> int:
     for condition in CONDITIONS.values():
         for flag in condition.cache_flags:
             flag.add_to(cache)
+    unpack = commands.add_parser("import", help="unpack shards into a folder of audio with captions")
+    unpack.add_argument("shards", nargs="+", help=f"files {' '.join(SHARD_SUFFIXES)}, or folders of them")
+    unpack.add_argument("--out", type=output_name, required=True, help="folder of audio to make")
     args = parser.parse_args(argv)
+    if args.command == "import":
+        import_shards(args.shards, args.out)
+        return 0
     scanning = dict(captions=args.captions, caption_column=args.caption_column)
     if args.command == "check" and args.dataset == "toy":
         caption = toy.draw_clip(0, 0, 0)[1]
