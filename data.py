@@ -32,7 +32,7 @@ import tokenizer
 import toy
 from conditioning import CONDITIONS
 from support import audio
-from support.cache import CachedEntry, make_cache, open_cache, read_rows
+from support.cache import CachedEntry, open_cache, read_rows
 from support.common import command, output_name, random_generator, tell
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
 from support.signals import end_with_parent
@@ -166,7 +166,7 @@ class CacheDataset(SegmentDataset):
     """The same segments out of a token cache, made by this codec with at least its number of codebooks."""
     def __init__(self, folder: str, codec, segment_seconds: float, seed: int, *, split: str,
                  valid: str | float, min_segment_ratio: float = 0.8, features: dict | None = None):
-        train_entries, valid_entries, note = open_cache(folder, codec, valid, features or {})
+        train_entries, valid_entries, note, self.stored_K = open_cache(folder, codec, valid, features or {})
         super().__init__(train_entries if split == "train" else valid_entries, codec, segment_seconds, seed,
                          min_segment_ratio=min_segment_ratio, shuffle=split == "train", note=note,
                          features=features)
@@ -177,7 +177,8 @@ class CacheDataset(SegmentDataset):
         frames = min(self.segment_frames, entry.frames - start_frame)
         if frames <= 0:
             raise ValueError(entry.error or f"no audio at frame {start_frame}: it has {entry.frames}")
-        rows = read_rows(self.folder, entry.shard, "npy", entry.offset + start_frame, frames)
+        first = entry.offset + start_frame
+        rows = read_rows(self.folder, entry.shard, "npy", first, frames, self.stored_K)
         codes = np.zeros((self.K, self.segment_frames), np.int64)  # [K, T]
         codes[:, :frames] = rows[:, :self.K].T
         if codes.max() >= self.card:
@@ -196,7 +197,8 @@ class CacheDataset(SegmentDataset):
         count = min(feature.count_frames(self.samples, self.sample_rate), stored - first)
         if count <= 0:
             raise ValueError(f"no {name} at frame {first}: it has {stored}")
-        return read_rows(self.folder, entry.shard, f"{name}.npy", offset + first, count).astype(np.float32)
+        return read_rows(self.folder, entry.shard, f"{name}.npy", offset + first, count, feature.columns,
+                         feature.dtype).astype(np.float32)
 
 
 class ToyDataset(SegmentDataset):
@@ -346,11 +348,12 @@ def main(argv: list | None = None) -> int:
         found = scan_dataset(args.dataset, headers=True, **scanning)
         print_report(args.dataset, found, *split_entries(found.entries, args.valid, **scanning))
     else:
-        codec = tokenizer.load_codec(args.codec, args.num_codebooks, args.device, args.channels)
+        from support.encode import make_cache_on_ranks  # torch.distributed, which it needs, is slow to load
+        load = functools.partial(tokenizer.load_codec, args.codec, args.num_codebooks, channels=args.channels)
         features = {}
         for condition in CONDITIONS.values():
             features |= condition.features(args)
-        make_cache(args.dataset, args.out, codec, args.valid, args.device, features, **scanning)
+        make_cache_on_ranks(args.device, load, args.dataset, args.out, args.valid, features, **scanning)
     return 0
 
 

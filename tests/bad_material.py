@@ -354,6 +354,11 @@ def cache_with(name: str, damage):
     return make
 
 
+def in_entries(change):
+    """Damage to the entries of a cache.json."""
+    return in_json(lambda content: content | {"entries": change(content["entries"])})
+
+
 def new_cache(*flags: str):
     """A token cache made with other flags."""
     return lambda path, shared: data.main(["cache", str(shared / "music"), *flags, "--out", str(path)])
@@ -415,7 +420,8 @@ MATERIAL = {
     "cache_no_chroma": cache_with("shard_00000.chroma.npy", lambda raw: None),
     "cache_cut_chroma": cache_with("shard_00000.chroma.npy", lambda raw: raw[:-9]),
     "cache_no_shard": cache_with("shard_00000.npy", lambda raw: None),
-    "cache_no_entries": cache_with("shard_00000.json", lambda raw: None),
+    "cache_no_entries": cache_with("cache.json", in_json(
+        lambda content: {k: v for k, v in content.items() if k != "entries"})),
     "cache_cut": cache_with("shard_00000.npy", lambda raw: raw[:-9]),
     "cache_pickle": cache_with("shard_00000.npy", lambda raw: EVIL),
     "cache_objects": cache_with("shard_00000.npy", lambda raw: npy(np.array([Evil()], dtype=object))),
@@ -423,13 +429,13 @@ MATERIAL = {
     "cache_list": cache_with("cache.json", lambda raw: b"[]"),
     "cache_no_codec": cache_with("cache.json", in_json(
         lambda content: {k: v for k, v in content.items() if k != "fingerprint"})),
-    "cache_no_shards": cache_with("cache.json", in_json(lambda content: content | {"shards": 0})),
+    "cache_no_shards": cache_with("cache.json", in_json(lambda content: content | {"entries": []})),
     "cache_toy": cache_with("cache.json", in_json(lambda content: content | {"dataset": "toy"})),
-    "cache_times": cache_with("shard_00000.json", in_json(
+    "cache_times": cache_with("cache.json", in_entries(
         lambda entries: [entry | {"seconds": "long"} for entry in entries])),
-    "cache_places": cache_with("shard_00000.json", in_json(
+    "cache_places": cache_with("cache.json", in_entries(
         lambda entries: [e | {"offset": e["offset"] - 10 ** 6} for e in entries[:-1]] + entries[-1:])),
-    "cache_meta": cache_with("shard_00000.json", in_json(
+    "cache_meta": cache_with("cache.json", in_entries(
         lambda entries: [entry | {"meta": [1]} for entry in entries])),
     "cache_floats": cache_with("shard_00000.npy", in_npy(lambda codes: codes.astype(np.float32))),
     "cache_codes": cache_with("shard_00000.npy", in_npy(lambda codes: codes + 1000)),

@@ -43,7 +43,7 @@ REFUSED = {
     "data cache: into a cache whose cache.json is text": (
         "data cache @music --out @cache_text", "cache.json", "delete"),
     "data cache: into a cache whose cache.json is a list": (
-        "data cache @music --out @cache_list", "another dataset", "delete"),
+        "data cache @music --out @cache_list", "cache.json", "delete"),
     "data cache: out is a file": ("data cache @music --out @good.wav", "--out", "good.wav", "folder"),
     "data cache: out below a file": ("data cache @music --out @good.wav/cache", "good.wav/cache"),
     "data cache: toy clips": ("data cache toy --out out", "toy clips are made fresh", "--dataset toy"),

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import tokenizer
-from support import audio, cache
-from support.cache import make_cache, read_index
+from support import audio, encode
+from support.cache import read_index
 from support.captions import MAX_TEXT
+from support.encode import make_cache
 from support.scan import Entry, scan_dataset, skip_lines, split_by_hash
 
 RATE, HOP = 16_000, 320
@@ -396,7 +397,7 @@ def test_windows_give_the_codes_of_the_whole_file(tmp_path, codec):
     for seconds, rate in lengths:
         path = write(tmp_path / "a.wav", seconds, rate)
         whole = codec.encode(audio.read_audio(path, sample_rate=RATE, channels=1)[None])[0].T.numpy()
-        parts = cache.encode_file(Entry(str(path), "a", seconds, rate), codec, "cpu", {})[0]
+        parts = encode.encode_file(Entry(str(path), "a", seconds, rate), codec, "cpu", {})[0]
         assert parts.shape == whole.shape
         assert (parts == whole).mean() > 0.999, (seconds, rate, (parts == whole).mean())
 
@@ -423,43 +424,9 @@ def test_cache_of_another_codec_is_refused(tmp_path, codec):
         weight.data.sub_(1)
 
 
-def test_interrupted_cache_goes_on(tmp_path, codec, monkeypatch, capsys):
-    folder(tmp_path / "m", 6, 1.0)
-    monkeypatch.setattr(cache, "SHARD_SECONDS", 2.4)  # shards of 2, 2, 1, 1 files
-    make = lambda name: make_cache(str(tmp_path / "m"), str(tmp_path / name), codec)
-    make("whole")
-    encode, calls = cache.encode_file, []
-
-    def fails(*args):
-        calls.append(1)
-        if len(calls) == 4:  # within the second shard
-            raise KeyboardInterrupt
-        return encode(*args)
-
-    monkeypatch.setattr(cache, "encode_file", fails)
-    with pytest.raises(KeyboardInterrupt):
-        make("cut")
-    with pytest.raises(ValueError, match="unfinished"):
-        read_index(str(tmp_path / "cut"))
-    (tmp_path / "cut" / "shard_00001.npy").write_bytes(b"codes without their entries")
-    (tmp_path / "cut" / "shard_00002.npy.tmp").write_bytes(b"torn")
-    capsys.readouterr()
-    make("cut")
-    out = capsys.readouterr().out
-    assert len(calls) == 4 + 4 and "shard 1 of 4" not in out and "shard 2 of 4: 2 files" in out
-    assert {p.name for p in (tmp_path / "whole").iterdir()} == {p.name for p in (tmp_path / "cut").iterdir()}
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path
-    make("cut")
-    assert len(calls) == 8  # nothing is left to do
-    write(tmp_path / "m" / "new.wav", 1.0)
-    with pytest.raises(ValueError, match="a cache with another files, list"):
-        make("cut")
-
-
 def test_damaged_caches_and_bad_output_folders(tmp_path, codec):
     folder(tmp_path / "m", 2, 1.0)
-    for name in ("shard_00000.npy", "shard_00000.json", "cache.json"):
+    for name in ("shard_00000.npy", "cache.json"):
         make_cache(str(tmp_path / "m"), str(tmp_path / name), codec)
         path = tmp_path / name / name
         for content in (path.read_bytes()[:-2], b"", b"[]", b"{}", b'[{"a": 1}]', b'{"shards": "x"}'):

@@ -13,7 +13,7 @@ import generate
 import tokenizer
 from generate import Sampling, generate_long
 from support import audio, chroma
-from support.cache import make_cache
+from support.encode import make_cache
 from support.chroma import Chroma
 from support.melody import melody_window
 from three_conditions import CLASSES, tiny, tone
