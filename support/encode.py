@@ -49,6 +49,7 @@ MAX_THIN = 4  # shards less than half full: of more, what is in use is copied in
 PATIENCE_MINUTES = 60 * 24 * 7  # that a rank which has done its share waits for the others
 TELL_SECONDS = 10  # between two lines of progress
 DAMAGE = (OSError, ValueError, LookupError, TypeError)  # of a shard: its files are encoded again
+NOT_COMPARED = ("dataset", "codec", "entries", "files", "list", "shards")  # in cache.json, also an old one
 TO_ENCODE = -1  # shard of an entry that has none yet
 
 
@@ -275,9 +276,8 @@ def read_begun(out: str, settings: dict) -> dict:
         begun["fingerprint"], begun["dataset"]
     except DAMAGE:
         raise ValueError(f"{out}/cache.json is damaged: delete {out}, or give another --out") from None
-    free = ("dataset", "codec", "entries", "files", "list", "shards")
-    differ = [name for name in begun | settings if name not in free and settings.get(name) != begun.get(name)]
-    if differ:
+    names = [name for name in begun | settings if name not in NOT_COMPARED]
+    if differ := [name for name in names if settings.get(name) != begun.get(name)]:
         raise ValueError(f"{out} holds a cache with another {', '.join(differ)}: "
                          "give another --out, or delete it")
     return begun

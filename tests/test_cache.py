@@ -153,7 +153,7 @@ def test_a_moved_folder_is_the_same_one_and_another_is_refused(music, encoded, t
     write(tmp_path / "other" / "a" / "song0.wav", 1.0, 50)
     before = content(tmp_path / "c")
     shutil.copy(moved / "a" / "song0.wav", tmp_path / "other" / "by another name.wav")
-    with pytest.raises(ValueError, match="holds a cache with another dataset, .*elsewhere: none of its"):
+    with pytest.raises(ValueError, match="a cache with another dataset, .*elsewhere: none of its"):
         make(tmp_path / "other", tmp_path / "c")
     assert not encoded and content(tmp_path / "c") == before
 

@@ -43,10 +43,11 @@ import tokenizer
 from generate import Sampling, generate_codes
 from model import SIZES, Conditions, ModelConfig, MusicGen, decay_groups, forward_flops
 from support import common
-from support.cache import CachedEntry, shard_path, write_array
+from support.cache import CachedEntry, shard_path
 from support.compiled import compile_step, require_compiler
 from support.bounds import LIMITS, check_flag_number
 from support.distributed import keep_freed_memory
+from support.encode import write_array
 from support.kernels import linear
 from tools.peers import INSTALL, PEERS, Peer
 
@@ -360,8 +361,7 @@ def write_random_cache(folder: str, args: argparse.Namespace, frames: int) -> No
         name = f"{i}.wav"
         rows.append(CachedEntry(name, name, frames / FRAME_RATE, offset=i * frames, frames=frames).to_row())
     write_array(shard_path(folder, 0, "npy"), codes)
-    common.write_json(shard_path(folder, 0, "json"), rows)
-    about = dict(shards=1, K=args.K, dataset="none", codec="none", fingerprint="none")
+    about = dict(entries=rows, K=args.K, dataset="none", codec="none", fingerprint="none")
     common.write_json(Path(folder, "cache.json"), about)
 
 
