@@ -34,6 +34,7 @@ from conditioning import CONDITIONS
 from support import audio
 from support.cache import CachedEntry, open_cache, read_rows
 from support.common import command, output_name, random_generator, tell
+from support.draw import SAMPLE_BY, cumulative_shares, describe_draws, draw_by_shares, long_enough
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
 from support.signals import end_with_parent
 from support.unpack import SHARD_SUFFIXES, import_shards
@@ -88,13 +89,14 @@ def file_order(seed: int, epoch: int, turn: int, count: int) -> np.ndarray:
 class SegmentDataset:
     """Random segments of files: what live audio and the cache share, so that both see the same segments.
 
-    Each pass over the files has its own order, each segment a uniform start in
-    [0, duration - segment * min_segment_ratio], rounded down to a codec frame. Without `shuffle` the epoch
+    Each pass over the files has its own order (support/draw.py: whom it draws), each segment a uniform start
+    in [0, duration - segment * min_segment_ratio], rounded down to a codec frame. Without `shuffle` the epoch
     counts for nothing: always the same segments. `codec` is anything with a sample_rate, channels and hop."""
     def __init__(self, entries: list, codec, segment_seconds: float, seed: int, *,
-                 min_segment_ratio: float = 0.8, shuffle: bool = True, note: str = "",
-                 features: dict | None = None):
-        self.files, self.segment_seconds, self.seed = entries, segment_seconds, seed
+                 min_segment_ratio: float = 0.8, min_seconds: float = 0.0, sample_by: str = "file",
+                 shuffle: bool = True, note: str = "", features: dict | None = None):
+        self.files, self.segment_seconds, self.seed = long_enough(entries, min_seconds), segment_seconds, seed
+        self.shares = cumulative_shares(self.files, sample_by)
         self.sample_rate, self.channels, self.hop = codec.sample_rate, codec.channels, codec.hop
         self.min_segment_ratio, self.shuffle, self.note = min_segment_ratio, shuffle, note
         self.features = features or {}
@@ -107,11 +109,12 @@ class SegmentDataset:
         epoch, count = epoch if self.shuffle else 0, len(self.files)
         rng = random_generator(self.seed, SEGMENT, epoch, index)
         turn, place = divmod(index, count)
-        entry = self.files[file_order(self.seed, epoch, turn, count)[place]]
+        drawn = file_order(self.seed, epoch, turn, count)[place]
         while True:
+            entry = self.files[drawn if self.shares is None else draw_by_shares(self.shares, drawn, rng)]
             latest = max(0.0, entry.seconds - self.segment_seconds * self.min_segment_ratio)
             yield entry, int(rng.random() * latest * self.sample_rate / self.hop)
-            entry = self.files[rng.integers(count)]
+            drawn = rng.integers(count)
 
     def example(self, epoch: int, index: int) -> Example:
         """The example of (seed, epoch, index). Errors: ValueError after MAX_TRIES unreadable replacements."""
@@ -165,11 +168,10 @@ class AudioDataset(SegmentDataset):
 class CacheDataset(SegmentDataset):
     """The same segments out of a token cache, made by this codec with at least its number of codebooks."""
     def __init__(self, folder: str, codec, segment_seconds: float, seed: int, *, split: str,
-                 valid: str | float, min_segment_ratio: float = 0.8, features: dict | None = None):
+                 valid: str | float, features: dict | None = None, **drawing):
         train_entries, valid_entries, note, self.stored_K = open_cache(folder, codec, valid, features or {})
         super().__init__(train_entries if split == "train" else valid_entries, codec, segment_seconds, seed,
-                         min_segment_ratio=min_segment_ratio, shuffle=split == "train", note=note,
-                         features=features)
+                         shuffle=split == "train", note=note, features=features, **drawing)
         self.folder, self.K, self.card = folder, codec.K, codec.card
 
     def read(self, entry: CachedEntry, start_frame: int) -> dict:
@@ -236,11 +238,12 @@ class ToyDataset(SegmentDataset):
 
 def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: str = "train",
                  segment_seconds: float = toy.CLIP_SECONDS, codec=None, *, seed: int = 0,
-                 min_segment_ratio: float = 0.8, cache: str | None = None, features: dict | None = None):
+                 min_segment_ratio: float = 0.8, cache: str | None = None, features: dict | None = None,
+                 **drawing):
     """The train or valid split of toy, a folder, a manifest (a Scan of it, to scan once for both) or a cache.
 
     codec says what audio to make (sample_rate, channels, hop), or is the one that made the cache. features:
-    such as {"chroma": Chroma()}. Errors: ValueError naming the flag or the file."""
+    such as {"chroma": Chroma()}; drawing: min_seconds, sample_by. Errors: ValueError naming flag or file."""
     assert split in ("train", "valid"), split
     if not 0 < segment_seconds <= MAX_SECONDS:
         raise ValueError(f"--segment_seconds {segment_seconds}: more than 0, at most {MAX_SECONDS:g}")
@@ -248,7 +251,7 @@ def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: 
         raise ValueError(f"--min_segment_ratio {min_segment_ratio}: more than 0, at most 1")
     if cache is not None:
         return CacheDataset(cache, codec, segment_seconds, seed, split=split, valid=valid,
-                            min_segment_ratio=min_segment_ratio, features=features)
+                            min_segment_ratio=min_segment_ratio, features=features, **drawing)
     if dataset == "toy":
         return ToyDataset(seed, split, codec, segment_seconds, features)
     found = dataset if isinstance(dataset, Scan) else scan_dataset(dataset)
@@ -257,7 +260,7 @@ def open_dataset(dataset: str | Scan = "toy", valid: str | float = 0.05, split: 
         note = "; ".join(filter(None, [f"{len(found.skipped)} skipped", note]))
     return AudioDataset(train_entries if split == "train" else valid_entries, codec, segment_seconds, seed,
                         min_segment_ratio=min_segment_ratio, shuffle=split == "train", note=note,
-                        features=features)
+                        features=features, **drawing)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -325,6 +328,8 @@ def main(argv: list | None = None) -> int:
         sub.add_argument("--valid", default="0.05", help="a folder, a manifest or a fraction of the files")
         sub.add_argument("--captions", help="a table of captions that does not lie beside or above the audio")
         sub.add_argument("--caption_column", help="its column of captions, or that of the tables found")
+    check.add_argument("--segment_seconds", type=float, default=30.0, help="as in training, seconds")
+    check.add_argument("--sample_by", default="file", choices=SAMPLE_BY, help="as in training")
     cache.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec")
     cache.add_argument("--num_codebooks", type=int, help="of a channel, to keep; None: the codec's number")
     cache.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, codes of each")
@@ -346,7 +351,9 @@ def main(argv: list | None = None) -> int:
         print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {caption!r}")
     elif args.command == "check":
         found = scan_dataset(args.dataset, headers=True, **scanning)
-        print_report(args.dataset, found, *split_entries(found.entries, args.valid, **scanning))
+        parts = split_entries(found.entries, args.valid, **scanning)
+        print_report(args.dataset, found, *parts)
+        print(f"draws        {describe_draws(parts[0], args.segment_seconds, args.sample_by)}")
     else:
         from support.encode import make_cache_on_ranks  # torch.distributed, which it needs, is slow to load
         load = functools.partial(tokenizer.load_codec, args.codec, args.num_codebooks, channels=args.channels)

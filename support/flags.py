@@ -24,6 +24,7 @@ from patterns import PATTERNS
 from support import common
 from support.bounds import LIMITS, fits
 from support.compiled import require_compiler
+from support.draw import SAMPLE_BY
 from support.flag import NOT_SAID, Flag
 
 SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a model, as --size gives it
@@ -45,6 +46,10 @@ GROUPS = {
              float, toy=toy.CLIP_SECONDS, audio=30.0, range="clip"),
         Flag("min_segment_ratio", "least share of a segment that lies inside its file",
              float, 0.8, range="share"),
+        Flag("min_seconds", "files shorter than this are left out, seconds",
+             float, 0.0, range="natural", before=0.0),
+        Flag("sample_by", "file: each as often as any other; duration: long ones more often",
+             default="file", choices=SAMPLE_BY, before="file"),
         Flag("workers", "processes that load data (default: 0 for toy, else 4)",
              int, toy=0, audio=4, range=(0, 512), may_change=True, of_launch=True),
     ),

@@ -67,7 +67,7 @@ def open_sets(args: argparse.Namespace, found: str | Scan, codec, ranks: Ranks) 
     train_set, valid_set = (
         data.open_dataset(found, args.valid, split, segment_seconds=args.segment_seconds, codec=codec,
                           seed=args.seed, min_segment_ratio=args.min_segment_ratio, cache=args.cache,
-                          features=features)
+                          features=features, min_seconds=args.min_seconds, sample_by=args.sample_by)
         for split in ("train", "valid"))
     if isinstance(found, Scan):
         ranks.print(*found.notes, *(f"skipped: {line}" for line in skip_lines(found.skipped)))
