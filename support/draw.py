@@ -61,4 +61,4 @@ def describe_draws(entries: list, segment_seconds: float, sample_by: str) -> str
         shares[by] = f"{100 * weights[short].sum() / weights.sum():.2f} %"
     other, = set(SAMPLE_BY) - {sample_by}
     return (f"{shares[sample_by]} go to the {short.sum()} files shorter than a segment of "
-            f"{segment_seconds:g} s, with --sample_by {other} {shares[other]}; --min_seconds leaves files out")
+            f"{segment_seconds:g} s, with --sample_by {other} {shares[other]} (see --min_seconds)")
