@@ -341,9 +341,10 @@ def main(argv: list | None = None) -> int:
     unpack = commands.add_parser("import", help="unpack shards into a folder of audio with captions")
     unpack.add_argument("shards", nargs="+", help=f"files {' '.join(SHARD_SUFFIXES)}, or folders of them")
     unpack.add_argument("--out", type=output_name, required=True, help="folder of audio to make")
+    unpack.add_argument("--caption_column", help="of parquet files, where none of its names is known")
     args = parser.parse_args(argv)
     if args.command == "import":
-        import_shards(args.shards, args.out)
+        import_shards(args.shards, args.out, args.caption_column)
         return 0
     scanning = dict(captions=args.captions, caption_column=args.caption_column)
     if args.command == "check" and args.dataset == "toy":

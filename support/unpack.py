@@ -140,10 +140,11 @@ def audio_columns(file) -> list[str]:
     return found
 
 
-def read_parquet(shard: Path, skipped: dict) -> Iterator[Piece]:
-    """The audio of each row, and as JSON its columns of texts and numbers, under their own names.
+def read_parquet(shard: Path, skipped: dict, caption_column: str | None = None) -> Iterator[Piece]:
+    """The audio of each row, and as JSON its columns of texts and numbers, under their own names; that of
+    captions, if it is named, as the description.
 
-    Errors: ValueError where pyarrow is missing, cannot read the file, or finds no audio in it."""
+    Errors: ValueError where pyarrow is missing, cannot read the file, or finds no audio or captions in it."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -157,6 +158,8 @@ def read_parquet(shard: Path, skipped: dict) -> Iterator[Piece]:
             raise ValueError(f"no column holds audio files, as bytes or {{bytes, path}}: it has "
                              f"{', '.join(f'{field.name} ({field.type})' for field in schema)[:300]}")
         texts = [field.name for field in schema if may_hold_text(field.type)]
+        if caption_column is not None and caption_column not in texts:
+            raise ValueError(f"--caption_column {caption_column}: it has {', '.join(texts)[:300] or 'none'}")
         for name in schema.names:
             if name != audio and name not in texts:
                 reason = "column of more audio" if name in others else "column of no texts or numbers"
@@ -183,6 +186,8 @@ def read_parquet(shard: Path, skipped: dict) -> Iterator[Piece]:
             for name, labels in classes.items():
                 if isinstance(label := fields.get(name), int) and 0 <= label < len(labels):
                     fields[name] = labels[label]
+            if caption_column is not None:
+                fields["description"] = fields.pop(caption_column)
             fields = {name: value for name, value in fields.items() if value is not None}
             if fields:
                 yield piece_of(f"{stem}.json", json.dumps(fields, default=str).encode())
@@ -329,10 +334,11 @@ def write_piece(folder: Path, piece: Piece) -> None:
     os.replace(temporary, path)
 
 
-def shard_record(shard: Path) -> dict:
-    """What tells whether a folder was made of this shard, as it is now."""
+def shard_record(shard: Path, caption_column: str | None) -> dict:
+    """What tells whether a folder was made of this shard, as it is now, in this way."""
     stat = shard.stat()
-    return {"shard": shard.name, "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    return {"shard": shard.name, "bytes": stat.st_size, "modified": stat.st_mtime_ns,
+            "caption_column": caption_column}
 
 
 def part_folder(folder: Path) -> Path:
@@ -340,7 +346,7 @@ def part_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.part")
 
 
-def is_imported(shard: Path, folder: Path) -> bool:
+def is_imported(shard: Path, folder: Path, caption_column: str | None) -> bool:
     """Whether a shard's folder is whole. Errors: ValueError where something else stands in its place."""
     for place in (folder, part_folder(folder)):
         if not os.path.lexists(place) or place.is_dir() and not any(place.iterdir()):
@@ -349,23 +355,26 @@ def is_imported(shard: Path, folder: Path) -> bool:
             record = read_json(place / RECORD)
         except ValueError:
             raise ValueError(f"{place} is there and was not made by an import: give another --out") from None
-        if place == folder and record != shard_record(shard):
-            raise ValueError(f"{folder} was imported from {record.get('shard')} of another size or time than "
-                             f"{shard}: delete that folder to import it again")
+        if place == folder and record != shard_record(shard, caption_column):
+            raise ValueError(f"{folder} was imported from another state of {shard}, or with another "
+                             "--caption_column: delete that folder to import it again")
     return (folder / RECORD).exists()
 
 
-def import_shard(shard: Path, folder: Path, skipped: dict) -> tuple[int, int]:
+def import_shard(shard: Path, folder: Path, skipped: dict, caption_column: str | None) -> tuple[int, int]:
     """Writes what a shard holds into its folder -> (audio files, bytes). Errors: ValueError, OSError."""
     # Go on with what an interruption left, unless the shard is another one by now
-    part, record = part_folder(folder), shard_record(shard)
+    part, record = part_folder(folder), shard_record(shard, caption_column)
     if (part / RECORD).exists() and read_json(part / RECORD) != record:
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
     write_json(part / RECORD, record)
 
     files, size = 0, 0
-    pieces = read_parquet(shard, skipped) if shard.suffix.lower() == ".parquet" else read_tar(shard, skipped)
+    if shard.suffix.lower() == ".parquet":
+        pieces = read_parquet(shard, skipped, caption_column)
+    else:
+        pieces = read_tar(shard, skipped)
     for piece in tqdm(pieces, shard.name, unit="file", leave=False, disable=not sys.stderr.isatty()):
         write_piece(part, piece)
         files += piece.place.lower().endswith(AUDIO_MEMBERS)
@@ -378,14 +387,18 @@ def import_shard(shard: Path, folder: Path, skipped: dict) -> tuple[int, int]:
     return files, size
 
 
-def import_shards(sources: list[str], out: str) -> None:
+def import_shards(sources: list[str], out: str, caption_column: str | None = None) -> None:
     """Unpacks shards, or all shards of folders, into the folder `out`, and says so. Run again, it goes on.
 
-    Errors: ValueError where a source or a folder in `out` is not what it should be, or a shard cannot be read
-    (the others are imported first); OSError where the disk refuses."""
+    caption_column: of parquet files. Errors: ValueError where a source or a folder in `out` is not what it
+    should be, or a shard cannot be read (the others are imported first); OSError where the disk refuses."""
     shards = find_shards(sources, out)
+    if caption_column is not None and any(shard.suffix.lower() != ".parquet" for shard in shards.values()):
+        raise ValueError(f"--caption_column {caption_column} is for parquet: the captions of a tar are its "
+                         ".txt and .json members")
     output_folder(out)
-    left = {folder: shard for folder, shard in shards.items() if not is_imported(shard, folder)}
+    left = {folder: shard for folder, shard in shards.items()
+            if not is_imported(shard, folder, caption_column)}
     if len(left) < len(shards):
         print(f"{len(shards) - len(left)} of {len(shards)} shards are imported already")
     skipped, failed = {}, []
@@ -393,7 +406,7 @@ def import_shards(sources: list[str], out: str) -> None:
         for folder, shard in left.items():
             of_shard = {}
             try:
-                files, size = import_shard(shard, folder, of_shard)
+                files, size = import_shard(shard, folder, of_shard, caption_column)
                 print(f"{ascii(str(folder))}: {files} audio files, {size / 1e6:.1f} MB", flush=True)
             except ValueError as error:
                 failed.append(f"{ascii(str(shard))}: {error}")

@@ -115,6 +115,21 @@ def test_a_tar_that_became_parquet(tmp_path, capsys):
     assert rows == [{"description": "by json", "__key__": "a"}, {"text": "by txt", "__key__": "b"}]
 
 
+def test_the_column_of_captions_can_be_named(tmp_path, capsys):
+    shard = make_parquet(tmp_path / "a.parquet", {
+        "mp3": [SONGS["MP3"]], "sentence": ["slow"], "mood": ["sad"]})
+    code, out = run(capsys, shard, "--out", tmp_path / "out", "--caption_column", "sentences")
+    assert code == 2 and "--caption_column sentences: it has sentence, mood" in out
+    assert run(capsys, shard, "--out", tmp_path / "out", "--caption_column", "sentence")[0] == 0
+    made = json.loads((tmp_path / "out/a/000000.json").read_text())
+    assert made == {"mood": "sad", "description": "slow"}
+    code, out = run(capsys, shard, "--out", tmp_path / "out", "--caption_column", "mood")
+    assert code == 2 and "another --caption_column" in out
+    code, out = run(capsys, make_tar(tmp_path / "b.tar", {"a.wav": WAV}), "--out", tmp_path / "out",
+                    "--caption_column", "sentence")
+    assert code == 2 and "is for parquet" in out
+
+
 @pytest.mark.parametrize("damage", [
     "in audio", "between members", "end missing", "junk header", "empty", "gz"])
 def test_a_damaged_shard_is_named_and_the_others_are_imported(damage, tmp_path, capsys):
