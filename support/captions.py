@@ -5,6 +5,7 @@ holds something, beside song.mp3. The other fields of song.json are those of aud
 out, with its reason, and the rest is used.
 """
 
+import codecs
 import functools
 import json
 import os
@@ -26,15 +27,29 @@ DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and infiniti
 CONTROL_CHARACTERS = re.compile(r"[\0-\x08\x0e-\x1b\x7f-\x9f]")
 
 
-def decode_text(raw: bytes, errors: str = "replace") -> str:
-    """UTF-8 with or without a mark at its beginning. Errors: UnicodeDecodeError, if they are "strict"."""
-    return raw.removeprefix(b"\xef\xbb\xbf").decode(errors=errors)
+def text_encoding(raw: bytes, whole: bool = True) -> str:
+    """The encoding of a text, or of one that begins with `raw`: UTF-8, UTF-16 with its mark, or Windows'."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8-sig" if raw.startswith(codecs.BOM_UTF8) else "utf-8"
+
+
+def decode_text(raw: bytes) -> str:
+    """A caption's text."""
+    try:
+        return raw.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError:
+        return raw.decode(text_encoding(raw), "replace")
 
 
 def parse_object(raw: bytes) -> dict:
     """A JSON object, NaN and infinities as None. Errors: ValueError for anything else, however hostile."""
     try:
-        row = DECODER.decode(decode_text(raw, "strict"))
+        row = DECODER.decode(raw.removeprefix(codecs.BOM_UTF8).decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict):

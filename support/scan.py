@@ -334,7 +334,7 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
     else:
         rows, skipped, tables, lone = list_folder(root, listing, alive)
     rows.sort(key=lambda row: row[1], reverse=True)  # they are taken from the end
-    notes = add_tables(rows, tables, root, captions, caption_column)
+    notes = add_tables(rows, tables, lone, root, captions, caption_column)
 
     # Each file's header and sidecars. Of several links to a file the file itself is taken
     entries, problems, places, unused, total = [], {}, {}, Counter(), len(rows)
@@ -359,7 +359,7 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
             same.meta, same.caption = entry.meta, entry.caption
         skipped[f"{entry.path} (again)"] = f"same file twice: {same.key}"
     if not entries:
-        found = "; ".join(skip_lines(skipped)) or "nothing"
+        found = "; ".join(skip_lines(skipped) + notes) or "nothing"
         raise ValueError(f"no usable audio in {dataset!r}: looked for {' '.join(audio.AUDIO_SUFFIXES)}, "
                          f"found {found}; give a folder or manifest of readable audio")
     entries.sort(key=lambda entry: entry.key)

@@ -9,16 +9,19 @@ not say for certain is not taken: a row that could be of two files, a column tha
 It is named, and --caption_column decides.
 """
 
+import ast
+import contextlib
 import csv
 import gzip
 import itertools
 import json
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 
-from support.captions import FIELDS, READ_ERRORS, TEXT_FIELDS, clean_meta, parse_object
+from support.captions import FIELDS, READ_ERRORS, TEXT_FIELDS, clean_meta, parse_object, text_encoding
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".jsonl.gz", ".parquet")
 FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "audio_path", "audio_file",
@@ -26,6 +29,7 @@ FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path"
                 "track_id", "trackid", "clip_id", "song_id", "audio_id", "id", "name", "key", "track", "song")
 SAMPLE = 1000  # rows from which the columns are known
 PROSE_WORDS = 3  # a column without a known name holds captions if its cells have so many words on average
+MOST_LONE_JSON = 50  # files that are looked into: one table is likely, many are not
 MOST_JSON = 2 ** 28  # bytes of a .json, which is read at once
 YOUTUBE_ID = re.compile(r"\[?([\w-]{11})[]_\-. ]")  # at the start of a name: ID_30_40.wav, [ID]-[30-40].wav
 
@@ -62,13 +66,16 @@ def table_rows(path: str) -> Iterator[dict]:
 
 def csv_rows(path: str) -> Iterator[dict]:
     """The rows of a text table. What separates its cells is seen in its first line."""
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    with open(path, "rb") as file:
+        sample = file.read(2 ** 16)
+        encoding = text_encoding(sample, whole=not file.read(1))
+    with open(path, encoding=encoding, errors="replace", newline="") as file:
         first = file.readline()
         file.seek(0)
         separator = max("\t,;|", key=first.count)
         try:
             lines = csv.reader((line.replace("\0", "") for line in file), delimiter=separator)
-            columns = next(lines, [])
+            columns = [name.strip() for name in next(lines, [])]
             if columns and not columns[0] and len(set(columns)) < len(columns):  # FMA: names in three lines
                 columns = [".".join(filter(None, pair)) for pair in zip(columns, next(lines, []))]
                 columns[0] = next(lines, [""])[0]
@@ -89,8 +96,14 @@ def parquet_rows(path: str) -> Iterator[dict]:
         raise ValueError("needs `pip install pyarrow`") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        plain = [field.name for field in file.schema_arrow if not pyarrow.types.is_struct(field.type)
-                 and not pyarrow.types.is_binary(field.type)]
+        kinds = {field.name: field.type for field in file.schema_arrow}
+        packed = [name for name, kind in kinds.items()
+                  if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
+        if packed:
+            raise ValueError("it holds the audio itself: unpack it with `python data.py import FILE --out "
+                             "FOLDER`")
+        plain = [name for name, kind in kinds.items()
+                 if not pyarrow.types.is_struct(kind) and not pyarrow.types.is_binary(kind)]
         for batch in file.iter_batches(columns=plain):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
@@ -139,6 +152,9 @@ def row_meta(row: dict, text, file_column: str) -> dict:
         caption = ", ".join(name for name in text if str(row.get(name)) == "1")
     else:
         caption = row.get(text)
+    if isinstance(caption, str) and caption.startswith("["):  # MusicCaps' aspect_list
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            caption = ast.literal_eval(caption)
     if isinstance(caption, str):
         caption = re.sub(r"\b[\w/]+---", "", caption)  # MTG-Jamendo: "genre---rock"
     found = {c.lower(): cell for c, cell in row.items() if c.lower() in FIELDS and c != file_column}
@@ -147,6 +163,11 @@ def row_meta(row: dict, text, file_column: str) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------
 # which column names files
+
+
+def fold_name(name: str) -> str:
+    """A name in one spelling of its capitals and accents: macOS writes an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 class FileNames:
@@ -158,7 +179,7 @@ class FileNames:
             stem = os.path.splitext(os.path.basename(path))[0]
             self.by_name[stem].append(i)
             youtube = YOUTUBE_ID.match(stem)
-            parts = {stem.split(".")[0], stem.lstrip("0"), youtube[1] if youtube else stem}
+            parts = {stem.split(".")[0], stem.lstrip("0"), youtube[1] if youtube else stem, fold_name(stem)}
             for part in parts - {stem, ""}:  # 948.low.mp3, 000002.mp3
                 self.by_part[part].append(i)
 
@@ -174,7 +195,8 @@ class FileNames:
         base = os.path.basename(name)
         stem, suffix = os.path.splitext(base)
         found = self.by_name.get(stem) if suffix[1:].isalnum() else None
-        found = found or self.by_name.get(base) or self.by_part.get(base) or self.by_part.get(stem) or []
+        keys = (base, stem, fold_name(base), fold_name(stem))
+        found = found or self.by_name.get(base) or next(filter(None, map(self.by_part.get, keys)), [])
         below = [i for i in found if os.path.join(self.paths[i], "").startswith(os.path.join(folder, ""))]
         wanted = os.path.dirname(name).strip("/")
         if not wanted:
@@ -193,20 +215,37 @@ def one_song(paths: list) -> bool:
     return len({os.path.splitext(path)[0] for path in paths}) == 1
 
 
+def with_columns(rows: Iterator[dict], names: list) -> Iterator[dict]:
+    """The rows of a table without names of columns, whose first row was taken for these `names`."""
+    columns = [f"column {i}" for i in range(1, len(names) + 1)]
+    yield dict(zip(columns, names))
+    yield from (dict(zip(columns, row.values())) for row in rows)
+
+
 def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> tuple[dict, str]:
     """({number of a file: its metadata}, a line that says so) of a table whose files lie below `folder`.
 
     Errors: ValueError, OSError saying why it is not used."""
-    rows = table_rows(path)
-    sample = list(itertools.islice(rows, SAMPLE))
-    rows.close()
+    first_row = None  # of a table without names of columns
+
+    def read() -> Iterator[dict]:
+        rows = table_rows(path)
+        return rows if first_row is None else with_columns(rows, first_row)
+
+    sample = list(itertools.islice(read(), SAMPLE))
     columns = list(dict.fromkeys(itertools.chain(*sample)))
     if not sample:
         raise ValueError("it has no rows")
+    if path.lower().endswith((".csv", ".tsv")) and any(names.find(column, folder)[0] for column in columns):
+        first_row = columns
+        sample = list(itertools.islice(read(), SAMPLE))
+        columns = list(sample[0])
     text = text_column(sample, asked)
-    if text is None:
-        raise ValueError(f"which column holds captions? It has {', '.join(columns)[:300]}; choose with "
-                         f"--captions {path} --caption_column NAME")
+    fields = [column for column in columns if column.lower() in FIELDS]
+    which = (f"which column holds captions? It has {', '.join(columns)[:300]}; choose with --captions FILE "
+             "--caption_column NAME")
+    if text is None and not fields:
+        raise ValueError(which)
 
     # The column that names most files; names that such columns have go first
     known = [c for c in columns if c.lower() in FILE_COLUMNS]
@@ -216,7 +255,7 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
     for group in (known, others):
         group = [c for c in group if c != text and c not in (text if isinstance(text, tuple) else ())]
         counts = dict.fromkeys(group, 0)
-        for row in table_rows(path) if group else ():
+        for row in read() if group else ():
             for column in group:
                 counts[column] += bool(names.find(row.get(column) or "", folder)[0])
         for column, count in counts.items():
@@ -226,10 +265,12 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
             break
     if file_column is None:
         raise ValueError(f"no column names a file; it has {', '.join(columns)[:300]}")
+    if text is None and fields == [file_column]:
+        raise ValueError(which)
 
     # What each row says; a file that two different names could mean is left alone
     claims, certain, without = {}, set(), 0
-    for row in table_rows(path):
+    for row in read():
         cell = str(row.get(file_column) or "")
         found, sure = names.find(cell, folder)
         if found and (len(found) == 1 or one_song([names.paths[i] for i in found])):
@@ -250,6 +291,7 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
         twice += len(metas) > 1
         matched[i] = next((meta for meta in metas if "description" in meta), metas[0])
     shown = "columns of 0 and 1 as tags" if isinstance(text, tuple) else f"column {text}"
+    shown = "no column of captions, other fields" if text is None else shown
     taken = {file_column, *(text if isinstance(text, tuple) else (text,))}
     unused = [c for c in columns if c not in taken and c.lower() not in FIELDS]
     line = f"{len(matched)} files by their {file_column}, {shown}"
@@ -264,10 +306,12 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
 # the tables of a dataset
 
 
-def add_tables(rows: list, tables: list, root: str, captions: str | None, asked: str | None) -> list:
+def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | None,
+               asked: str | None) -> list:
     """Puts what tables say into the rows [(path, key, {.., "meta": .., "from": ..})] -> lines about them.
 
-    captions: the table of --captions, which wins; then those nearest to a file. asked: --caption_column.
+    lone: gets each .json that turns out to be no table. captions: the table of --captions, which wins; then
+    those nearest to a file. asked: --caption_column.
     Errors: ValueError where the table or the column asked for cannot be used."""
     above = os.path.dirname(root)
     tables = [(path, os.path.dirname(path)) for path in sorted(tables, key=lambda p: (-p.count("/"), p))]
@@ -281,6 +325,10 @@ def add_tables(rows: list, tables: list, root: str, captions: str | None, asked:
         tables = [(given, root)] + [table for table in tables if table[0] != given]
     if asked is not None and not tables:
         raise ValueError(f"--caption_column {asked}: there is no table; give it as --captions FILE")
+    few = [table for table in tables if not table[0].lower().endswith(".json")]
+    if len(tables) - len(few) > MOST_LONE_JSON:  # they are of audio that is not here
+        lone += [path for path, _ in tables if path.lower().endswith(".json")]
+        tables = few
     if not tables:
         return []
     names, lines, used, reasons = FileNames([row[0] for row in rows]), [], set(), {}
@@ -291,6 +339,9 @@ def add_tables(rows: list, tables: list, root: str, captions: str | None, asked:
         except (*READ_ERRORS, RecursionError) as error:
             if given:
                 raise ValueError(f"--captions {captions}: {error}") from None
+            if path.lower().endswith(".json"):
+                lone.append(path)
+                continue
             reasons.setdefault(str(error), []).append(path)
             continue
         kind = os.path.splitext(path.lower().removesuffix(".gz"))[1][1:]

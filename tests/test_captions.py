@@ -143,6 +143,11 @@ LAYOUTS = {
                                 [["A/2.wav", "two"], ["B/1.wav", "wrong"]], [None, "two"]),
     "names in two folders": (["A/1.wav", "B/1.wav"], ["path", "text"], [["1.wav", "of which?"]],
                              [None, None]),
+    "capitals and accents as macOS writes them": (["Cafe\u0301.WAV"], ["path", "text"],
+                                                  [["caf\u00e9.wav", "one"]], ["one"]),
+    "no names of columns": (["1.wav", "2.wav"], ["1.wav", "a slow waltz"], [["2.wav", "a fast slow reel"]],
+                            ["a slow waltz", "a fast slow reel"]),
+    "a list": (["1.wav"], ["file", " tags "], [["1.wav", "['slow', 'folk']"]], ["slow, folk"]),
     "numbers with zeros": (["000/000002.mp3"], ["track_id", "text"], [[2, "two"]], ["two"]),
 }
 
@@ -201,13 +206,39 @@ def test_tables_that_say_nothing_are_named(tmp_path):
     (tmp_path / "empty.csv").touch()
     (tmp_path / "broken.jsonl").write_text("{")
     (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "gone.json").write_text('{"description": "of a file that is not here"}')
     (tmp_path / "no.parquet").write_text("PAR1")
     table(tmp_path / "others.csv", ["file_name", "text"], ["x.wav", "a waltz"])
     found = scan(tmp_path)
     assert captions(found) == {"a.wav": (None, "none")}
-    for name in ("binary.csv", "empty.csv", "broken.jsonl", "deep.json", "no.parquet", "others.csv"):
+    for name in ("binary.csv", "empty.csv", "broken.jsonl", "deep.json", "gone.json", "no.parquet",
+                 "others.csv"):
         assert sum(name in line for line in found.notes) == 1, (name, found.notes)
     assert any("no column names a file; it has file_name, text" in line for line in found.notes)
+
+
+def test_a_table_of_metadata_without_captions(tmp_path):
+    songs(tmp_path, "a.wav")
+    table(tmp_path / "t.csv", ["name", "genre", "bpm"], ["a", "Folk", "90"])
+    found = scan(tmp_path)
+    assert found.entries[0].meta == {"description": None, "genre": "folk", "bpm": 90}
+    assert found.entries[0].caption == "none" and "no column of captions, other fields" in found.notes[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_encodings_of_texts_and_tables(tmp_path, encoding):
+    songs(tmp_path, "a.wav", "b.wav")
+    (tmp_path / "a.txt").write_bytes("Caf\u00e9".encode(encoding))
+    (tmp_path / "t.csv").write_bytes("path,text\nb.wav,Caf\u00e9\n".encode(encoding))
+    assert captions(scan(tmp_path)) == {"a.wav": ("Caf\u00e9", "txt"), "b.wav": ("Caf\u00e9", "csv")}
+
+
+def test_parquet_with_audio_inside_is_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"audio": {"bytes": b"RIFF", "path": "a.wav"}, "text": "a waltz"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match="0.parquet' not used: it holds the audio itself.*data.py import"):
+        scan(tmp_path)
 
 
 def test_several_captions_of_a_file_and_two_rows_that_want_one(tmp_path):
