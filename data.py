@@ -33,6 +33,7 @@ import toy
 from conditioning import CONDITIONS
 from support import audio
 from support.cache import CachedEntry, open_cache, read_rows
+from support.captions import caption_at
 from support.common import command, output_name, random_generator, tell
 from support.draw import SAMPLE_BY, cumulative_shares, describe_draws, draw_by_shares, long_enough
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
@@ -126,7 +127,8 @@ class SegmentDataset:
                 failed.append((entry.path, f"cannot be read: {str(error).removeprefix(f'{entry.path}: ')}"))
                 continue
             start_seconds = start_frame * self.hop / self.sample_rate
-            return Example(segment_frames=self.segment_frames, meta=entry.meta, path=entry.path, index=index,
+            meta = caption_at(entry.meta, start_seconds, self.segment_seconds)
+            return Example(segment_frames=self.segment_frames, meta=meta, path=entry.path, index=index,
                            start_seconds=start_seconds, skipped=failed, **content)
         path, reason = failed[-1]
         raise ValueError(f"{len(failed)} files in a row cannot be read, the last {path!r}: {reason}")

@@ -19,6 +19,8 @@ LOWER_TEXTS = ("key", "genre", "name", "instrument")  # fields that are written 
 LISTS = ("moods", "keywords")
 FIELDS = ("title", "artist", "description", *LOWER_TEXTS, *LISTS, "bpm")
 TEXT_FIELDS = tuple("description caption captions text prompt tags style".split())
+START_FIELDS = ("start", "start_s", "start_time", "start_seconds", "onset")
+END_FIELDS = ("end", "end_s", "end_time", "end_seconds", "offset", "stop")
 FILE_FIELDS = {"duration", "sample_rate", "weight", "amplitude", "info_path",  # of a line, but not of music
                "meta", "from"}
 NO_TEXT = FILE_FIELDS - {"info_path", "meta"}
@@ -95,8 +97,12 @@ def clean_meta(raw: dict) -> tuple[dict, list, list]:
     The description is the first of TEXT_FIELDS that holds a text."""
     fields = {str(name).lower(): value for name, value in raw.items()} if raw.keys() - set(FIELDS) else raw
     meta, problems, taken = {}, [], set()
+    for name in ("captions", "segments"):
+        if isinstance(value := fields.get(name), list) and value and all(isinstance(x, dict) for x in value):
+            meta |= timed_captions(value)
+            taken |= {name} if meta else set()
     for name in FIELDS:
-        if name not in fields and name != "description":
+        if name in meta or name not in fields and name != "description":
             continue
         sources = TEXT_FIELDS if name == "description" else (name,)
         for source in sources:
@@ -113,6 +119,42 @@ def clean_meta(raw: dict) -> tuple[dict, list, list]:
     unused = [name for name, value in fields.items()
               if value not in (None, "", [], {}) and name not in taken and name not in FIELDS]
     return meta, problems, unused
+
+
+def timed_captions(rows: list) -> dict:
+    """Metadata of rows {"start": seconds, "end": seconds, "text": ..}, which are parts of one file.
+
+    "spans" are [start, end, text]; the description is all texts, for whoever asks for no part. Empty where
+    the rows have no times, or all the same one: then they are captions of the whole."""
+    spans = []
+    for row in rows:
+        fields = {str(name).lower(): value for name, value in row.items()}
+        times = [next((fields[name] for name in names if fields.get(name) not in (None, "")), None)
+                 for names in (START_FIELDS, END_FIELDS)]
+        meta = clean_meta({name: fields[name] for name in TEXT_FIELDS if name in fields})[0]
+        try:
+            start, end = map(float, times)
+        except (TypeError, ValueError):
+            return {}
+        if "description" in meta and 0 <= start < end:
+            spans.append([start, end, meta["description"]])
+    if len({start for start, _, _ in spans}) < 2:
+        return {}
+    spans.sort()
+    return {"description": ". ".join(text.rstrip(".") for _, _, text in spans)[:MAX_TEXT], "spans": spans}
+
+
+def caption_at(meta: dict, start_seconds: float, seconds: float) -> dict:
+    """The metadata of a part of a file: of captions with times, those of which it has half or which fill half
+    of it, in their order."""
+    if "spans" not in meta:
+        return meta
+    texts = []
+    for start, end, text in meta["spans"]:
+        overlap = min(end, start_seconds + seconds) - max(start, start_seconds)
+        if overlap >= min(end - start, seconds) / 2:
+            texts.append(text.rstrip("."))
+    return {**meta, "description": ". ".join(texts) or None}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,6 +201,13 @@ def read_text_file(path: str) -> bytes:
         return file.read()
 
 
+def merge_meta(less: dict, more: dict) -> dict:
+    """Metadata of two places, of which `more` wins; a description and its parts with times go together."""
+    if "description" in more:
+        less = {name: value for name, value in less.items() if name != "spans"}
+    return less | more
+
+
 def read_captions(said: dict, sidecars: tuple) -> tuple[dict | None, str, list, list]:
     """What the sidecars of a file say, else its line of a manifest, else a table.
 
@@ -181,7 +230,7 @@ def read_captions(said: dict, sidecars: tuple) -> tuple[dict | None, str, list, 
             problems.append(f"{kind} not used: {error}")
             continue
         found, notes, others = clean_meta(row)
-        meta = found | meta
+        meta = merge_meta(found, meta)
         problems += notes
         unused += others
         if "description" in found:
@@ -193,8 +242,8 @@ def read_captions(said: dict, sidecars: tuple) -> tuple[dict | None, str, list, 
         problems += notes
         unused += others
         caption = "manifest" if caption == "none" and "description" in found else caption
-        meta = found | meta
+        meta = merge_meta(found, meta)
     if "meta" in said:
         caption = said["from"] if caption == "none" and "description" in said["meta"] else caption
-        meta = said["meta"] | meta
+        meta = merge_meta(said["meta"], meta)
     return meta, caption, problems, unused

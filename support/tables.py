@@ -21,7 +21,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 
-from support.captions import FIELDS, READ_ERRORS, TEXT_FIELDS, clean_meta, parse_object, text_encoding
+from support.captions import (END_FIELDS, FIELDS, READ_ERRORS, START_FIELDS, TEXT_FIELDS, clean_meta,
+                              parse_object, text_encoding, timed_captions)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".jsonl.gz", ".parquet")
 FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "audio_path", "audio_file",
@@ -279,7 +280,9 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
                     claims.pop(i, None)
                     certain.add(i)
                 if sure or i not in certain:
-                    claims.setdefault(i, {}).setdefault(cell, []).append(row_meta(row, text, file_column))
+                    meta = row_meta(row, text, file_column)
+                    times = {c: row.get(c) for c in columns if c.lower() in (*START_FIELDS, *END_FIELDS)}
+                    claims.setdefault(i, {}).setdefault(cell, []).append((meta, times))
         else:
             without += 1
     matched, twice, unclear = {}, 0, 0
@@ -287,9 +290,12 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
         if len(by_cell) > 1 or (certain and i not in certain and "/" in next(iter(by_cell)).strip("./")):
             unclear += 1
             continue
-        metas = next(iter(by_cell.values()))
-        twice += len(metas) > 1
-        matched[i] = next((meta for meta in metas if "description" in meta), metas[0])
+        said = next(iter(by_cell.values()))
+        matched[i] = next((meta for meta, _ in said if "description" in meta), said[0][0])
+        if len(said) > 1:
+            spans = timed_captions([{**times, "text": meta.get("description")} for meta, times in said])
+            matched[i] |= spans
+            twice += not spans
     shown = "columns of 0 and 1 as tags" if isinstance(text, tuple) else f"column {text}"
     shown = "no column of captions, other fields" if text is None else shown
     taken = {file_column, *(text if isinstance(text, tuple) else (text,))}

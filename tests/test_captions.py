@@ -7,6 +7,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,6 +250,40 @@ def test_several_captions_of_a_file_and_two_rows_that_want_one(tmp_path):
     assert captions(found) == {"a.wav": ("first", "csv"), "b.wav": (None, "none")}
     assert "1 files have several captions, of which the first is taken" in found.notes[0]
     assert "1 files could be meant by two names and are left alone" in found.notes[0]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "a.json"])
+def test_captions_by_time(tmp_path, name):
+    """A segment has the captions of its part; what stands beside the file for the whole of it wins."""
+    song(tmp_path / "a.wav", 9.0)
+    rows = [["a", 0, 3, "first"], ["a", 3, 6, "second."], ["a", 6, 8, "third"]]
+    if name == "t.csv":
+        table(tmp_path / name, ["id", "start_s", "end_s", "caption"], *rows)
+    else:
+        spans = [dict(zip(("start", "end", "text"), row[1:])) for row in rows]
+        (tmp_path / name).write_text(json.dumps({"segments": spans}))
+    found = scan(tmp_path)
+    assert not found.problems and "several captions" not in str(found.notes)
+    assert found.entries[0].meta["description"] == "first. second. third"
+    codec = SimpleNamespace(sample_rate=1000, channels=1, hop=10)
+    for seconds, wanted in ((2.0, {"first", "second", "third"}), (8.9, {"first. second. third"}),
+                            (4.0, {"first", "first. second", "second", "second. third", "third"})):
+        examples = data.AudioDataset(found.entries, codec, seconds, 0, min_segment_ratio=1.0)
+        heard = [examples.example(0, i) for i in range(40)]
+        assert {x.meta["description"] for x in heard} == wanted
+        for x in heard:
+            middle = x.start_seconds + seconds / 2
+            assert ("first", "second", "third")[min(2, int(middle / 3))] in x.meta["description"]
+    (tmp_path / "a.txt").write_text("of the whole")
+    if name == "t.csv":
+        assert scan(tmp_path).entries[0].meta == {"description": "of the whole"}
+
+
+def test_times_of_a_recording_that_the_file_is_cut_from(tmp_path):
+    """MusicCaps: one row a file, whose times are those of the whole video."""
+    songs(tmp_path, "a.wav")
+    table(tmp_path / "t.csv", ["ytid", "start_s", "end_s", "caption"], ["a", 30, 40, "a waltz"])
+    assert scan(tmp_path).entries[0].meta == {"description": "a waltz"}
 
 
 # -------------------------------------------------------------------------------------------------- manifests
