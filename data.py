@@ -39,6 +39,7 @@ from support.draw import SAMPLE_BY, cumulative_shares, describe_draws, draw_by_s
 from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
 from support.signals import end_with_parent
 from support.unpack import SHARD_SUFFIXES, import_shards
+from support.verify import decode_dataset
 
 FILES, SEGMENT = 1, 2  # streams of random numbers: each has its own generator
 MAX_TRIES = 10  # files drawn in place of an unreadable one before giving up
@@ -332,6 +333,7 @@ def main(argv: list | None = None) -> int:
         sub.add_argument("--caption_column", help="its column of captions, or that of the tables found")
     check.add_argument("--segment_seconds", type=float, default=30.0, help="as in training, seconds")
     check.add_argument("--sample_by", default="file", choices=SAMPLE_BY, help="as in training")
+    check.add_argument("--decode", action="store_true", help="read every file to its end: headers lie")
     cache.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec")
     cache.add_argument("--num_codebooks", type=int, help="of a channel, to keep; None: the codec's number")
     cache.add_argument("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, codes of each")
@@ -354,6 +356,8 @@ def main(argv: list | None = None) -> int:
         print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {caption!r}")
     elif args.command == "check":
         found = scan_dataset(args.dataset, headers=True, **scanning)
+        if args.decode:
+            decode_dataset(found)
         parts = split_entries(found.entries, args.valid, **scanning)
         print_report(args.dataset, found, *parts)
         print(f"draws        {describe_draws(parts[0], args.segment_seconds, args.sample_by)}")

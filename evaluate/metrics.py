@@ -29,6 +29,7 @@ from evaluate.distances import SETS, ClipSet
 from evaluate.embeddings import CHUNK_SECONDS, EMBEDDINGS, MEL_RATE, Clap, load_embedding
 from support import audio, common
 from support.bounds import check_flag_number
+from support.decode import AUDIO_SUFFIXES
 
 SAMPLING_GRID = dict(cfg=1.0, temperature=1.0, top_k=250, top_p=0.0)   # of a table, if not said
 MIN_SECONDS = 0.1                                        # of audio that can be compared
@@ -40,7 +41,7 @@ MIN_SECONDS = 0.1                                        # of audio that can be 
 
 def list_audio(folder: str, flag: str) -> list:
     """Audio files below a folder, sorted by name. Errors: ValueError if there are none."""
-    files = [p for p in Path(folder).rglob("*") if p.suffix.lower() in audio.AUDIO_SUFFIXES and p.is_file()]
+    files = [p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()]
     if not files:
         what = "no audio files there" if Path(folder).is_dir() else "no such folder"
         raise ValueError(f"{flag} {folder}: {what}")

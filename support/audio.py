@@ -1,6 +1,6 @@
 """Audio files: what is in one, reading a part of it at a sample rate and with so many channels, writing one.
 
-The one reader, resampler and writer of the project. libsndfile opens the files.
+The one reader, resampler and writer of the project. support/decode.py opens the files.
 Legend: C channels, N samples.
 """
 
@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 
 from support import common
+from support.decode import open_audio
+from support.headers import file_state
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+WRITTEN_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 SAMPLE_RATES = (1_000, 1_000_000)              # Hz, the lowest and highest that we believe
 MAX_PEAK = 100.0                               # float files may exceed 1; 40 dB over full scale is no audio
-NO_LENGTH = 2 ** 62                            # frames: libsndfile's word for an unknown length is more
 FULL_SCALE = 2 ** 15                           # of 16 bits
 MAX_RESAMPLER = 16_000_000                     # filter coefficients: far prime rates would need gigabytes
 ZEROS = 64                                     # of the resampler's sinc on each side: how steep it is
 CUTOFF = 0.95                                  # of the lower Nyquist frequency, where it is 6 dB down
 KAISER_BETA = 10.06                            # of its window: 100 dB in the stop band
 BLOCK = 96                                     # output samples of one matrix product, about
-MP3_LEAD = 16 * 1152                           # samples: an MP3 frame leans on those before it, so that what
-                                               # is decoded right after a seek is wrong
+CANCELS = 0.01                                 # channels whose mean is 40 dB below them
 
 
 @dataclass(frozen=True)
@@ -38,46 +38,49 @@ class AudioInfo:
     seconds: float
     sample_rate: int                           # Hz
     channels: int
+    problem: str | None = None                 # such as that it is cut off
 
 
 def audio_info(path) -> AudioInfo:
     """Length and format of an audio file, from its header. Errors: ValueError naming the file."""
     try:
-        info = soundfile.info(str(path))
+        with open_audio(path) as file:
+            return AudioInfo(file.frames / file.sample_rate, file.sample_rate, file.channels, file.problem)
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(_unreadable(path, error)) from None
-    _check_length(path, info.frames)
-    return AudioInfo(info.frames / info.samplerate, info.samplerate, info.channels)
 
 
 def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels=None) -> torch.Tensor:
     """Audio of a file as float32 [C, N] from `start_seconds` on: the same samples as in the whole file.
 
     seconds: how much, less at the file's end (None: to its end). sample_rate (Hz) resamples.
-    channels: 1 is the mean of all; mono is copied to fill more; surplus ones go.
+    channels: 1 is the mean of all, of channels that cancel throughout the file the strongest; mono is copied
+    to fill more; surplus ones go.
     Errors: ValueError naming the file, also where what it holds is no audio."""
     try:
-        with soundfile.SoundFile(str(path)) as file:
-            _check_length(path, file.frames)
-            rate = file.samplerate
+        with open_audio(path) as file:
+            rate = file.sample_rate
             wanted = sample_rate or rate
             check_rate(path, rate, wanted)
             # The part in samples at the wanted rate, and what the resampler needs around it
             start = round(start_seconds * wanted)
             stop = None if seconds is None else start + round(seconds * wanted)
             first, last = _input_of(start, stop, rate, wanted)
-            first = min(first, file.frames)
-            lead = min(first, MP3_LEAD) if file.format == "MP3" else 0
-            file.seek(first - lead)
-            frames = -1 if last is None else lead + last - first
-            samples = file.read(frames, dtype="float32", always_2d=True)[lead:]     # [N, C]
+            samples = file.read(first, last)                                        # [N, C]
+            problem, missing = file.problem, file.frames - first - len(samples)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:          # a header may claim any length
         raise ValueError(_unreadable(path, error)) from None
+    if seconds is None and missing > rate / 10:
+        problem = f"only its first {(first + len(samples)) / rate:.2f} s can be read"
+    if seconds is None and problem:
+        common.say_once(f"{path}: {problem}")
     wav = torch.from_numpy(samples.T)                                               # [C, N]
     if wav.numel() and not wav.abs().max() <= MAX_PEAK:                             # also refuses NaN
         raise ValueError(f"{path}: samples not finite or beyond {MAX_PEAK:g}")
-    if channels == 1:
-        wav = wav.mean(0, keepdim=True)                                             # [1, N]
+    if channels == 1 and len(wav) > 1:
+        mean = wav.mean(0, keepdim=True)                                            # [1, N]
+        strongest = cancelling_channel(path) if _may_cancel(mean, wav) else None
+        wav = mean if strongest is None else wav[strongest:strongest + 1]
     elif channels is not None and len(wav) == 1:
         wav = wav.expand(channels, -1)                                              # [C, N]
     elif channels is not None:
@@ -87,6 +90,37 @@ def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels
     before = start - first * wanted // rate
     wav = resample(wav, rate, wanted)[:, before:]
     return wav[:, :None if stop is None else stop - start].contiguous()
+
+
+def cancelling_channel(path) -> int | None:
+    """The strongest channel of a file whose channels cancel throughout, so that their mean is 40 dB below
+    them; None for all others. Errors: ValueError naming the file."""
+    return _cancelling_channel(*file_state(os.fspath(path)))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _cancelling_channel(path: str, size: int, mtime: int) -> int | None:
+    peak, mean_peak, energy, first = 0.0, 0.0, 0.0, 0
+    try:
+        with open_audio(path) as file:
+            while file.channels > 1:
+                wav = torch.from_numpy(file.read(first, first + file.sample_rate).T)    # [C, N]
+                if wav.shape[1] == 0:
+                    break
+                if not _may_cancel(wav.mean(0), wav):                   # as a rule in the first second
+                    return None
+                peak = max(peak, float(wav.abs().max()))
+                mean_peak = max(mean_peak, float(wav.mean(0).abs().max()))
+                energy = energy + wav.double().square().sum(1)                          # [C]
+                first += wav.shape[1]
+    except (soundfile.SoundFileError, OSError) as error:
+        raise ValueError(_unreadable(path, error)) from None
+    return int(energy.argmax()) if mean_peak < CANCELS * peak else None
+
+
+def _may_cancel(mean: torch.Tensor, wav: torch.Tensor) -> bool:
+    """Whether a part's mean is so low that its file's channels may cancel; true of any part, if they do."""
+    return mean.numel() > 0 and float(mean.abs().max()) < CANCELS * max(1.0, float(wav.abs().max()))
 
 
 def resample(wav: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
@@ -180,9 +214,9 @@ def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
     for a suffix that we cannot write and for samples that are not finite; OSError where the disk refuses."""
     assert wav.dim() == 2, f"write_audio takes [C, N], not {tuple(wav.shape)}"
     suffix = Path(path).suffix.lower()
-    if suffix not in AUDIO_SUFFIXES:
+    if suffix not in WRITTEN_SUFFIXES:
         kind = suffix or "a file without suffix"
-        raise ValueError(f"{path}: cannot write {kind}: use {', '.join(AUDIO_SUFFIXES)}")
+        raise ValueError(f"{path}: cannot write {kind}: use {', '.join(WRITTEN_SUFFIXES)}")
     wav = wav.detach().float().cpu()
     peak = float(wav.abs().max()) if wav.numel() else 0.0                           # nan if a sample is
     if not math.isfinite(peak):
@@ -209,13 +243,6 @@ def write_clip(path: Path, wav: torch.Tensor, sample_rate: int, record: dict) ->
     except BaseException:
         path.unlink()
         raise
-
-
-def _check_length(path, frames: int) -> None:
-    """Errors: ValueError for a FLAC that went through a pipe: libsndfile cannot read it up to its end."""
-    if frames >= NO_LENGTH:
-        raise ValueError(f"{path}: no length in its header (it was piped): write it again, such as with "
-                         "`ffmpeg -i IN OUT.flac`")
 
 
 def _unreadable(path, error: Exception) -> str:

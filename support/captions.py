@@ -17,7 +17,7 @@ from support.common import MAX_TEXT
 READ_ERRORS = (ValueError, OSError)  # of a file that is skipped; others, such as a full GPU, end the program
 LOWER_TEXTS = ("key", "genre", "name", "instrument")  # fields that are written in lower case
 LISTS = ("moods", "keywords")
-FIELDS = ("title", "artist", "description", *LOWER_TEXTS, *LISTS, "bpm")
+FIELDS = ("title", "artist", "description", *LOWER_TEXTS, *LISTS, "bpm", "date")
 TEXT_FIELDS = tuple("description caption captions text prompt tags style".split())
 START_FIELDS = ("start", "start_s", "start_time", "start_seconds", "onset")
 END_FIELDS = ("end", "end_s", "end_time", "end_seconds", "offset", "stop")

@@ -27,12 +27,13 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from support import audio
+from support import audio, decode, tags
 from support.captions import (FIELDS, NO_META, READ_ERRORS, find_sidecars, index_sidecars, is_sidecar,
                               parse_object, read_captions)
 from support.tables import add_tables, is_table
 
 MAX_SECONDS = 1e6  # 11 days: a longer duration in a header is a broken header
+MOST_SUFFIXES = 12  # that are named, of what is not audio
 THREADS = 16  # the time goes into waiting for the disk
 FILES_AT_ONCE = 64  # files that a thread takes at once
 TRASH = ("#recycle", "@eadir", "@recycle", "$recycle.bin", "__macosx", "lost+found")  # beside hidden names
@@ -190,19 +191,15 @@ def is_listed(path: str, listing: Callable) -> bool:
     return name in found.files or name in found.folders
 
 
-def cancels_in_mono(path: str, seconds: float) -> bool:
-    """Whether the channels in the middle of a file are opposite, so that their mean is 40 dB below them."""
-    wav = audio.read_audio(path, max(0.0, seconds / 2 - 0.5), 1.0)  # [C, N]
-    return wav.numel() > 0 and bool(wav.mean(0).abs().max() < 0.01 * wav.abs().max())
-
-
 def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, list]:
     """The header of a file -> (entry, problems). A manifest's numbers are believed unless `headers`.
 
     Errors: ValueError, OSError for a file that cannot be used."""
     suffix = os.path.splitext(path)[1].lower()
-    if suffix not in audio.AUDIO_SUFFIXES:
+    if suffix not in decode.AUDIO_SUFFIXES:
         raise ValueError(f"not audio by its name: {suffix or 'no suffix'}")
+    if suffix in decode.AV_SUFFIXES and not decode.has_av():
+        raise ValueError(f"{decode.NEEDS_AV}: {suffix}")
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # the latter for a zero within the name
@@ -211,20 +208,27 @@ def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, li
         raise ValueError("not a file")
     if status.st_size == 0:
         raise ValueError("zero bytes")
-    problems = []
+    meta, problems = NO_META, []
     seconds, sample_rate, channels = row.get("duration"), row.get("sample_rate"), None
     said = isinstance(seconds, (int, float))
-    if headers or not said or not isinstance(sample_rate, (int, float)):
+    believed = said and isinstance(sample_rate, (int, float))
+    if not believed:
+        found, problems = tags.read_tags(path)
+        meta = NO_META | found if found else NO_META
+    if headers or not believed:
         info = audio.audio_info(path)
         if said and not info.seconds - 0.5 <= seconds <= info.seconds + 0.5:
             manifest = f"{str(seconds)[:20]} s in the manifest"
             problems.append(f"duration differs: {manifest}, {info.seconds:.2f} s in the file")
         seconds, sample_rate, channels = info.seconds, info.sample_rate, info.channels
-        if headers and channels > 1 and cancels_in_mono(path, seconds):
-            problems.append("silent after mixing to mono (its channels cancel)")
+        if info.problem:
+            problems.append(info.problem)
+        if headers and audio.cancelling_channel(path) is not None:
+            problems.append("channels cancel, as mono the strongest is taken")
     if not (0 < seconds < MAX_SECONDS and audio.SAMPLE_RATES[0] <= sample_rate <= audio.SAMPLE_RATES[1]):
         raise ValueError(f"absurd header: {seconds} s at {sample_rate} Hz")
-    return Entry(path, key, float(seconds), int(sample_rate), channels, NO_META), problems
+    caption = "tags" if meta["description"] else "none"
+    return Entry(path, key, float(seconds), int(sample_rate), channels, meta, caption), problems
 
 
 def describe_file(path: str, key: str, said: dict, sidecars: tuple, headers: bool) -> tuple:
@@ -360,7 +364,7 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
         skipped[f"{entry.path} (again)"] = f"same file twice: {same.key}"
     if not entries:
         found = "; ".join(skip_lines(skipped) + notes) or "nothing"
-        raise ValueError(f"no usable audio in {dataset!r}: looked for {' '.join(audio.AUDIO_SUFFIXES)}, "
+        raise ValueError(f"no usable audio in {dataset!r}: looked for {' '.join(decode.AUDIO_SUFFIXES)}, "
                          f"found {found}; give a folder or manifest of readable audio")
     entries.sort(key=lambda entry: entry.key)
     if unused:
@@ -384,7 +388,7 @@ def not_a_dataset(dataset: str) -> str:
                 "FOLDER` and give that folder")
     if name.endswith((".zip", ".7z", ".rar", ".gz")):
         return f"dataset {dataset!r} is an archive: unpack it and give the folder"
-    if name.endswith(audio.AUDIO_SUFFIXES):
+    if name.endswith(decode.AUDIO_SUFFIXES):
         return f"dataset {dataset!r} is one audio file: give the folder it lies in"
     return f"dataset {dataset!r} is a file of another kind: {kind}"
 
@@ -460,7 +464,12 @@ def skip_lines(skipped: dict) -> list[str]:
     lines = []
     for kind, paths in sorted(groups.items(), key=lambda group: -len(group[1])):
         names = ", ".join(map(ascii, paths[:3])) + (", ..." if len(paths) > 3 else "")
-        lines.append(f"{len(paths)} {kind} ({names})")
+        suffixes = ""
+        if kind in ("not audio by its name", decode.NEEDS_AV):
+            found = Counter(skipped[path].partition(": ")[2] for path in paths).most_common()
+            suffixes = ": " + ", ".join(f"{suffix} {count:,}" for suffix, count in found[:MOST_SUFFIXES])
+            suffixes += f", {len(found) - MOST_SUFFIXES} more" if len(found) > MOST_SUFFIXES else ""
+        lines.append(f"{len(paths)} {kind}{suffixes} ({names})")
     return lines
 
 

@@ -49,14 +49,14 @@ FIRST = {    # flags put before those of a case
 
 def locked(patch) -> None:
     """As if a song were another user's: root may read everything."""
-    original = soundfile.info
+    original = soundfile.SoundFile
 
-    def info(path):
-        if "locked" in path:
-            raise PermissionError(13, "Permission denied", path)
-        return original(path)
+    def opened(name, *more, **named):
+        if "locked" in os.fsdecode(name):
+            raise PermissionError(13, "Permission denied", name)
+        return original(name, *more, **named)
 
-    patch.setattr(soundfile, "info", info)
+    patch.setattr(soundfile, "SoundFile", opened)
 
 
 def read_only(patch) -> None:

@@ -12,7 +12,6 @@ import pytest
 import soundfile
 import torch
 
-import data
 from evaluate import listen
 from support import audio
 
@@ -211,39 +210,3 @@ def test_a_peak_or_near_silence_holds_loudness_back(tmp_path):
             assert float(louder.abs().max()) == pytest.approx(10 ** (-1 / 20), rel=1e-4)
         else:
             assert louder is wav and gain == 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# reading
-
-
-def test_channels_that_cancel_are_a_problem(tmp_path, capsys):
-    """Mixed to mono they are silence, with the caption of music."""
-    tone = 0.3 * sine(440, 16_000, 2)
-    for name, right in (("opposite", -tone), ("alike", tone), ("other", 0.3 * sine(660, 16_000, 2))):
-        soundfile.write(tmp_path / f"{name}.wav", torch.stack([tone, right], 1).numpy(), 16_000)
-    soundfile.write(tmp_path / "silence.wav", torch.zeros(32_000).numpy(), 16_000)
-    assert data.main(["check", str(tmp_path)]) == 0
-    path = str(tmp_path / "opposite.wav")
-    assert f"problem      1 silent after mixing to mono ({path!r})" in capsys.readouterr().out
-    for channels, said in (("1", "problem 2 silent after mixing to mono"), ("2", "problem 1 silent (")):
-        flags = ["--codec", "toy", "--channels", channels, "--out", str(tmp_path / channels)]
-        for _ in range(2):                                                  # again, when it is finished
-            assert data.main(["cache", str(tmp_path), *flags]) == 0
-            out = capsys.readouterr().out
-            assert said in out and ("opposite.wav" in out) == (channels == "1") and "silence.wav" in out
-
-
-def test_a_flac_without_a_length_is_named(tmp_path, capsys):
-    """As ffmpeg writes one to a pipe; libsndfile fails at its end."""
-    path = tmp_path / "piped.flac"
-    soundfile.write(path, sine(440, 16_000).numpy(), 16_000)
-    content = bytearray(path.read_bytes())
-    content[21] &= 0xF0                                                      # 36 bits: how many samples
-    content[22:26] = bytes(4)
-    path.write_bytes(content)
-    for call in (audio.audio_info, audio.read_audio):
-        with pytest.raises(ValueError, match="piped.flac: no length in its header .*: write it again"):
-            call(path)
-    assert data.main(["check", str(tmp_path)]) == 2
-    assert "1 no length in its header" in capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_a_cache_that_stopped_says_that_it_goes_on(tmp_path, bad_input_folder):
     assert bad_input.run_case("cache", command, tmp_path, bad_input_folder).code == 0
 
 
-@pytest.mark.parametrize("suffix", audio.AUDIO_SUFFIXES)
+@pytest.mark.parametrize("suffix", audio.WRITTEN_SUFFIXES)
 def test_audio_is_whole_or_not_there(suffix, tmp_path):
     path, wav = tmp_path / f"a{suffix}", torch.rand(2, 16_000) - 0.5
     with full_disk(), pytest.raises(OSError, match=f"a{suffix} could not be written .*too large"):

@@ -37,6 +37,7 @@ import toy
 from interop.encodec import check_codec_config
 from support import audio, common
 from support.bounds import LIMITS, check_flag_number
+from support.decode import AUDIO_SUFFIXES
 from support.quality import MelSpectrum, describe_quality, round_trip_quality
 
 FIT_FORMAT = "nanomusicgen codec fit 1"        # of a checkpoint
@@ -74,9 +75,9 @@ class RandomSegments:
         if not Path(dataset).is_dir():
             raise ValueError(f"--dataset {dataset}: no such folder (or give the word toy)")
         paths = sorted(Path(dataset).rglob("*"))
-        files = [p for p in paths if p.suffix.lower() in audio.AUDIO_SUFFIXES and p.is_file()]
+        files = [p for p in paths if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()]
         if not files:
-            raise ValueError(f"--dataset {dataset}: no {' '.join(audio.AUDIO_SUFFIXES)} in it")
+            raise ValueError(f"--dataset {dataset}: no {' '.join(AUDIO_SUFFIXES)} in it")
         valid = files[::20] if len(files) >= 20 else files     # one file in twenty only validates
         self.files = {"valid": valid, "train": [f for f in files if f not in set(valid)] or files}
         print(f"{len(files)} audio files, {len(valid)} of them to validate on", flush=True)
