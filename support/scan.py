@@ -320,11 +320,13 @@ def without_garbage_collection(function: Callable) -> Callable:
 
 @without_garbage_collection
 def scan_dataset(dataset: str, headers: bool = False, captions: str | None = None,
-                 caption_column: str | None = None, alive: Callable = lambda: None) -> Scan:
+                 caption_column: str | None = None, must_match: bool = True,
+                 alive: Callable = lambda: None) -> Scan:
     """What is in a folder, a manifest or a folder that holds data.jsonl[.gz], from headers and captions.
 
     headers: those of a manifest's files too, whose durations and rates are believed otherwise. captions: a
-    table beside those that are found; caption_column: which column of tables to take. alive: called often.
+    table beside those that are found; caption_column: which column of tables to take; must_match:
+    whether both must be of use to these files. alive: called often.
     Errors: ValueError where there is no dataset, or no audio in it that can be used."""
     # A manifest, or the files of a folder
     root = os.path.abspath(dataset)
@@ -338,7 +340,8 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
     else:
         rows, skipped, tables, lone = list_folder(root, listing, alive)
     rows.sort(key=lambda row: row[1], reverse=True)  # they are taken from the end
-    notes = add_tables(rows, tables, lone, root, captions, caption_column)
+    folder = os.path.dirname(root) if manifests == [root] else root
+    notes = add_tables(rows, tables, lone, folder, captions, caption_column, must_match)
 
     # Each file's header and sidecars. Of several links to a file the file itself is taken
     entries, problems, places, unused, total = [], {}, {}, Counter(), len(rows)
@@ -371,7 +374,7 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
         notes.append("fields not used: " + ", ".join(f"{k} ({n})" for k, n in unused.most_common(12)))
     if lone:
         notes.append(f"{len(lone)} texts belong to no audio file of their name "
-                     f"({', '.join(ascii(os.path.relpath(path, root)) for path in sorted(lone)[:3])})")
+                     f"({', '.join(ascii(os.path.relpath(path, folder)) for path in sorted(lone)[:3])})")
     return Scan(entries, skipped, problems, notes)
 
 
@@ -442,7 +445,7 @@ def split_entries(entries: list, valid: str | float = 0.05, hash_alone: bool = F
         folder, name = os.path.split(entry.path)
         return os.path.realpath(entry.path) if os.path.islink(entry.path) else f"{real_folder(folder)}/{name}"
 
-    valid_entries = scan_dataset(valid, **scanning).entries
+    valid_entries = scan_dataset(valid, must_match=False, **scanning).entries
     paths = set(map(real_path, valid_entries))
     train_entries = [entry for entry in entries if real_path(entry) not in paths]
     if not train_entries:

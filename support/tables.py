@@ -12,6 +12,7 @@ It is named, and --caption_column decides.
 import ast
 import contextlib
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -184,8 +185,10 @@ class FileNames:
             for part in parts - {stem, ""}:  # 948.low.mp3, 000002.mp3
                 self.by_part[part].append(i)
 
-    def find(self, cell, folder: str) -> tuple[list, bool]:
-        """(files that a cell of a table names, whether their folders say so, too). folder: the table's."""
+    def find(self, cell, folder: str, everywhere: bool = False) -> tuple[list, bool]:
+        """(files that a cell of a table names, whether their folders say so, too). folder: the table's.
+
+        everywhere: those that do not lie below it as well."""
         name = str(cell).strip().replace("\\", "/")
         if not name or len(name) > 1000 or name.startswith("["):
             return [], False
@@ -198,7 +201,7 @@ class FileNames:
         found = self.by_name.get(stem) if suffix[1:].isalnum() else None
         keys = (base, stem, fold_name(base), fold_name(stem))
         found = found or self.by_name.get(base) or next(filter(None, map(self.by_part.get, keys)), [])
-        below = [i for i in found if os.path.join(self.paths[i], "").startswith(os.path.join(folder, ""))]
+        below = [i for i in found if everywhere or self.paths[i].startswith(os.path.join(folder, ""))]
         wanted = os.path.dirname(name).strip("/")
         if not wanted:
             return below, False
@@ -223,10 +226,12 @@ def with_columns(rows: Iterator[dict], names: list) -> Iterator[dict]:
     yield from (dict(zip(columns, row.values())) for row in rows)
 
 
-def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> tuple[dict, str]:
+def match_table(path: str, folder: str, names: FileNames, asked: str | None = None,
+                everywhere: bool = False) -> tuple[dict, str]:
     """({number of a file: its metadata}, a line that says so) of a table whose files lie below `folder`.
 
-    Errors: ValueError, OSError saying why it is not used."""
+    asked: --caption_column; everywhere: see `FileNames.find`. Errors: ValueError, OSError saying why it is not used."""
+    find = functools.partial(names.find, folder=folder, everywhere=everywhere)
     first_row = None  # of a table without names of columns
 
     def read() -> Iterator[dict]:
@@ -237,7 +242,7 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
     columns = list(dict.fromkeys(itertools.chain(*sample)))
     if not sample:
         raise ValueError("it has no rows")
-    if path.lower().endswith((".csv", ".tsv")) and any(names.find(column, folder)[0] for column in columns):
+    if path.lower().endswith((".csv", ".tsv")) and any(find(column)[0] for column in columns):
         first_row = columns
         sample = list(itertools.islice(read(), SAMPLE))
         columns = list(sample[0])
@@ -258,7 +263,7 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
         counts = dict.fromkeys(group, 0)
         for row in read() if group else ():
             for column in group:
-                counts[column] += bool(names.find(row.get(column) or "", folder)[0])
+                counts[column] += bool(find(row.get(column) or "")[0])
         for column, count in counts.items():
             if count > most:
                 file_column, most = column, count
@@ -273,7 +278,7 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
     claims, certain, without = {}, set(), 0
     for row in read():
         cell = str(row.get(file_column) or "")
-        found, sure = names.find(cell, folder)
+        found, sure = find(cell)
         if found and (len(found) == 1 or one_song([names.paths[i] for i in found])):
             for i in found:
                 if sure and i not in certain:
@@ -312,12 +317,12 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None) -> 
 # the tables of a dataset
 
 
-def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | None,
-               asked: str | None) -> list:
+def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | None, asked: str | None,
+               must_match: bool = True) -> list:
     """Puts what tables say into the rows [(path, key, {.., "meta": .., "from": ..})] -> lines about them.
 
     lone: gets each .json that turns out to be no table. captions: the table of --captions, which wins; then
-    those nearest to a file. asked: --caption_column.
+    those nearest to a file. asked: --caption_column. must_match: whether these must be of use.
     Errors: ValueError where the table or the column asked for cannot be used."""
     above = os.path.dirname(root)
     tables = [(path, os.path.dirname(path)) for path in sorted(tables, key=lambda p: (-p.count("/"), p))]
@@ -329,7 +334,7 @@ def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | 
             raise ValueError(f"--captions {captions}: no such file")
         given = os.path.abspath(captions)
         tables = [(given, root)] + [table for table in tables if table[0] != given]
-    if asked is not None and not tables:
+    if asked is not None and not tables and must_match:
         raise ValueError(f"--caption_column {asked}: there is no table; give it as --captions FILE")
     few = [table for table in tables if not table[0].lower().endswith(".json")]
     if len(tables) - len(few) > MOST_LONE_JSON:  # they are of audio that is not here
@@ -341,9 +346,10 @@ def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | 
     for path, folder in tables:
         given = captions is not None and path == os.path.abspath(captions)
         try:
-            matched, line = match_table(path, folder, names, asked if given or captions is None else None)
+            matched, line = match_table(path, folder, names, asked if given or captions is None else None,
+                                        everywhere=given)
         except (*READ_ERRORS, RecursionError) as error:
-            if given:
+            if given and must_match:
                 raise ValueError(f"--captions {captions}: {error}") from None
             if path.lower().endswith(".json"):
                 lone.append(path)
@@ -357,7 +363,7 @@ def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | 
                 rows[i] = path_, key, {**said, "meta": meta, "from": kind}
         used |= matched.keys()
         lines.append(f"captions of {ascii(os.path.relpath(path, root))}: {line}")
-    if asked is not None and not lines:
+    if asked is not None and not lines and must_match:
         raise ValueError(f"--caption_column {asked}: {'; '.join(reasons)}")
     for reason, paths in reasons.items():
         shown = ", ".join(ascii(os.path.relpath(path, root)) for path in paths[:3])

@@ -16,7 +16,7 @@ import soundfile
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from support.scan import Entry, scan_dataset, split_by_hash
+from support.scan import Entry, scan_dataset, split_by_hash, split_entries
 
 
 def song(path, seconds=0.1):
@@ -199,6 +199,23 @@ def test_a_table_that_does_not_say_which_column(tmp_path, capsys):
             scan(tmp_path / "m", **more)
     assert data.main(["check", str(tmp_path / "m"), "--caption_column", "second"]) == 0
     assert "captions     csv (1)" in capsys.readouterr().out
+
+
+def test_a_table_given_for_a_manifest_and_for_two_folders(tmp_path):
+    """Files of a manifest lie anywhere. The validation files need not be in the table of --captions."""
+    songs(tmp_path, "one/a.wav", "two/b.wav", "valid/v.wav")
+    lines = [{"path": "../one/a.wav"}, {"path": str(tmp_path / "two" / "b.wav")}]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table(tmp_path / "t.csv", ["path", "text"], ["one/a.wav", "x"], ["b.wav", "y"])
+    scanning = dict(captions=str(tmp_path / "t.csv"), caption_column="text")
+    for dataset in ("lists", "lists/data.jsonl"):
+        found = scan(tmp_path / dataset, **scanning)
+        assert [e.meta["description"] for e in found.entries] == ["x", "y"]
+    train, valid, _ = split_entries(found.entries, str(tmp_path / "valid"), **scanning)
+    assert len(train) == 2 and len(valid) == 1
+    with pytest.raises(ValueError, match="--captions .*t.csv: no column names a file; it has path, text"):
+        scan(tmp_path / "valid", **scanning)
 
 
 def test_tables_that_say_nothing_are_named(tmp_path):
