@@ -230,7 +230,8 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None = No
                 everywhere: bool = False) -> tuple[dict, str]:
     """({number of a file: its metadata}, a line that says so) of a table whose files lie below `folder`.
 
-    asked: --caption_column; everywhere: see `FileNames.find`. Errors: ValueError, OSError saying why it is not used."""
+    asked: --caption_column; everywhere: see `FileNames.find`. Errors: ValueError, OSError saying why it is
+    not used."""
     find = functools.partial(names.find, folder=folder, everywhere=everywhere)
     first_row = None  # of a table without names of columns
 
