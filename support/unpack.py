@@ -27,21 +27,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.common import output_folder, read_json, sync_folder, write_json
+from support.decode import AUDIO_SUFFIXES
+from support.headers import suffix_by_content
 from support.scan import skip_lines
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SHARD_SUFFIXES = (".parquet", *TAR_SUFFIXES)
-AUDIO_MEMBERS = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".oga", ".aiff", ".aif", ".aifc", ".caf", ".w64",
-                 ".au", ".mp2", ".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".wv")
 TEXT_MEMBERS = {".json": ".json", ".txt": ".txt", ".text": ".txt", ".caption": ".txt"}  # the caption's suffix
 TABLE_MEMBERS = (".csv", ".tsv", ".jsonl")
-CONTAINERS = {  # how a file begins -> suffixes that it may have, the usual one first
-    b"RIFF....WAVE": (".wav",), b"RF64....WAVE": (".wav",), b"fLaC": (".flac",), b"OggS.{24}.*OpusHead":
-    (".opus", ".ogg", ".oga"), b"OggS": (".ogg", ".oga"), b"ID3": (".mp3", ".mp2"),
-    b"\xff[\xf0\xf1\xf8\xf9]": (".aac",), b"\xff[\xe2-\xff]": (".mp3", ".mp2"), b"....ftyp": (".m4a", ".mp4"),
-    b"FORM....AIF": (".aiff", ".aif", ".aifc"), b"caff": (".caf",), b"riff": (".w64",), b"\\.snd": (".au",),
-    b"\x30\x26\xb2\x75": (".wma",), b"\x1a\x45\xdf\xa3": (".webm", ".mka"), b"wvpk": (".wv",)}
 MAX_AUDIO_BYTES = 4 * 2 ** 30  # 6 hours of wav; a header that claims more lies
+HEAD_BYTES = 12  # by which a kind of audio is known
 MAX_TEXT_BYTES = 64 * 2 ** 20  # of a caption or a table
 MAX_NAME_BYTES = 200  # file systems take 255, with what is appended while a file is written
 BLOCK_BYTES = 2 ** 20  # read at once; without, pyarrow reads a whole group of rows
@@ -120,11 +115,10 @@ def audio_cell(value) -> tuple[bytes, str, str | None]:
     """A cell -> (content of the file, its path, its suffix: None where this is no audio)."""
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     content, path = content or b"", str(path or "")
-    named = os.path.splitext(path)[1].lower()
-    for start, suffixes in CONTAINERS.items():
-        if re.match(start, content[:64], re.DOTALL):
-            return content, path, named if named in suffixes else suffixes[0]
-    return content, path, named if content and named in AUDIO_MEMBERS else None
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in AUDIO_SUFFIXES:
+        suffix = suffix_by_content(content[:HEAD_BYTES])
+    return content, path, suffix if content else None
 
 
 def audio_columns(file) -> list[str]:
@@ -242,12 +236,12 @@ def list_tar(tar: tarfile.TarFile, skipped: dict, shard: str) -> dict[str, tarfi
         if member.isdir():
             continue
         suffix = os.path.splitext(member.name)[1].lower()
-        limit = MAX_AUDIO_BYTES if suffix in AUDIO_MEMBERS else MAX_TEXT_BYTES
+        limit = MAX_AUDIO_BYTES if suffix in AUDIO_SUFFIXES else MAX_TEXT_BYTES
         try:
             place = safe_place(member.name)
             if not member.isfile():
                 raise ValueError("link or device")
-            if suffix not in (*AUDIO_MEMBERS, *TEXT_MEMBERS, *TABLE_MEMBERS):
+            if suffix not in (*AUDIO_SUFFIXES, *TEXT_MEMBERS, *TABLE_MEMBERS):
                 raise ValueError(f"neither audio nor text by its name, {suffix or 'no suffix'}")
             if member.size > limit:
                 raise ValueError(f"absurd size ({member.size} bytes)")
@@ -270,7 +264,7 @@ def read_tar(shard: Path, skipped: dict) -> Iterator[Piece]:
         samples, stems, written = {}, set(), set()
         for place in members:
             stem, suffix = os.path.splitext(place)
-            if suffix.lower() in AUDIO_MEMBERS:
+            if suffix.lower() in AUDIO_SUFFIXES:
                 stems.add(stem)
                 samples.setdefault(sample_key(place), []).append(stem)
         if not stems:
@@ -349,8 +343,10 @@ def part_folder(folder: Path) -> Path:
 def is_imported(shard: Path, folder: Path, caption_column: str | None) -> bool:
     """Whether a shard's folder is whole. Errors: ValueError where something else stands in its place."""
     for place in (folder, part_folder(folder)):
-        if not os.path.lexists(place) or place.is_dir() and not any(place.iterdir()):
+        if not os.path.lexists(place):
             continue
+        if place.is_dir() and {path.name for path in place.iterdir()} <= {RECORD + ".tmp"}:
+            continue  # a kill left it before its record was written
         try:
             record = read_json(place / RECORD)
         except ValueError:
@@ -377,7 +373,7 @@ def import_shard(shard: Path, folder: Path, skipped: dict, caption_column: str |
         pieces = read_tar(shard, skipped)
     for piece in tqdm(pieces, shard.name, unit="file", leave=False, disable=not sys.stderr.isatty()):
         write_piece(part, piece)
-        files += piece.place.lower().endswith(AUDIO_MEMBERS)
+        files += piece.place.lower().endswith(AUDIO_SUFFIXES)
         size += piece.size
     if files == 0:
         raise ValueError(f"none of its audio can be taken: {'; '.join(skip_lines(skipped))}")
