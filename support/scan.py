@@ -133,7 +133,7 @@ def list_folder(root: str, listing: Callable, alive: Callable) -> tuple[list, di
             elif is_table(name):
                 tables.append(path)
             elif not is_sidecar(name):
-                rows.append((path, os.path.relpath(path, root) if folder != root else name, {}))
+                rows.append((path, path[len(root):].lstrip("/"), {}))
             elif os.path.splitext(name)[0] not in stems:
                 (tables if name.lower().endswith(".json") else lone).append(path)
     return rows, skipped, tables, lone

@@ -369,6 +369,20 @@ def test_a_link_never_takes_the_place_of_its_file(tmp_path):
     assert sorted(found.skipped.values()) == ["same file twice: other.wav", "same file twice: song.wav"]
 
 
+def test_a_file_is_asked_for_once(tmp_path, monkeypatch):
+    """200,000 files on a network disk: a listing a folder, a question a file."""
+    songs(tmp_path / "m", *(f"{i}.wav" for i in range(40)))
+    lines = [{"path": f"m/{i}.wav", "duration": 0.1, "sample_rate": 1000} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = []
+    for name in ("stat", "lstat", "scandir"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, real=real, name=name, **more:
+                            asked.append(name) or real(*args, **more))
+    assert len(scan(tmp_path / "data.jsonl").entries) == 40
+    assert asked.count("stat") <= 60 and asked.count("lstat") <= 20 and asked.count("scandir") == 1, asked
+
+
 def test_few_files_are_split_near_the_fraction():
     def held_out(n, fraction, names="{}.wav", **more):
         return len(split_by_hash([Entry("", names.format(i), 1.0) for i in range(n)], fraction, **more)[1])

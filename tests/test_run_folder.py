@@ -156,6 +156,9 @@ def test_a_run_follows_its_data_and_its_codec(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert again(dataset="elsewhere", codec="toy") == 2
     assert "--dataset music there, elsewhere now" in capsys.readouterr().err
+    shutil.move("elsewhere", "music")                                # one more, in the same place
+    for name in ("./music", "music/", str(tmp_path / "music")):
+        assert again(dataset=name, codec="toy") == 0
 
 
 @pytest.mark.parametrize("how", ("removed", "begun anew"))
