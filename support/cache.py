@@ -5,10 +5,10 @@
         shard_00000.chroma.npy   their chroma [frames, 12] float16, 187 bytes a second; old caches lack it
         shard_00000.json         the entries of what was encoded into it, written after its arrays
 
-Shards are never changed. What trains reads cache.json alone, so it sees a cache as it was or as it is after
-an update, and nothing between. support/encode.py makes and updates caches. Old caches have their entries in
-the shards' JSON and none in cache.json. A feature (support/chroma.py has the only one) is what a condition
-needs of the audio beside the codes.
+The arrays of a shard are never changed, and its list follows cache.json. What trains reads no other list, so
+it sees a cache as it was or as it is after an update, and nothing between. support/encode.py makes and
+updates caches. Old caches have their entries in the shards' lists and none in cache.json. A feature
+(support/chroma.py has the only one) is what a condition needs of the audio beside the codes.
 
 Legend: K codebooks, T frames.
 """

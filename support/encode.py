@@ -472,6 +472,12 @@ def finish_update(update: Update, out: str, dataset: str, numbers: list) -> list
         raise ValueError(f"none of the {len(rows)} files of {dataset!r} can be encoded: {rows[0].error}")
     content = update.settings | {"entries": [row.to_row() for row in rows]}
     write_json(Path(out, "cache.json"), content, indent=None)
+    for number, shard in by_shard(rows).items():  # for whoever looks into them
+        path, lines = shard_path(out, number, "json"), [row.to_row() for row in shard]
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_bytes()) == lines:
+                continue
+        write_json(path, lines, indent=None)
     named = {row.shard for row in [*update.before, *rows]}
     for path in Path(out).glob("shard_*"):
         if shard_number(path) not in named or path.suffix == ".tmp":

@@ -83,6 +83,10 @@ def assert_like_fresh(music, out, tmp_path):
     make(music, tmp_path / "fresh")
     old, new = content(tmp_path / "fresh"), content(out)
     assert list(old) == list(new) and old == new
+    listed = [row for path in sorted(out.glob("shard_*.json")) for row in json.loads(path.read_text())]
+    named = {e.shard for e in read_index(str(out))[1]}
+    assert {row["key"]: row["meta"] for row in listed if row["shard"] in named} == {
+        name: values[2] for name, values in new.items()}
 
 
 def set_tag(music):
