@@ -14,6 +14,7 @@ Legend: K codebooks, T frames.
 """
 
 import copy
+import functools
 import json
 import math
 import os
@@ -160,11 +161,18 @@ def check_feature(folder: str, settings: dict, entries: list[CachedEntry], featu
             raise ValueError(f"{cache} is damaged ({path.name}: {rows} rows, {last} are needed): {again}")
 
 
+@functools.lru_cache(maxsize=1)
+def _index_at(folder: str, changed: int | None) -> tuple[dict, list[CachedEntry]]:
+    """`read_index` once for both sets: of 480,000 files in 120,000 shards it takes a quarter of a minute."""
+    return read_index(folder)
+
+
 def open_cache(folder: str, codec, valid: str | float, features: dict) -> tuple[list, list, str, int]:
     """(train, valid, note, its K) of a finished cache made by this codec, with these features.
 
     Errors: ValueError for any other."""
-    settings, entries = read_index(folder)
+    path = Path(folder, "cache.json")
+    settings, entries = _index_at(folder, os.stat(path).st_mtime_ns if path.is_file() else None)
     for feature in features.values():
         check_feature(folder, settings, entries, feature)
     check_codec(folder, settings, codec)

@@ -19,8 +19,9 @@ import torch
 import data
 import tokenizer
 from support import encode
-from support.cache import read_index, read_rows
+from support.cache import open_cache, read_index, read_rows
 from support.encode import make_cache
+from support.scan import split_by_hash
 
 ROOT = Path(__file__).parent.parent
 RATE, HOP = 16_000, 320
@@ -148,11 +149,13 @@ def test_an_edit_ends_like_a_fresh_cache(name, music, encoded, tmp_path, capsys)
     assert_like_fresh(music, tmp_path / "c", tmp_path)
 
 
-def test_a_moved_folder_is_the_same_one_and_another_is_refused(music, encoded, tmp_path):
+def test_a_moved_folder_is_the_same_one_and_another_is_refused(music, encoded, tmp_path, monkeypatch):
     make(music, tmp_path / "c")
     moved = music.rename(tmp_path / "elsewhere")
     encoded.clear()
-    make(moved, tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "digest_of_file", lambda path: pytest.fail(f"{path} is read"))
+        make(moved, tmp_path / "c")
     assert not encoded and read_index(str(tmp_path / "c"))[1][0].path.startswith(str(moved))
     write(tmp_path / "other" / "a" / "song0.wav", 1.0, 50)
     before = content(tmp_path / "c")
@@ -336,6 +339,8 @@ def test_an_old_cache_is_read_and_brought_up_to_date(music, encoded, tmp_path):
         (out / f"shard_{number:05d}.json").write_text(json.dumps(rows))
     (out / "cache.json").write_text(json.dumps(settings | {"shards": len(shards), "files": 8, "list": "0"}))
     assert sorted(content(out)) == sorted(e.key for e in entries)
+    held_out = {e.key for e in split_by_hash(entries, 0.4, hash_alone=True)[1]}
+    assert held_out != {e.key for e in split_by_hash(entries, 0.4)[1]}
     later = os.stat(out / "shard_00000.json").st_mtime + 100
     os.utime(music / "a" / "song0.wav", (later, later))
     (music / "b" / "song1.txt").write_text("another")
@@ -343,4 +348,6 @@ def test_an_old_cache_is_read_and_brought_up_to_date(music, encoded, tmp_path):
     encoded.clear()
     make(music, out)
     assert sorted(encoded) == ["a/song0.wav", "more.wav"]
+    valid = open_cache(str(out), FrameMeans(), 0.4, {})[1]  # its runs keep their validation files
+    assert {e.key for e in valid} - {"more.wav"} == held_out
     assert_like_fresh(music, out, tmp_path)
