@@ -38,7 +38,8 @@ class CachedEntry(Entry):
     # of the file when it was encoded, to know it again by; old caches do not say
     size: int | None = None  # bytes
     modified: int | None = None  # nanoseconds, as the system counts
-    digest: str | None = None  # SHA-256 of its bytes
+    said: float | None = None  # its length in seconds, by its header or manifest
+    digest: str | None = None  # of its bytes, see encode.py
 
     def to_row(self) -> dict:
         """Plain data for the shard's JSON."""

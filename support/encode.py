@@ -188,12 +188,14 @@ def match_entries(entries: list, usable: list, frame_rate: float) -> list[Cached
                 row = by_digest.get(digest_of_file(entry.path)) if size in sizes else None
         except OSError:  # gone since the scan: encoding it will say so
             row, size, modified = None, None, None
-        of_file = dict(size=size, modified=modified)
-        if row is None:
+        of_file = dict(size=size, modified=modified, said=entry.seconds)
+        if row is not None:
+            seconds = decoded_seconds(entry.seconds, row.frames, frame_rate)
+        # a length that is neither true nor what it was: it may be that more of the file can be read today
+        if row is None or entry.seconds not in (seconds, row.said):
             return CachedEntry(**vars(entry), shard=TO_ENCODE, **of_file)
         today = {each.name: getattr(entry, each.name) for each in fields(Entry)}
-        today["seconds"] = decoded_seconds(entry.seconds, row.frames, frame_rate)
-        return replace(row, **today, **of_file)
+        return replace(row, **today | of_file | {"seconds": seconds})
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(match, entries))

@@ -239,8 +239,8 @@ def test_an_interruption_costs_a_shard(place, killed, music, encoded, tmp_path, 
         read_index(str(out))
     encoded.clear()
     make(music, out)
-    stored = {"file": 2, "shard": 3, "index": 8}[place]
-    assert 8 - len(encoded) in (stored, stored + 1), encoded
+    stored = {"file": 2, "shard": 3, "index": 8}[place]  # at least: the next file may be through, too
+    assert stored <= 8 - len(encoded) <= stored + 3, encoded
     assert said is None or int(said[1]) == 8 - len(encoded)
     assert_like_fresh(music, out, tmp_path)
     assert not list(out.glob("*.tmp"))
@@ -316,14 +316,17 @@ def test_two_writers_never_meet(music, tmp_path, encoded):
 
 # ------------------------------------------------------------------------------------------- what is stored
 def test_the_length_stored_is_what_was_decoded(music, tmp_path, encoded):
-    """A manifest's claims of 10 s and of half a second are corrected, a rounded number is not."""
-    lines = [{"path": f"a/song{i}.wav", "duration": seconds, "sample_rate": RATE}
-             for i, seconds in ((0, 10.0), (2, 0.5), (4, 1.41))]
-    (music / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for _ in range(2):
+    """A manifest's claims of 10 s and of half a second are corrected, a rounded number is not.
+
+    Another false claim may come from another reader of headers: then the file is encoded again."""
+    for claim, changed in ((10.0, 3), (10.0, 0), (7.0, 1), (1.0, 0)):
+        lines = [{"path": f"a/song{i}.wav", "duration": seconds, "sample_rate": RATE}
+                 for i, seconds in ((0, claim), (2, 0.5), (4, 1.41))]
+        (music / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        encoded.clear()
         make(music, tmp_path / "c")
         lengths = [(e.seconds, e.frames) for e in read_index(str(tmp_path / "c"))[1]]
-        assert lengths == [(1.0, 50), (1.2, 60), (1.41, 70)]
+        assert lengths == [(1.0, 50), (1.2, 60), (1.41, 70)] and len(encoded) == changed
 
 
 def test_an_old_cache_is_read_and_brought_up_to_date(music, encoded, tmp_path):
