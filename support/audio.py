@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import soundfile
@@ -39,13 +39,15 @@ class AudioInfo:
     sample_rate: int                           # Hz
     channels: int
     problem: str | None = None                 # such as that it is cut off
+    tags: dict = field(default_factory=dict)   # name -> text, as the decoder gives them
 
 
 def audio_info(path) -> AudioInfo:
     """Length and format of an audio file, from its header. Errors: ValueError naming the file."""
     try:
         with open_audio(path) as file:
-            return AudioInfo(file.frames / file.sample_rate, file.sample_rate, file.channels, file.problem)
+            seconds = file.frames / file.sample_rate
+            return AudioInfo(seconds, file.sample_rate, file.channels, file.problem, file.tags())
     except (soundfile.SoundFileError, OSError) as error:
         raise ValueError(_unreadable(path, error)) from None
 

@@ -11,6 +11,7 @@ Legend: C channels, N samples.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -50,7 +51,8 @@ def has_av() -> bool:
 @contextlib.contextmanager
 def open_audio(path) -> Iterator:
     """A reader of a file: sample_rate (Hz), channels, frames (samples, as far as its header tells), problem
-    (None, or what is wrong with it) and read(first, last) -> [N, C] float32, fewer at the end.
+    (None, or what is wrong with it), tags() -> {name: text}, and read(first, last) -> [N, C] float32, fewer
+    at the end.
 
     Errors: ValueError saying what is missing; OSError, and soundfile.SoundFileError for what is no audio."""
     path = os.fspath(path)
@@ -101,6 +103,10 @@ class SndfileReader:
             self.frames = int(share * file.frames)
             whole, there = (frames / file.samplerate for frames in (file.frames, self.frames))
             self.problem = f"cut off: {whole:.2f} s in its header, about {there:.2f} s are there"
+
+    def tags(self) -> dict:
+        """Those that libsndfile knows."""
+        return self.file.copy_metadata() if hasattr(self.file, "copy_metadata") else {}  # since 0.13
 
     def read(self, first: int, last: int | None = None) -> np.ndarray:
         """Samples first..last-1 (None: to the end) as [N, C]; where it is damaged, those before that."""
@@ -191,6 +197,10 @@ class AvReader:
                 shape = self.sample_rate, _ = frame.sample_rate, channels
                 yield samples.astype(np.float32, copy=False)
 
+    def tags(self) -> dict:
+        """Those of the file and of its audio."""
+        return self.container.metadata | self.container.streams.audio[0].metadata
+
     @functools.cached_property
     def frames(self) -> int:
         """Samples, as far as the header tells; where it tells nothing, of every packet, without decoding."""
@@ -231,26 +241,33 @@ _QUIET = threading.Lock()
 _quiet = {"users": 0, "stderr": None}
 
 
+@functools.cache
+def c_stderr() -> tuple:
+    """(the C library's stderr, a stream to nowhere) as pointers; (None, None) where there is no such name."""
+    try:
+        library = ctypes.CDLL(None)
+        library.fopen.restype = ctypes.c_void_p
+        nowhere = library.fopen(os.devnull.encode(), b"w")
+        return ctypes.c_void_p.in_dll(library, "stderr"), nowhere
+    except (OSError, TypeError, ValueError, AttributeError):  # of other systems than Linux
+        return None, None
+
+
 @contextlib.contextmanager
 def quiet_decoder():
-    """Keeps what libsndfile's libraries write to standard error from there.
+    """Keeps what libraries in C write to standard error from there; what Python writes goes on.
 
-    libmpg123 complains of damaged files without saying which, and no setting of soundfile's keeps it quiet.
-    What is wrong with a file is found and said by what we read of it."""
+    libmpg123 complains of damaged files without saying which, and libsndfile has no setting that keeps it
+    quiet. What is wrong with a file is found and said by what we read of it."""
+    stderr, nowhere = c_stderr()
     with _QUIET:
         _quiet["users"] += 1
-        if _quiet["users"] == 1:
-            with contextlib.suppress(OSError):
-                _quiet["stderr"] = os.dup(2)
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 2)
-                os.close(nowhere)
+        if _quiet["users"] == 1 and nowhere:
+            _quiet["stderr"], stderr.value = stderr.value, nowhere
     try:
         yield
     finally:
         with _QUIET:
             _quiet["users"] -= 1
-            if _quiet["users"] == 0 and _quiet["stderr"] is not None:
-                os.dup2(_quiet["stderr"], 2)
-                os.close(_quiet["stderr"])
-                _quiet["stderr"] = None
+            if _quiet["users"] == 0 and nowhere:
+                stderr.value = _quiet["stderr"]

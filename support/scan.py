@@ -212,11 +212,11 @@ def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, li
     seconds, sample_rate, channels = row.get("duration"), row.get("sample_rate"), None
     said = isinstance(seconds, (int, float))
     believed = said and isinstance(sample_rate, (int, float))
-    if not believed:
-        found, problems = tags.read_tags(path)
-        meta = NO_META | found if found else NO_META
     if headers or not believed:
         info = audio.audio_info(path)
+        if not believed:
+            found, problems = tags.read_tags(path, info.tags)
+            meta = NO_META | found if found else NO_META
         if said and not info.seconds - 0.5 <= seconds <= info.seconds + 0.5:
             manifest = f"{str(seconds)[:20]} s in the manifest"
             problems.append(f"duration differs: {manifest}, {info.seconds:.2f} s in the file")
@@ -375,6 +375,9 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
     if lone:
         notes.append(f"{len(lone)} texts belong to no audio file of their name "
                      f"({', '.join(ascii(os.path.relpath(path, folder)) for path in sorted(lone)[:3])})")
+    tagged = sum(entry.channels is not None and entry.path.lower().endswith(tags.TAGGED) for entry in entries)
+    if tagged and not tags.has_mutagen():
+        notes.append(f"tags of {tagged} files read in part: `pip install mutagen` reads them all")
     return Scan(entries, skipped, problems, notes)
 
 

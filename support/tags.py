@@ -2,18 +2,14 @@
 
 Every kind of tag has its own names: ID3 (mp3, aiff, wav) "TIT2", MP4 "\xa9nam", ASF (wma) "WM/Genre", Vorbis
 comments (flac, ogg, opus) and APE (wv) plain words. mutagen reads them all where it is installed
-(`pip install mutagen`); libsndfile knows a few, also the INFO chunks of wav.
+(`pip install mutagen`); the decoders know some, libsndfile also the INFO chunks of wav.
 """
 
 import functools
 import importlib
-import os
 import re
 
-import soundfile
-
 from support.captions import clean_meta
-from support.decode import has_av, quiet_decoder
 
 # Metadata -> its tags in lower case; the first one that says something is taken
 TAG_NAMES = {
@@ -27,6 +23,7 @@ TAG_NAMES = {
     "keywords": ("keywords", "\xa9key"),
     "instrument": ("instrument",),
     "date": ("date", "year", "tdrc", "\xa9day", "wm/year")}
+TAGGED = (".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".m4b", ".mp4", ".wma", ".wv", ".ape", ".mpc")
 # Comments that programs write: an address, SoX's own
 NO_COMMENT = re.compile(r"\s*((https?://|www\.)\S*|Processed by SoX)\s*")
 PLAIN_COMMENTS = ("", "comment", "description", "id3v1 comment")  # ID3's other comments are programs' data
@@ -42,12 +39,15 @@ def has_mutagen() -> bool:
     return True
 
 
-def read_tags(path: str) -> tuple[dict, list]:
-    """Metadata of a file's own tags, cleaned like a sidecar's -> (meta, problems)."""
+def read_tags(path: str, by_decoder: dict) -> tuple[dict, list]:
+    """Metadata of a file's own tags, cleaned like a sidecar's -> (meta, problems).
+
+    by_decoder: {name: text} of those that its decoder gives, which knows INFO chunks and webm."""
     try:
-        found = (_by_mutagen(path) if has_mutagen() else {}) or _by_decoder(path)
+        found = _by_mutagen(path) if has_mutagen() else {}
     except Exception as error:  # of whatever kind: a file's tags may hold anything, and it is used without
         return {}, [f"tags not read: {type(error).__name__}"]
+    found = found or {name.lower(): [text] for name, text in by_decoder.items()}
     raw = {}
     for field, names in TAG_NAMES.items():
         for name in names:
@@ -77,21 +77,6 @@ def _by_mutagen(path: str) -> dict:
         if any(name in names for names in TAG_NAMES.values()):
             found.setdefault(name, []).extend(_texts(value))
     return found
-
-
-def _by_decoder(path: str) -> dict:
-    """The same by what opens the file: mutagen knows neither INFO chunks nor webm."""
-    name = os.fsencode(path) if os.name == "posix" else path  # a name need not be text
-    try:
-        with quiet_decoder(), soundfile.SoundFile(name) as file:
-            tags = file.copy_metadata() if hasattr(file, "copy_metadata") else {}  # since soundfile 0.13
-    except soundfile.SoundFileError:
-        if not has_av():
-            return {}
-        import av
-        with av.open(path, metadata_errors="replace") as container:
-            tags = container.metadata | container.streams.audio[0].metadata
-    return {name.lower(): [text] for name, text in tags.items()}
 
 
 def _texts(value) -> list[str]:

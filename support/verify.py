@@ -5,6 +5,7 @@ length. Whoever believes a length that is too long draws silence; too short, and
 """
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -65,10 +66,9 @@ def decode_dataset(found: Scan) -> None:
             return str(error).removeprefix(f"{entry.path}: ")
 
     kept = []
-    # To a copy of standard error: that itself is kept quiet while files are read
-    with ThreadPoolExecutor(os.cpu_count()) as pool, os.fdopen(os.dup(2), "w") as terminal:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = tqdm(pool.map(decoded, found.entries), "decoding", len(found.entries), unit="file",
-                       leave=False, file=terminal, disable=not terminal.isatty())
+                       leave=False, disable=not sys.stderr.isatty())
         for entry, result in zip(found.entries, results):
             if isinstance(result, str):
                 found.skipped[entry.path], problems = result, [result]
