@@ -75,7 +75,7 @@ def test_other_names_of_sidecars(tmp_path):
     assert captions(found) == {"a.wav": ("a.TXT", "txt"), "b.wav": ("b.wav.txt", "txt"),
                                "c.wav": ("c.Json", "json"), "d.WAV": ("d.txt", "txt"),
                                "d.flac": ("d.flac.txt", "txt")}
-    assert found.notes == ["1 texts belong to no audio file of their name ('README.txt')"]
+    assert found.notes[0] == "1 texts belong to no audio file of their name ('README.txt')"
 
 
 # ----------------------------------------------------------------------------------------------------- tables
