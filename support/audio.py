@@ -77,11 +77,12 @@ def read_audio(path, start_seconds=0.0, seconds=None, sample_rate=None, channels
     if seconds is None and problem:
         common.say_once(f"{path}: {problem}")
     wav = torch.from_numpy(samples.T)                                               # [C, N]
-    if wav.numel() and not wav.abs().max() <= MAX_PEAK:                             # also refuses NaN
+    peak = _peak(wav)
+    if not peak <= MAX_PEAK:                                                        # also refuses NaN
         raise ValueError(f"{path}: samples not finite or beyond {MAX_PEAK:g}")
     if channels == 1 and len(wav) > 1:
         mean = wav.mean(0, keepdim=True)                                            # [1, N]
-        strongest = cancelling_channel(path) if _may_cancel(mean, wav) else None
+        strongest = cancelling_channel(path) if _may_cancel(_peak(mean), peak) else None
         wav = mean if strongest is None else wav[strongest:strongest + 1]
     elif channels is not None and len(wav) == 1:
         wav = wav.expand(channels, -1)                                              # [C, N]
@@ -109,10 +110,9 @@ def _cancelling_channel(path: str, size: int, mtime: int) -> int | None:
                 wav = torch.from_numpy(file.read(first, first + file.sample_rate).T)    # [C, N]
                 if wav.shape[1] == 0:
                     break
-                if not _may_cancel(wav.mean(0), wav):                   # as a rule in the first second
+                peak, mean_peak = max(peak, _peak(wav)), max(mean_peak, _peak(wav.mean(0)))
+                if not _may_cancel(mean_peak, peak):                    # as a rule in the first second
                     return None
-                peak = max(peak, float(wav.abs().max()))
-                mean_peak = max(mean_peak, float(wav.mean(0).abs().max()))
                 energy = energy + wav.double().square().sum(1)                          # [C]
                 first += wav.shape[1]
     except (soundfile.SoundFileError, OSError) as error:
@@ -120,9 +120,17 @@ def _cancelling_channel(path: str, size: int, mtime: int) -> int | None:
     return int(energy.argmax()) if mean_peak < CANCELS * peak else None
 
 
-def _may_cancel(mean: torch.Tensor, wav: torch.Tensor) -> bool:
+def _may_cancel(mean_peak: float, peak: float) -> bool:
     """Whether a part's mean is so low that its file's channels may cancel; true of any part, if they do."""
-    return mean.numel() > 0 and float(mean.abs().max()) < CANCELS * max(1.0, float(wav.abs().max()))
+    return mean_peak < CANCELS * max(1.0, peak)
+
+
+def _peak(wav: torch.Tensor) -> float:
+    """The largest magnitude, NaN if any sample is; 0 of nothing."""
+    if wav.numel() == 0:
+        return 0.0
+    low, high = wav.aminmax()
+    return float(torch.maximum(-low, high))
 
 
 def resample(wav: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
