@@ -165,7 +165,7 @@ def note(instrument: str, midi: int) -> np.ndarray:
     if instrument == "flute":
         phase = phase + 0.25 * np.sin(2 * np.pi * 5.0 * t)           # vibrato
     wav = sum(a * np.sin(ratio * phase) * np.exp(-decay * t) for ratio, a, decay in partials)
-    attack_seconds = {"flute": 0.06, "organ": 0.02}.get(instrument, 0.003)
+    attack_seconds = {"flute": 0.02, "organ": 0.02}.get(instrument, 0.003)
     wav *= np.minimum(1, t / attack_seconds)
     if instrument == "organ":
         wav *= 1 - 0.35 * (0.5 - 0.5 * np.cos(2 * np.pi * 6.25 * t))  # tremolo: eight frames a turn
@@ -218,7 +218,7 @@ def make_clip(seed: int, epoch: int, index: int, split: str = "train", anywhere=
     """Clip number `index` of an epoch, rendered; if `anywhere`, every other one from any frame of its piece
     on. Errors: see `draw_clip`."""
     clip, text = draw_clip(seed, epoch, index, split)
-    if anywhere and index % 2:
+    if anywhere and index % 3:
         rng = common.random_generator(seed, START_STREAM, SPLITS.index(split), epoch, index)
         clip = replace(clip, start=int(rng.integers(len(clip.tune) * BEAT_FRAMES[clip.tempo])))
     return RenderedClip(render(clip), text, clip)
