@@ -23,7 +23,7 @@ composes attributes or recalls clips. There are 2,160 combinations for a reason:
 learned by heart which ones exist, and played one of those when asked for another. A clip is a function of
 (seed, epoch, index): data are fresh in every epoch and take no disk.
 
-Half of the clips of training begin anywhere in their piece. Long music is generated in windows, which begin
+Two of three clips of training begin anywhere in their piece. Long music is generated in windows, which begin
 anywhere too: a model that knows the beat by its place in the clip alone would lose it there.
 
 Legend: C channels, N samples (16 kHz).
@@ -150,7 +150,9 @@ def draw_clip(seed: int, epoch: int, index: int, split: str = "train") -> tuple[
 
 @functools.lru_cache(maxsize=512)
 def note(instrument: str, midi: int) -> np.ndarray:
-    """A note of 0.8 s [N] at an RMS of about 0.13. Phases start at zero: it always sounds the same."""
+    """A note of 0.8 s [N] at an RMS of about 0.13. Phases start at zero: it always sounds the same.
+
+    Attacks take a frame at most, so that it can be heard in which frame a note begins."""
     t = np.arange(int(0.8 * SAMPLE_RATE)) / SAMPLE_RATE
     f = 440.0 * 2 ** ((midi - 69) / 12)
     partials = {                                        # (ratio to f, amplitude, decay 1/s)
@@ -165,7 +167,7 @@ def note(instrument: str, midi: int) -> np.ndarray:
     if instrument == "flute":
         phase = phase + 0.25 * np.sin(2 * np.pi * 5.0 * t)           # vibrato
     wav = sum(a * np.sin(ratio * phase) * np.exp(-decay * t) for ratio, a, decay in partials)
-    attack_seconds = {"flute": 0.02, "organ": 0.02}.get(instrument, 0.003)
+    attack_seconds = 0.02 if instrument in ("flute", "organ") else 0.003
     wav *= np.minimum(1, t / attack_seconds)
     if instrument == "organ":
         wav *= 1 - 0.35 * (0.5 - 0.5 * np.cos(2 * np.pi * 6.25 * t))  # tremolo: eight frames a turn
@@ -215,7 +217,7 @@ def pan(wav: np.ndarray, clip: Clip, channels: int) -> np.ndarray:
 
 
 def make_clip(seed: int, epoch: int, index: int, split: str = "train", anywhere=False) -> RenderedClip:
-    """Clip number `index` of an epoch, rendered; if `anywhere`, every other one from any frame of its piece
+    """Clip number `index` of an epoch, rendered; if `anywhere`, two of three from any frame of their piece
     on. Errors: see `draw_clip`."""
     clip, text = draw_clip(seed, epoch, index, split)
     if anywhere and index % 3:

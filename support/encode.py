@@ -353,7 +353,7 @@ def claim_number(out: str, number: int) -> int:
     while True:
         claim = shard_path(out, number, "npy.tmp")  # what write_atomically fills
         with contextlib.suppress(FileExistsError):
-            open(claim, "x").close()
+            claim.touch(exist_ok=False)
             if not shard_path(out, number, "npy").exists():
                 return number
             claim.unlink()

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.common import output_folder, read_json, sync_folder, write_json
+from support.common import output_folder, read_json, sync_folder, write_atomically, write_json
 from support.decode import AUDIO_SUFFIXES
 from support.headers import suffix_by_content
 from support.scan import skip_lines
@@ -321,11 +321,7 @@ def write_piece(folder: Path, piece: Piece) -> None:
     if path.is_file() and path.stat().st_size == piece.size:  # from before an interruption
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        for block in piece.read():
-            file.write(block)
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.writelines(piece.read()))
 
 
 def shard_record(shard: Path, caption_column: str | None) -> dict:

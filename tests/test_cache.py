@@ -240,8 +240,9 @@ def test_an_interruption_costs_a_shard(place, killed, music, encoded, tmp_path, 
     encoded.clear()
     make(music, out)
     stored = {"file": 2, "shard": 3, "index": 8}[place]  # at least: the next file may be through, too
-    assert stored <= 8 - len(encoded) <= stored + 3, encoded
-    assert said is None or int(said[1]) == 8 - len(encoded)
+    missing = len(set(encoded))  # a thread of the stopped command may end a file that then counts twice
+    assert stored <= 8 - missing <= stored + 3, encoded
+    assert said is None or int(said[1]) == 8 - missing
     assert_like_fresh(music, out, tmp_path)
     assert not list(out.glob("*.tmp"))
 

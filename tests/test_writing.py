@@ -165,9 +165,10 @@ def test_a_training_goes_on_without_its_output(tmp_path, bad_input_folder):
 def test_a_cache_that_stopped_says_that_it_goes_on(tmp_path, bad_input_folder):
     command = "data cache @music --out out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("support.cache.write_shard", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("support.encode.write_shard", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         ending = bad_input.run_case("cache", command, tmp_path, bad_input_folder)
-    assert ending.code == 130 and "out is unfinished: the same command goes on" in ending.out
+    unfinished = r"out is unfinished: 0 of \d+ files to encode are stored, the same command goes on"
+    assert ending.code == 130 and re.search(unfinished, ending.out)
     assert ending.err == "data.py: stopped by SIGINT\n"
     assert bad_input.run_case("cache", command, tmp_path, bad_input_folder).code == 0
 
