@@ -33,12 +33,13 @@ import toy
 from conditioning import CONDITIONS
 from support import audio
 from support.cache import CachedEntry, open_cache, read_rows
-from support.captions import caption_at
+from support.captions import READ_ERRORS, caption_at
 from support.common import command, output_name, random_generator, tell
 from support.draw import SAMPLE_BY, cumulative_shares, describe_draws, draw_by_shares, long_enough
-from support.scan import MAX_SECONDS, READ_ERRORS, Entry, Scan, print_report, scan_dataset, split_entries
+from support.scan import (MAX_SECONDS, SHARD_SUFFIXES, Entry, Scan, print_report, scan_dataset,
+                          split_entries)
 from support.signals import end_with_parent
-from support.unpack import SHARD_SUFFIXES, import_shards
+from support.unpack import import_shards
 from support.verify import decode_dataset
 
 FILES, SEGMENT = 1, 2  # streams of random numbers: each has its own generator
@@ -52,7 +53,7 @@ class Example:
     Arrays, because tensors that come from a worker each hold a file open."""
     frames: int
     segment_frames: int  # T
-    meta: dict  # description and metadata (scan.FIELDS, those present), toy: the clip as well
+    meta: dict  # description and metadata (captions.FIELDS, those present), toy: the clip as well
     path: str
     start_seconds: float
     index: int
@@ -286,8 +287,7 @@ def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(f"batch_size {batch_size}: a multiple of the {world_size} ranks")
     share = batch_size // world_size  # of each update, a rank's examples
-    # the loader's items are first indices, one an update; its collate function reads the examples, in a
-    # worker
+    # The loader's items are first indices, one an update; collate_fn, in a worker, reads the examples
     firsts = range(start * batch_size + rank * share, stop * batch_size, batch_size)
     loader = torch.utils.data.DataLoader(
         firsts, batch_size=None, num_workers=workers, worker_init_fn=end_with_parent,
@@ -320,7 +320,7 @@ def collate(examples: list[Example]) -> Batch:
 
 @command("data.py")
 def main(argv: list | None = None) -> int:
-    """Says what is in a dataset, makes a token cache of it, or a dataset of shards."""
+    """Says what is in a dataset, makes a token cache of it, or unpacks shards into a folder of audio."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="say what was found, what was skipped and why")

@@ -29,6 +29,7 @@ ZEROS = 64                                     # of the resampler's sinc on each
 CUTOFF = 0.95                                  # of the lower Nyquist frequency, where it is 6 dB down
 KAISER_BETA = 10.06                            # of its window: 100 dB in the stop band
 BLOCK = 96                                     # output samples of one matrix product, about
+SILENT_PEAK = 1e-4                             # 80 dB below full scale
 CANCELS = 0.01                                 # channels whose mean is 40 dB below them
 
 
@@ -140,8 +141,8 @@ def resample(wav: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
     from above f or be mirrored there is 100 dB down. Beyond the ends of wav is silence.
 
     It is a sinc under a Kaiser window: output n is a sum over the inputs around n * rate / new_rate. A block
-    of outputs is a product with one matrix, which comes again every `period` inputs. (torchaudio's filter
-    lets tones just above f through at -11 dB; one as long as this takes it 2 to 10 times as long.)"""
+    of outputs is a product with one matrix, which comes again every `period` inputs. (torchaudio's default
+    filter lets tones just above f through at -11 dB.)"""
     if rate == new_rate or wav.shape[-1] == 0:
         return wav
     N = wav.shape[-1]
@@ -162,8 +163,8 @@ def resample(wav: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
 @functools.lru_cache(maxsize=4)
 def _resampler(rate: int, new_rate: int) -> tuple[int, list]:
     """(period, [(first input, matrix [inputs, outputs])]): the filter for every output of a period."""
-    common = math.gcd(rate, new_rate)
-    outputs = new_rate // common * math.ceil(BLOCK * common / new_rate)
+    divisor = math.gcd(rate, new_rate)
+    outputs = new_rate // divisor * math.ceil(BLOCK * divisor / new_rate)
     cutoff = CUTOFF * min(1, new_rate / rate)                       # of the input's Nyquist frequency
     reach = ZEROS / cutoff                                          # inputs on each side
     beta = torch.tensor(KAISER_BETA, dtype=torch.float64)

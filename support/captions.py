@@ -189,12 +189,18 @@ def open_zip(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+def split_zip_path(path: str) -> tuple[str, str | None]:
+    """FILE.zip:NAME -> (FILE.zip, NAME); any other path -> (path, None)."""
+    archive, inside, member = path.partition(".zip:")
+    return (archive + ".zip", member) if inside else (path, None)
+
+
 def read_text_file(path: str) -> bytes:
     """The bytes of a file, or of one in a zip file: FILE.zip:NAME."""
-    archive, inside, member = path.partition(".zip:")
-    if inside:
+    file_path, member = split_zip_path(path)
+    if member is not None:
         try:
-            return open_zip(archive + ".zip").read(member)
+            return open_zip(file_path).read(member)
         except (KeyError, zipfile.BadZipFile, RuntimeError) as error:  # the last for an encrypted one
             raise ValueError(f"{path}: {error}") from None
     with open(path, "rb") as file:

@@ -11,6 +11,7 @@ devices, randomness.
 import argparse
 import contextlib
 import functools
+import importlib
 import json
 import os
 import re
@@ -280,6 +281,21 @@ def check_device(name) -> torch.device:
     if (device.index or 0) >= count:
         raise ValueError(f"--device {name}: there is none here; take --device cpu")
     return device
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@functools.cache
+def has_package(name: str) -> bool:
+    """Whether an optional package is installed and can be imported."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def random_generator(*key: int) -> np.random.Generator:

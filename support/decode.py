@@ -6,14 +6,13 @@
     mp3 longer than its header says           PyAV: libsndfile stops where the header says
     flac or wav without a length              PyAV: libsndfile finds nothing, or fails at their end
 
-PyAV is optional (`pip install av`). A reader gives the same samples from wherever one begins to read.
+PyAV is optional (`pip install av`). A reader gives the same samples wherever reading begins.
 Legend: C channels, N samples.
 """
 
 import contextlib
 import ctypes
 import functools
-import importlib
 import os
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import soundfile
 
-from support import headers
+from support import common, headers
 
 SNDFILE_SUFFIXES = (
     ".wav", ".flac", ".ogg", ".mp3", ".opus", ".oga", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".au", ".mp2",
@@ -31,21 +30,11 @@ AV_SUFFIXES = (
     ".mpc", ".tta", ".ac3", ".dsf", ".spx")
 AUDIO_SUFFIXES = SNDFILE_SUFFIXES + AV_SUFFIXES
 NEEDS_AV = "audio that needs `pip install av`"
-NO_LENGTH = 2 ** 62  # frames: libsndfile's word for an unknown length is more
+NO_LENGTH = 2 ** 62  # frames: of a file of unknown length, libsndfile claims more
 # What is decoded right after a seek is wrong: frames lean on those before them
 LEADS = {"MPEG_LAYER_III": 16 * 1152, "MPEG_LAYER_II": 16 * 1152, "OPUS": 3840}  # samples
 BLOCK_SAMPLES = 1024  # of a damaged file that are tried at once
 GUESSED = ("mp3", "aac", "ogg", "ac3")  # formats whose length FFmpeg guesses from the bit rate
-
-
-@functools.cache
-def has_av() -> bool:
-    """Whether PyAV is installed."""
-    try:
-        importlib.import_module("av")
-    except ImportError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -72,7 +61,7 @@ def open_audio(path) -> Iterator:
             yield open_by_av(path, suffix)
             return
         unread = what_is_unread(path, file)
-        if unread and (has_av() or not 0 < file.frames < NO_LENGTH):
+        if unread and (common.has_package("av") or not 0 < file.frames < NO_LENGTH):
             yield open_by_av(path, unread)
             return
         yield SndfileReader(path, file, unread)
@@ -134,7 +123,7 @@ class SndfileReader:
 
 def open_by_av(path: str, why: str):
     """An AvReader of a file, for this reason. Errors: ValueError, where PyAV is missing with the command."""
-    if not has_av():
+    if not common.has_package("av"):
         raise ValueError(f"{path}: {NEEDS_AV}: {why}")
     # The last one goes on where it was, because it cannot seek; but not in another thread or process
     owner = os.getpid(), headers.file_state(path)

@@ -32,17 +32,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from support import audio
 from support.cache import CachedEntry, by_shard, check_entries, count_rows, read_rows, read_settings
 from support.cache import shard_path
+from support.captions import READ_ERRORS
 from support.checkpoint import lock_folder
-from support.common import check_device, describe_error, output_folder, write_atomically, write_json
+from support.common import check_device, count_cores, describe_error, output_folder
+from support.common import write_atomically, write_json
 from support.distributed import Ranks, exit_process, join_process_group
-from support.scan import READ_ERRORS, THREADS, Entry, scan_dataset, skip_lines, split_entries
-from support.scan import valid_fraction
+from support.scan import THREADS, Entry, scan_dataset, skip_lines, split_entries, valid_fraction
 
 SHARD_SECONDS = 600  # audio in a shard: what an interruption costs at most
 WINDOW_SECONDS = 10  # of a file that are encoded at once
-SILENT_PEAK = 1e-4  # 80 dB below full scale
 CONTEXT_SECONDS = 2  # of audio on both sides: the codec's convolutions and LSTM forget the cut by then
 MAX_READERS = 8  # threads of a rank with a GPU: so many keep it busy
 MAX_THIN = 4  # shards less than half full: of more, what is in use is copied into new ones
@@ -86,7 +87,7 @@ def encode_file(entry: Entry, codec, device, features: dict,
             raise RuntimeError("given up")
         left = min(start, context)
         wav = entry.read(start - left, left + window + context, codec)  # [C, n]
-        silent &= float(wav.abs().max()) < SILENT_PEAK
+        silent &= float(wav.abs().max()) < audio.SILENT_PEAK
         window_codes = codec.encode(wav[None].to(device))[0].T.cpu().numpy()  # [T, K]
         first, last = left * rate // hop, (left + window) * rate // hop
         codes.append(window_codes[first:last])
@@ -310,8 +311,7 @@ def map_in_threads(function: Callable, items: list, threads: int) -> Iterator:
 
 def encode_share(rows: list, first: int, out: str, codec, device, features: dict, told: bool) -> list[int]:
     """Encodes or copies files into new shards, numbered from `first` on -> the numbers of those shards."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if torch.device(device).type != "cpu":
         threads = min(threads, MAX_READERS)
     stop, numbers, shard = threading.Event(), [], []

@@ -27,15 +27,16 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from support import audio, decode, tags
+from support import audio, common, decode, tags
 from support.captions import (FIELDS, NO_META, READ_ERRORS, find_sidecars, index_sidecars, is_sidecar,
-                              parse_object, read_captions)
+                              parse_object, read_captions, split_zip_path)
 from support.tables import add_tables, is_table
 
 MAX_SECONDS = 1e6  # 11 days: a longer duration in a header is a broken header
 MOST_SUFFIXES = 12  # that are named, of what is not audio
 THREADS = 16  # the time goes into waiting for the disk
 FILES_AT_ONCE = 64  # files that a thread takes at once
+SHARD_SUFFIXES = (".parquet", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # for support/unpack.py
 TRASH = ("#recycle", "@eadir", "@recycle", "$recycle.bin", "__macosx", "lost+found")  # beside hidden names
 PATH_FIELDS = ("file_name", "audio_filepath", "audio_path", "audio", "file", "filename")
 
@@ -153,8 +154,8 @@ def list_manifest(manifest: str, listing: Callable, alive: Callable) -> tuple[li
                 try:
                     said = parse_object(line)
                     name = said.pop("path", None)
-                    for field in PATH_FIELDS:
-                        name = said.pop(field, None) if name is None else name
+                    for other in PATH_FIELDS:
+                        name = said.pop(other, None) if name is None else name
                     if name is None:
                         fields = ", ".join(map(ascii, said))[:100] or "no fields"
                         raise ValueError(f'without "path", with {fields}')
@@ -163,7 +164,7 @@ def list_manifest(manifest: str, listing: Callable, alive: Callable) -> tuple[li
                 except ValueError as error:
                     skipped[f"{manifest}:{number}"] = f"manifest line {error}"
                     continue
-                lines.append((name, {field: value for field, value in said.items() if value is not None}))
+                lines.append((name, {key: value for key, value in said.items() if value is not None}))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{manifest} cannot be read as a manifest: {error}") from None
     lines.sort(key=lambda line: line[0])  # folder by folder
@@ -175,7 +176,7 @@ def list_manifest(manifest: str, listing: Callable, alive: Callable) -> tuple[li
             path = os.path.abspath(name)
         if isinstance(info := said.get("info_path"), str):  # FILE.json, or FILE.zip:NAME
             beside = os.path.join(here, info)
-            is_beside = is_listed(beside.partition(".zip:")[0] + ".zip" * (".zip:" in beside), listing)
+            is_beside = is_listed(split_zip_path(beside)[0], listing)
             said["info_path"] = beside if is_beside else os.path.abspath(info)
         rows.append((path, name, said))
     return rows, skipped
@@ -191,14 +192,14 @@ def is_listed(path: str, listing: Callable) -> bool:
     return name in found.files or name in found.folders
 
 
-def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, list]:
+def probe_file(path: str, key: str, said: dict, headers: bool) -> tuple[Entry, list]:
     """The header of a file -> (entry, problems). A manifest's numbers are believed unless `headers`.
 
     Errors: ValueError, OSError for a file that cannot be used."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in decode.AUDIO_SUFFIXES:
         raise ValueError(f"not audio by its name: {suffix or 'no suffix'}")
-    if suffix in decode.AV_SUFFIXES and not decode.has_av():
+    if suffix in decode.AV_SUFFIXES and not common.has_package("av"):
         raise ValueError(f"{decode.NEEDS_AV}: {suffix}")
     try:
         status = os.stat(path)
@@ -209,15 +210,15 @@ def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, li
     if status.st_size == 0:
         raise ValueError("zero bytes")
     meta, problems = NO_META, []
-    seconds, sample_rate, channels = row.get("duration"), row.get("sample_rate"), None
-    said = isinstance(seconds, (int, float))
-    believed = said and isinstance(sample_rate, (int, float))
+    seconds, sample_rate, channels = said.get("duration"), said.get("sample_rate"), None
+    has_duration = isinstance(seconds, (int, float))
+    believed = has_duration and isinstance(sample_rate, (int, float))
     if headers or not believed:
         info = audio.audio_info(path)
         if not believed:
             found, problems = tags.read_tags(path, info.tags)
             meta = NO_META | found if found else NO_META
-        if said and not info.seconds - 0.5 <= seconds <= info.seconds + 0.5:
+        if has_duration and not info.seconds - 0.5 <= seconds <= info.seconds + 0.5:
             manifest = f"{str(seconds)[:20]} s in the manifest"
             problems.append(f"duration differs: {manifest}, {info.seconds:.2f} s in the file")
         seconds, sample_rate, channels = info.seconds, info.sample_rate, info.channels
@@ -231,7 +232,7 @@ def probe_file(path: str, key: str, row: dict, headers: bool) -> tuple[Entry, li
     return Entry(path, key, float(seconds), int(sample_rate), channels, meta, caption), problems
 
 
-def describe_file(path: str, key: str, said: dict, sidecars: tuple, headers: bool) -> tuple:
+def make_entry(path: str, key: str, said: dict, sidecars: tuple, headers: bool) -> tuple:
     """(entry, problems, fields not used) of a file, or the reason why it cannot be used.
 
     Where several say the same, the sidecar wins, then what the manifest or a table says, then tags."""
@@ -259,8 +260,8 @@ def check_weight(weight) -> float:
     return float(weight)
 
 
-def described(rows: list, listing: Callable, headers: bool, alive: Callable) -> Iterator[tuple]:
-    """(path, its path without links, what `describe_file` gives) of rows, which are consumed from the end."""
+def make_entries(rows: list, listing: Callable, headers: bool, alive: Callable) -> Iterator[tuple]:
+    """(path, its path without links, what `make_entry` gives) of rows, taken from their end."""
     def blocks() -> Iterator[list]:
         while rows:
             block = []
@@ -270,13 +271,13 @@ def described(rows: list, listing: Callable, headers: bool, alive: Callable) -> 
             del rows[-FILES_AT_ONCE:]
             yield block
 
-    def describe_block(block: list) -> list:
-        return [(row[0], row[-1], describe_file(*row[:-1])) for row in block]
+    def make_block(block: list) -> list:
+        return [(row[0], row[-1], make_entry(*row[:-1])) for row in block]
 
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = deque()
         for block in blocks():
-            waiting.append(pool.submit(describe_block, block))
+            waiting.append(pool.submit(make_block, block))
             alive()
             if len(waiting) > 2 * THREADS:
                 yield from waiting.popleft().result()
@@ -305,7 +306,7 @@ def resolve_file(path: str, said: dict, listing: Callable) -> tuple[str, tuple]:
 
 
 def without_garbage_collection(function: Callable) -> Callable:
-    """Decorates what makes a million objects that all stay: looking for garbage among them takes a fifth."""
+    """Decorates what makes a million objects that all stay: looking for garbage among them costs time."""
     @functools.wraps(function)
     def run(*args, **more):
         was_on = gc.isenabled()
@@ -325,8 +326,8 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
     """What is in a folder, a manifest or a folder that holds data.jsonl[.gz], from headers and captions.
 
     headers: those of a manifest's files too, whose durations and rates are believed otherwise. captions: a
-    table beside those that are found; caption_column: which column of tables to take; must_match:
-    whether both must be of use to these files. alive: called often.
+    table beside those that are found; caption_column: which column of tables to take; must_match: whether
+    both must be of use to these files. alive: called often, so that other ranks can be told to wait.
     Errors: ValueError where there is no dataset, or no audio in it that can be used."""
     # A manifest, or the files of a folder
     root = os.path.abspath(dataset)
@@ -345,7 +346,7 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
 
     # Each file's header and sidecars. Of several links to a file the file itself is taken
     entries, problems, places, unused, total = [], {}, {}, Counter(), len(rows)
-    results = described(rows, listing, headers, alive)
+    results = make_entries(rows, listing, headers, alive)
     hidden = not sys.stderr.isatty()
     for path, real, result in tqdm(results, "scanning", total, leave=False, disable=hidden):
         if isinstance(result, str):
@@ -376,7 +377,7 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
         notes.append(f"{len(lone)} texts belong to no audio file of their name "
                      f"({', '.join(ascii(os.path.relpath(path, folder)) for path in sorted(lone)[:3])})")
     tagged = sum(entry.channels is not None and entry.path.lower().endswith(tags.TAGGED) for entry in entries)
-    if tagged and not tags.has_mutagen():
+    if tagged and not common.has_package("mutagen"):
         notes.append(f"tags of {tagged} files read in part: `pip install mutagen` reads them all")
     return Scan(entries, skipped, problems, notes)
 
@@ -389,7 +390,7 @@ def not_a_dataset(dataset: str) -> str:
     if name.endswith((".csv", ".tsv", ".json")):
         return (f"dataset {dataset!r} is a table: give the folder of its audio; the table is found where it "
                 f"lies beside or above the audio, else give it as --captions {dataset}")
-    if name.endswith((".parquet", ".tar", ".tar.gz", ".tgz")):
+    if name.endswith(SHARD_SUFFIXES):
         return (f"dataset {dataset!r} is packed: unpack it with `python data.py import {dataset} --out "
                 "FOLDER` and give that folder")
     if name.endswith((".zip", ".7z", ".rar", ".gz")):
@@ -482,8 +483,8 @@ def skip_lines(skipped: dict) -> list[str]:
 def print_report(dataset: str, found: Scan, train: list, valid: list, note: str) -> None:
     """Prints what a dataset holds, what is wrong with it, and how many files are in train and in valid."""
     def counts(name: str) -> str:
-        common = Counter(getattr(entry, name) for entry in found.entries).most_common(8)
-        return ", ".join(f"{value} ({count})" for value, count in common)
+        most = Counter(getattr(entry, name) for entry in found.entries).most_common(8)
+        return ", ".join(f"{value} ({count})" for value, count in most)
 
     seconds = np.array([entry.seconds for entry in found.entries])
     names = ("shortest", "5%", "median", "95%", "longest")

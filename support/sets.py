@@ -8,9 +8,10 @@ from pathlib import Path
 
 import data
 from conditioning import CONDITIONS, full_text
+from support.captions import READ_ERRORS
 from support.common import read_json
 from support.distributed import Ranks
-from support.scan import READ_ERRORS, Scan, scan_dataset, skip_lines, split_entries
+from support.scan import Scan, scan_dataset, skip_lines, split_entries
 
 NOT_YET = "not yet"  # what the other ranks hear while rank 0 scans
 BEAT_SECONDS = 60  # how often: less than the least --timeout that makes sense

@@ -29,7 +29,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".jsonl.gz", ".parquet")
 FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "audio_path", "audio_file",
                 "audio_filepath", "audio", "mp3_path", "wav", "mp3", "location", "ytid", "youtube_id",
                 "track_id", "trackid", "clip_id", "song_id", "audio_id", "id", "name", "key", "track", "song")
-SAMPLE = 1000  # rows from which the columns are known
+SAMPLE_ROWS = 1000  # from which it is known what the columns hold
 PROSE_WORDS = 3  # a column without a known name holds captions if its cells have so many words on average
 MOST_LONE_JSON = 50  # files that are looked into: one table is likely, many are not
 MOST_JSON = 2 ** 28  # bytes of a .json, which is read at once
@@ -69,8 +69,8 @@ def table_rows(path: str) -> Iterator[dict]:
 def csv_rows(path: str) -> Iterator[dict]:
     """The rows of a text table. What separates its cells is seen in its first line."""
     with open(path, "rb") as file:
-        sample = file.read(2 ** 16)
-        encoding = text_encoding(sample, whole=not file.read(1))
+        head = file.read(2 ** 16)
+        encoding = text_encoding(head, whole=not file.read(1))
     with open(path, encoding=encoding, errors="replace", newline="") as file:
         first = file.readline()
         file.seek(0)
@@ -239,20 +239,20 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None = No
         rows = table_rows(path)
         return rows if first_row is None else with_columns(rows, first_row)
 
-    sample = list(itertools.islice(read(), SAMPLE))
+    sample = list(itertools.islice(read(), SAMPLE_ROWS))
     columns = list(dict.fromkeys(itertools.chain(*sample)))
     if not sample:
         raise ValueError("it has no rows")
     if path.lower().endswith((".csv", ".tsv")) and any(find(column)[0] for column in columns):
         first_row = columns
-        sample = list(itertools.islice(read(), SAMPLE))
+        sample = list(itertools.islice(read(), SAMPLE_ROWS))
         columns = list(sample[0])
     text = text_column(sample, asked)
     fields = [column for column in columns if column.lower() in FIELDS]
-    which = (f"which column holds captions? It has {', '.join(columns)[:300]}; choose with --captions FILE "
-             "--caption_column NAME")
+    no_text = (f"which column holds captions? It has {', '.join(columns)[:300]}; choose with --captions FILE "
+               "--caption_column NAME")
     if text is None and not fields:
-        raise ValueError(which)
+        raise ValueError(no_text)
 
     # The column that names most files; names that such columns have go first
     known = [c for c in columns if c.lower() in FILE_COLUMNS]
@@ -273,7 +273,7 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None = No
     if file_column is None:
         raise ValueError(f"no column names a file; it has {', '.join(columns)[:300]}")
     if text is None and fields == [file_column]:
-        raise ValueError(which)
+        raise ValueError(no_text)
 
     # What each row says; a file that two different names could mean is left alone
     claims, certain, without = {}, set(), 0
@@ -296,10 +296,10 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None = No
         if len(by_cell) > 1 or (certain and i not in certain and "/" in next(iter(by_cell)).strip("./")):
             unclear += 1
             continue
-        said = next(iter(by_cell.values()))
-        matched[i] = next((meta for meta, _ in said if "description" in meta), said[0][0])
-        if len(said) > 1:
-            spans = timed_captions([{**times, "text": meta.get("description")} for meta, times in said])
+        of_file = next(iter(by_cell.values()))
+        matched[i] = next((meta for meta, _ in of_file if "description" in meta), of_file[0][0])
+        if len(of_file) > 1:
+            spans = timed_captions([{**times, "text": meta.get("description")} for meta, times in of_file])
             matched[i] |= spans
             twice += not spans
     shown = "columns of 0 and 1 as tags" if isinstance(text, tuple) else f"column {text}"

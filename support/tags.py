@@ -5,10 +5,9 @@ comments (flac, ogg, opus) and APE (wv) plain words. mutagen reads them all wher
 (`pip install mutagen`); the decoders know some, libsndfile also the INFO chunks of wav.
 """
 
-import functools
-import importlib
 import re
 
+from support import common
 from support.captions import clean_meta
 
 # Metadata -> its tags in lower case; the first one that says something is taken
@@ -29,22 +28,12 @@ NO_COMMENT = re.compile(r"\s*((https?://|www\.)\S*|Processed by SoX)\s*")
 PLAIN_COMMENTS = ("", "comment", "description", "id3v1 comment")  # ID3's other comments are programs' data
 
 
-@functools.cache
-def has_mutagen() -> bool:
-    """Whether mutagen is installed."""
-    try:
-        importlib.import_module("mutagen")
-    except ImportError:
-        return False
-    return True
-
-
 def read_tags(path: str, by_decoder: dict) -> tuple[dict, list]:
     """Metadata of a file's own tags, cleaned like a sidecar's -> (meta, problems).
 
     by_decoder: {name: text} of those that its decoder gives, which knows INFO chunks and webm."""
     try:
-        found = _by_mutagen(path) if has_mutagen() else {}
+        found = _by_mutagen(path) if common.has_package("mutagen") else {}
     except Exception as error:  # of whatever kind: a file's tags may hold anything, and it is used without
         return {}, [f"tags not read: {type(error).__name__}"]
     found = found or {name.lower(): [text] for name, text in by_decoder.items()}

@@ -29,14 +29,11 @@ from tqdm import tqdm
 from support.common import output_folder, read_json, sync_folder, write_atomically, write_json
 from support.decode import AUDIO_SUFFIXES
 from support.headers import suffix_by_content
-from support.scan import skip_lines
+from support.scan import SHARD_SUFFIXES, skip_lines
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-SHARD_SUFFIXES = (".parquet", *TAR_SUFFIXES)
 TEXT_MEMBERS = {".json": ".json", ".txt": ".txt", ".text": ".txt", ".caption": ".txt"}  # the caption's suffix
 TABLE_MEMBERS = (".csv", ".tsv", ".jsonl")
 MAX_AUDIO_BYTES = 4 * 2 ** 30  # 6 hours of wav; a header that claims more lies
-HEAD_BYTES = 12  # by which a kind of audio is known
 MAX_TEXT_BYTES = 64 * 2 ** 20  # of a caption or a table
 MAX_NAME_BYTES = 200  # file systems take 255, with what is appended while a file is written
 BLOCK_BYTES = 2 ** 20  # read at once; without, pyarrow reads a whole group of rows
@@ -117,7 +114,7 @@ def audio_cell(value) -> tuple[bytes, str, str | None]:
     content, path = content or b"", str(path or "")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in AUDIO_SUFFIXES:
-        suffix = suffix_by_content(content[:HEAD_BYTES])
+        suffix = suffix_by_content(content)
     return content, path, suffix if content else None
 
 

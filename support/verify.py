@@ -4,7 +4,6 @@ Headers lie: a download was cut off, two files were joined, a recorder was switc
 length. Whoever believes a length that is too long draws silence; too short, and the rest is never heard.
 """
 
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,11 +13,11 @@ from tqdm import tqdm
 
 from support import audio, decode, headers
 from support.captions import READ_ERRORS
+from support.common import count_cores
 from support.scan import Entry, Scan
 
 STEP_SECONDS = 10  # that are decoded at once
 LENGTH_TOLERANCE = 0.1  # seconds: encoders' and decoders' delays are less
-SILENT_SAMPLES = 1e-4  # 80 dB below full scale
 
 
 def decode_file(entry: Entry) -> tuple[float, list[str]]:
@@ -44,11 +43,10 @@ def decode_file(entry: Entry) -> tuple[float, list[str]]:
         problems.append(file.problem)
     if abs(seconds - entry.seconds) > LENGTH_TOLERANCE:
         problems.append(f"another length: its header says {entry.seconds:.2f} s, {seconds:.2f} s can be read")
-    with open(entry.path, "rb") as raw:
-        is_ogg = headers.suffix_by_content(raw.read(12)) == ".ogg"
-    if is_ogg and isinstance(file, decode.SndfileReader) and (count := headers.count_streams(entry.path)) > 1:
-        problems.append(f"another length: it holds {count} streams, of which the first is read")
-    if peak < SILENT_SAMPLES:
+    if isinstance(file, decode.SndfileReader) and file.file.format == "OGG":
+        if (count := headers.count_streams(entry.path)) > 1:
+            problems.append(f"another length: it holds {count} streams, of which the first is read")
+    if peak < audio.SILENT_PEAK:
         problems.append("silent")
     elif (channel := audio.cancelling_channel(entry.path)) is not None:
         problems.append(f"its channels cancel: as mono, channel {channel + 1} is taken")
@@ -66,7 +64,7 @@ def decode_dataset(found: Scan) -> None:
             return str(error).removeprefix(f"{entry.path}: ")
 
     kept = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         results = tqdm(pool.map(decoded, found.entries), "decoding", len(found.entries), unit="file",
                        leave=False, disable=not sys.stderr.isatty())
         for entry, result in zip(found.entries, results):

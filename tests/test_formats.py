@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 import data
-from support import audio, decode, headers, scan, tags
+from support import audio, common, headers, scan, tags
 from support.verify import decode_dataset
 
 RATE = 16_000  # Hz
@@ -50,7 +50,7 @@ def write_by_av(path, codec, wav, rate=44_100, **options):
 @pytest.fixture
 def without_av(monkeypatch):
     """As where PyAV is not installed."""
-    monkeypatch.setattr(decode, "has_av", lambda: False)
+    monkeypatch.setattr(common, "has_package", lambda name: False)
 
 
 def check(folder, capsys, *flags) -> str:
@@ -307,7 +307,7 @@ def test_tags_of_mp3(version, tmp_path, capsys):
 @pytest.mark.parametrize("suffix, kind", (("wav", "WAV"), ("flac", "FLAC"), ("ogg", "OGG"), ("opus", "OGG")))
 def test_tags_without_mutagen(suffix, kind, tmp_path, monkeypatch):
     """Those that libsndfile knows; the command that helps is said where there may be more."""
-    monkeypatch.setattr(tags, "has_mutagen", lambda: False)
+    monkeypatch.setattr(common, "has_package", lambda name: False)
     path = tmp_path / f"a.{suffix}"
     with soundfile.SoundFile(path, "w", RATE, 2, "OPUS" if suffix == "opus" else None, format=kind) as file:
         file.title, file.artist, file.genre, file.comment, file.date = "Dawn", "Ann", "Folk", "A tune", "1999"
