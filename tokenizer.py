@@ -39,6 +39,7 @@ from interop.encodec import read_encodec_24khz
 from interop.tensors import check_shapes
 from support import audio, common
 from support.bounds import check_finite, shown
+from support.pieces import decode_in_pieces
 from support.quality import describe_quality, round_trip_quality
 
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
@@ -140,7 +141,7 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes [B,K,T] -> wav [B,C,T*hop] float32."""
+        """codes [B,K,T] -> wav [B,C,T*hop] float32; what is longer than 30 s, in pieces."""
         assert codes.dim() == 3, f"decode takes [B, K, T], not {tuple(codes.shape)}"
         B, K, T = codes.shape
         assert K == self.K, f"{K} codebooks, the codec {self.name} has {self.K}"
@@ -153,10 +154,13 @@ class Codec(nn.Module):
             z = self.quantizer.vq.decode(x.transpose(0, 1).to(self._quantizer_device))  # [b, D, T]
             return self.decoder(z.to(codes.device))                                 # [b, C/streams, T*hop]
 
+        def decode_long(x: Tensor) -> Tensor:
+            return decode_in_pieces(decode_streams, x, self.frame_rate, self.hop)
+
         streams = codes.unflatten(1, (-1, self.streams)).transpose(1, 2)            # [B, streams, levels, T]
         streams = streams.flatten(0, 1)                                             # [B*streams, levels, T]
         with torch.autocast(codes.device.type, enabled=False):
-            wav = clip_by_clip(decode_streams, streams)                             # [B*streams, .., T*hop]
+            wav = clip_by_clip(decode_long, streams)                                # [B*streams, .., T*hop]
         return wav.reshape(B, self.channels, T * self.hop)                          # [B, C, T*hop]
 
     @property

@@ -40,11 +40,11 @@ from support.checkpoint import lock_folder
 from support.common import check_device, count_cores, describe_error, output_folder
 from support.common import write_atomically, write_json
 from support.distributed import Ranks, exit_process, join_process_group
+from support.pieces import CONTEXT_SECONDS
 from support.scan import THREADS, Entry, scan_dataset, skip_lines, split_entries, valid_fraction
 
 SHARD_SECONDS = 600  # audio in a shard: what an interruption costs at most
 WINDOW_SECONDS = 10  # of a file that are encoded at once
-CONTEXT_SECONDS = 2  # of audio on both sides: the codec's convolutions and LSTM forget the cut by then
 MAX_READERS = 8  # threads of a rank with a GPU: so many keep it busy
 MAX_THIN = 4  # shards less than half full: of more, what is in use is copied into new ones
 PATIENCE_MINUTES = 60 * 24 * 7  # that a rank which has done its share waits for the others

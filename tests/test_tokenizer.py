@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from support import audio, common, quality
+from support import audio, common, pieces, quality
 import tokenizer
 import toy
 from tools import fit_codec
@@ -84,6 +84,25 @@ def test_codes_depend_neither_on_the_batch_nor_on_threads(codec):
         assert torch.equal(whole, codec.encode(wav)) and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_long_music_is_decoded_in_pieces(channels, monkeypatch):
+    """With an LSTM, which remembers, as with convolutions: as in one piece, and no call gets much more."""
+    torch.manual_seed(0)
+    seanet = dict(channels=1, dimension=16, n_filters=4, ratios=[8, 5, 4, 2], lstm=2, norm="none")
+    config = dict(sample_rate=16_000, seanet=seanet, rvq=dict(dimension=16, n_q=4, bins=64))
+    codec = tokenizer.Codec("test", 16_000, *tokenizer.build_networks(config)).with_channels(channels)
+    for layer in codec.quantizer.vq.layers:
+        layer._codebook.embed.normal_()
+    codes, lengths = torch.randint(64, (2, codec.K, 1033)), []
+    whole = codec.decode(codes)
+    monkeypatch.setattr(pieces, "PIECE_SECONDS", 4)
+    codec.decoder.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[-1]))
+    got = codec.decode(codes)
+    assert got.shape == whole.shape == (2, channels, 1033 * 320)
+    assert (got - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert len(lengths) == 6 * 2 * channels and max(lengths) == 400
 
 
 def test_wrong_input_is_named(codec):
