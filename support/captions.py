@@ -145,8 +145,8 @@ def timed_captions(rows: list) -> dict:
 
 
 def caption_at(meta: dict, start_seconds: float, seconds: float) -> dict:
-    """The metadata of a part of a file: of captions with times, those of which it has half or which fill half
-    of it, in their order."""
+    """The metadata of a part of a file. Of captions with times, those stay of which at least half lies in the
+    part, and those that fill at least half of it."""
     if "spans" not in meta:
         return meta
     texts = []

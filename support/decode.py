@@ -181,9 +181,9 @@ class AvReader:
                 if samples.dtype.kind != "f":
                     full = 2 ** (8 * samples.dtype.itemsize - 1)
                     samples = (samples - (full if samples.dtype.kind == "u" else 0.0)) / full
-                if (shape or (frame.sample_rate, channels)) != (frame.sample_rate, channels):
+                if shape not in (None, (frame.sample_rate, channels)):
                     raise ValueError(f"{self.path}: its sample rate or its channels change on the way")
-                shape = self.sample_rate, _ = frame.sample_rate, channels
+                shape, self.sample_rate = (frame.sample_rate, channels), frame.sample_rate
                 yield samples.astype(np.float32, copy=False)
 
     def tags(self) -> dict:

@@ -27,7 +27,7 @@ def long_enough(entries: list, min_seconds: float) -> list:
 
 
 def draw_weights(entries: list, sample_by: str) -> np.ndarray:
-    """How often files are drawn beside each other. Errors: ValueError where none would be."""
+    """The weight of each file in the draw. Errors: ValueError where none would be drawn."""
     if sample_by not in SAMPLE_BY:
         raise ValueError(f"--sample_by {sample_by}: choose {' or '.join(SAMPLE_BY)}")
     weights = np.array([1.0 if entry.weight is None else entry.weight for entry in entries])

@@ -143,12 +143,12 @@ def arrays_of_entry(row: CachedEntry, out: str, codec, device, features: dict,
 def stored_entries(out: str, settings: dict, codec, features: dict) -> tuple[list, list]:
     """(entries of cache.json, all entries whose codes are there): also those of interrupted commands."""
     rows = [CachedEntry.of_row(row) for row in settings.get("entries", [])]
-    visible = {row.shard for row in rows}  # of finished commands
+    finished = {row.shard for row in rows}  # shards of finished commands
     for path in sorted(Path(out).glob("shard_*.json")):
-        if shard_number(path) not in visible:
+        if shard_number(path) not in finished:
             with contextlib.suppress(*DAMAGE):
                 rows += [CachedEntry.of_row(row) for row in json.loads(path.read_bytes())]
-    visible |= set(range(settings.get("shards", 0)))  # an old cache
+    finished |= set(range(settings.get("shards", 0)))  # an old cache
     usable = []
     for number, shard in by_shard(rows).items():
         with contextlib.suppress(*DAMAGE):
@@ -162,7 +162,7 @@ def stored_entries(out: str, settings: dict, codec, features: dict) -> tuple[lis
                 newest = os.stat(shard_path(out, number, "json")).st_mtime_ns
                 shard = [replace(row, modified=newest) if row.size is None else row for row in shard]
             usable += [row for row in shard if row.error is None]
-    return [row for row in rows if row.shard in visible], usable
+    return [row for row in rows if row.shard in finished], usable
 
 
 def shard_number(path: Path) -> int:
@@ -192,7 +192,7 @@ def match_entries(entries: list, usable: list, frame_rate: float) -> list[Cached
         of_file = dict(size=size, modified=modified, said=entry.seconds)
         if row is not None:
             seconds = decoded_seconds(entry.seconds, row.frames, frame_rate)
-        # a length that is neither true nor what it was: it may be that more of the file can be read today
+        # Its header is read otherwise than before, and is not what was decoded: more may be readable today
         if row is None or entry.seconds not in (seconds, row.said):
             return CachedEntry(**vars(entry), shard=TO_ENCODE, **of_file)
         today = {each.name: getattr(entry, each.name) for each in fields(Entry)}
@@ -250,7 +250,7 @@ def begin_update(dataset: str, out: str, codec, valid: str | float, features: di
         # What is stored already
         before, usable = stored_entries(out, begun, codec, features)
         rows = match_entries(entries, usable, codec.frame_rate)
-        stored = {row.key: row.size for row in [*before, *usable]}
+        stored = {row.key: row.size for row in [*before, *usable]}  # None: an old cache does not say
         known = any(row.shard != TO_ENCODE or stored[row.key] is None for row in rows if row.key in stored)
         moved = bool(begun) and begun["dataset"] != settings["dataset"]
         if moved and (begun["dataset"] == "toy" or stored and not known):
@@ -309,8 +309,10 @@ def map_in_threads(function: Callable, items: list, threads: int) -> Iterator:
         torch.set_num_threads(main_threads)  # the pool has set the default of new threads to 1
 
 
-def encode_share(rows: list, first: int, out: str, codec, device, features: dict, told: bool) -> list[int]:
-    """Encodes or copies files into new shards, numbered from `first` on -> the numbers of those shards."""
+def encode_share(rows: list, first: int, out: str, codec, device, features: dict, tells: bool) -> list[int]:
+    """Encodes or copies files into new shards, numbered from `first` on -> the numbers of those shards.
+
+    tells: whether this rank prints how far it is."""
     threads = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if torch.device(device).type != "cpu":
         threads = min(threads, MAX_READERS)
@@ -320,7 +322,7 @@ def encode_share(rows: list, first: int, out: str, codec, device, features: dict
     work = functools.partial(arrays_of_entry, out=out, codec=codec, device=device, features=features,
                              stop=stop)
     results = map_in_threads(work, rows, threads)
-    hidden = not (told and sys.stderr.isatty())
+    hidden = not (tells and sys.stderr.isatty())
     try:
         for result in tqdm(results, "encoding", len(rows), unit="file", leave=False, disable=hidden):
             shard.append(result)
@@ -332,7 +334,7 @@ def encode_share(rows: list, first: int, out: str, codec, device, features: dict
                 numbers.append(first)
                 seconds += in_shard
                 shard, in_shard = [], 0
-                if told and time.monotonic() - last > TELL_SECONDS:
+                if tells and time.monotonic() - last > TELL_SECONDS:
                     last = time.monotonic()
                     rate = rate_text(seconds, last - began)
                     print(f"encoded {files} of {len(rows)} files{rate}", flush=True)

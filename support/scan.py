@@ -405,10 +405,10 @@ def not_a_dataset(dataset: str) -> str:
 
 
 def split_by_hash(entries: list, fraction: float, hash_alone: bool = False) -> tuple[list, list, str]:
-    """(train, valid, note): a file is in valid where its key's hash is under the fraction, come what may.
+    """(train, valid, note): a file is in valid where its key's hash is under the fraction.
 
-    Of few files that may be far from the fraction asked for: the lowest hashes are taken, so many that their
-    number lies within a third of it. hash_alone: not so, for runs begun before this."""
+    Of few files that may be far from the number asked for. It is then kept within a third of that, and the
+    lowest hashes are taken. hash_alone: without this, for runs that began before there was such a rule."""
     if len(entries) == 1:
         return entries, entries, "the only file is both train and valid"
     places = {}

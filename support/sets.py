@@ -50,7 +50,7 @@ def find_data(args: argparse.Namespace, ranks: Ranks) -> str | Scan:
 def begun_before(args: argparse.Namespace) -> bool:
     """Whether the run in --out was begun when hashes alone split the files, see `split_by_hash`.
 
-    args.near_split, which config.json holds, says so to the next start."""
+    Sets args.near_split, False for such a run: config.json keeps it for the next start."""
     try:
         config = read_json(Path(args.out, "config.json"))
         args.near_split = bool((config.get("args") or {}).get("near_split"))

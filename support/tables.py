@@ -186,9 +186,9 @@ class FileNames:
                 self.by_part[part].append(i)
 
     def find(self, cell, folder: str, everywhere: bool = False) -> tuple[list, bool]:
-        """(files that a cell of a table names, whether their folders say so, too). folder: the table's.
+        """(numbers of the files that a cell of a table may name, whether it names their folder, too).
 
-        everywhere: those that do not lie below it as well."""
+        folder: the table's, below which they lie; everywhere: or anywhere else."""
         name = str(cell).strip().replace("\\", "/")
         if not name or len(name) > 1000 or name.startswith("["):
             return [], False
@@ -276,7 +276,8 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None = No
         raise ValueError(no_text)
 
     # What each row says; a file that two different names could mean is left alone
-    claims, certain, without = {}, set(), 0
+    claims = {}  # number of a file -> {cell that names it: [(metadata, times) of each row]}
+    certain, without = set(), 0  # files that are named with their folder; rows without a file
     for row in read():
         cell = str(row.get(file_column) or "")
         found, sure = find(cell)

@@ -1,7 +1,7 @@
 """Every file of a dataset read to its end: `data.py check --decode`.
 
 Headers lie: a download was cut off, two files were joined, a recorder was switched off before it wrote the
-length. Whoever believes a length that is too long draws silence; too short, and the rest is never heard.
+length. A length that is too long makes examples of silence, and one that is too short hides the rest.
 """
 
 import sys
