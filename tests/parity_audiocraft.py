@@ -39,7 +39,7 @@ def main() -> None:
     from generate import MusicGenerator
     conditioners.T5Conditioner.MODELS.append("t5-tiny")
     conditioners.T5Conditioner.MODELS_DIMS["t5-tiny"] = 24
-    t5.PUBLISHED_T5[24, 2, 3, 8, 40, 80] = "t5-tiny"
+    t5.PUBLISHED_T5[24, 2, 3, 8, 40, 360] = "t5-tiny"
     demucs.pretrained.get_model().to().sources = ["drums", "bass", "other", "vocals"]
     conditioners.ChromaStemConditioner._get_stemmed_wav = lambda self, wav, sample_rate: wav
 
