@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 
 from support.common import MAX_TEXT
 
@@ -63,7 +64,7 @@ def clean_field(name: str, value) -> str | float | list | None:
     """One metadata field as audiocraft reads it: a line of text, a number (bpm), strings (LISTS), or None.
 
     Errors: ValueError, TypeError, OverflowError for a value of another kind."""
-    if value in (None, "", "None"):
+    if value in (None, "", "None") or value != value:  # the last for NaN, which stands for an empty cell
         return None
     if name == "bpm" and not isinstance(value, bool):
         if not 0 < float(value) < 10_000:
@@ -71,7 +72,7 @@ def clean_field(name: str, value) -> str | float | list | None:
         return float(value)
     if name in LISTS and isinstance(value, str):
         value = value.replace(",", " ").split()
-    items = value if isinstance(value, list) else [value]
+    items = [item for item in value if item is not None] if isinstance(value, list) else [value]
     texts = []
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (str, int, float)):
@@ -201,7 +202,8 @@ def read_text_file(path: str) -> bytes:
     if member is not None:
         try:
             return open_zip(file_path).read(member)
-        except (KeyError, zipfile.BadZipFile, RuntimeError) as error:  # the last for an encrypted one
+        except (KeyError, zipfile.BadZipFile, zlib.error, EOFError,
+                RuntimeError) as error:  # the last for an encrypted one
             raise ValueError(f"{path}: {error}") from None
     with open(path, "rb") as file:
         return file.read()
@@ -223,8 +225,10 @@ def read_captions(said: dict, sidecars: tuple) -> tuple[dict | None, str, list, 
     if not sidecars and said.keys() <= NO_TEXT:
         return None, "none", [], []
     meta, caption, problems, unused = {}, "none", [], []
-    if "info_path" in said:
-        sidecars = (said["info_path"], *sidecars)
+    if isinstance(info := said.get("info_path"), str):
+        sidecars = (info, *sidecars)
+    elif info is not None:
+        problems.append(f"info_path left out: {str(info)[:20]} is not a text")
     for path in sidecars:
         kind = "txt" if path.lower().endswith(".txt") else "json"
         if "description" in meta:

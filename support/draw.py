@@ -53,7 +53,11 @@ def draw_by_shares(shares: np.ndarray, part: int, rng: np.random.Generator) -> i
 
 
 def describe_draws(entries: list, segment_seconds: float, sample_by: str) -> str:
-    """One line on files shorter than a segment, whose examples are padded: their share of the draws."""
+    """One line on files shorter than a segment, whose examples are padded: their share of the draws.
+
+    Errors: ValueError for a segment of no length."""
+    if not 0 < segment_seconds < np.inf:
+        raise ValueError(f"--segment_seconds {segment_seconds:g}: more than 0 seconds")
     short = np.array([entry.seconds < segment_seconds for entry in entries])
     shares = {}
     for by in SAMPLE_BY:

@@ -164,7 +164,9 @@ def list_manifest(manifest: str, listing: Callable, alive: Callable) -> tuple[li
                 except ValueError as error:
                     skipped[f"{manifest}:{number}"] = f"manifest line {error}"
                     continue
-                lines.append((name, {key: value for key, value in said.items() if value is not None}))
+                # "meta" and "from" are what a table says: those of a line are fields that nobody reads
+                lines.append((name, {f"manifest's {key}" if key in ("meta", "from") else key: value
+                                     for key, value in said.items() if value is not None}))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{manifest} cannot be read as a manifest: {error}") from None
     lines.sort(key=lambda line: line[0])  # folder by folder

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -62,8 +63,11 @@ def table_rows(path: str) -> Iterator[dict]:
                        for key, value in content.items()]
         yield from (row for row in content if isinstance(row, dict)) if isinstance(content, list) else ()
     else:
-        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
-            yield from (parse_object(line) for line in file if line.strip())
+        try:
+            with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
+                yield from (parse_object(line) for line in file if line.strip())
+        except (EOFError, zlib.error) as error:
+            raise ValueError(f"cut off or damaged: {error}") from None
 
 
 def csv_rows(path: str) -> Iterator[dict]:
@@ -81,6 +85,8 @@ def csv_rows(path: str) -> Iterator[dict]:
             if columns and not columns[0] and len(set(columns)) < len(columns):  # FMA: names in three lines
                 columns = [".".join(filter(None, pair)) for pair in zip(columns, next(lines, []))]
                 columns[0] = next(lines, [""])[0]
+            # The first of several columns of one name keeps it; spaces tell the others apart
+            columns = [name + " " * columns[:i].count(name) for i, name in enumerate(columns)]
             for cells in lines:
                 # cells beyond the last column belong to it: tags, or a text whose commas are not quoted
                 cells[len(columns) - 1:] = [", ".join(cells[len(columns) - 1:])]
@@ -108,7 +114,7 @@ def parquet_rows(path: str) -> Iterator[dict]:
                  if not pyarrow.types.is_struct(kind) and not pyarrow.types.is_binary(kind)]
         for batch in file.iter_batches(columns=plain):
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError) as error:  # the latter for a date of no calendar
         raise ValueError(f"not readable as parquet: {str(error)[:100]}") from None
 
 
@@ -200,7 +206,9 @@ class FileNames:
         stem, suffix = os.path.splitext(base)
         found = self.by_name.get(stem) if suffix[1:].isalnum() else None
         keys = (base, stem, fold_name(base), fold_name(stem))
-        found = found or self.by_name.get(base) or next(filter(None, map(self.by_part.get, keys)), [])
+        found = found or self.by_name.get(base) or next(filter(None, map(self.by_part.get, keys)), None)
+        # A.WAV of the table is a.wav on the disk
+        found = found or self.by_name.get(fold_name(stem if suffix[1:].isalnum() else base), [])
         below = [i for i in found if everywhere or self.paths[i].startswith(os.path.join(folder, ""))]
         wanted = os.path.dirname(name).strip("/")
         if not wanted:
@@ -366,7 +374,8 @@ def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | 
         used |= matched.keys()
         lines.append(f"captions of {ascii(os.path.relpath(path, root))}: {line}")
     if asked is not None and not lines and must_match:
-        raise ValueError(f"--caption_column {asked}: {'; '.join(reasons)}")
+        flag = f"--caption_column {asked}: "
+        raise ValueError(flag + "; ".join(reason.removeprefix(flag) for reason in reasons))
     for reason, paths in reasons.items():
         shown = ", ".join(ascii(os.path.relpath(path, root)) for path in paths[:3])
         lines.append(f"table {shown}{', ..' if len(paths) > 3 else ''} not used: {reason}")

@@ -168,22 +168,29 @@ def read_parquet(shard: Path, skipped: dict, caption_column: str | None = None) 
                 stem = os.path.splitext(safe_place(path.replace("\\", "/").split("/")[-1]))[0]
             except ValueError:
                 stem = f"{number:06d}"
-            stem = f"{stem}_{number}" if stem in names else stem
+            while stem in names:
+                stem = f"{stem}_{number}"
             names.add(stem)
+            caption = None if caption_column is None else row[caption_column]
             # A tar shard that became parquet has what was in its .json and .txt as columns
             fields = row | row.pop("json") if isinstance(row.get("json"), dict) else row
-            if "txt" in fields:
+            if "txt" in fields and fields.get("text") is None:
                 fields["text"] = fields.pop("txt")
             for name, labels in classes.items():
                 if isinstance(label := fields.get(name), int) and 0 <= label < len(labels):
                     fields[name] = labels[label]
-            if caption_column is not None:
-                fields["description"] = fields.pop(caption_column)
+            if caption_column is not None:  # instead of what the row calls so, in whatever case
+                labels = classes.get(caption_column, [])
+                if isinstance(caption, int) and 0 <= caption < len(labels):
+                    caption = labels[caption]
+                fields = {name: value for name, value in fields.items()
+                          if name.lower() != "description" and name != caption_column}
+                fields["description"] = caption
             fields = {name: value for name, value in fields.items() if value is not None}
             if fields:
                 yield piece_of(f"{stem}.json", json.dumps(fields, default=str).encode())
             yield piece_of(stem + suffix, content)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:  # the last for a date of no calendar
         raise ValueError(f"cannot be read as parquet ({error})") from None
 
 
@@ -225,7 +232,7 @@ def sample_key(place: str) -> str:
 
 def list_tar(tar: tarfile.TarFile, skipped: dict, shard: str) -> dict[str, tarfile.TarInfo]:
     """{place: member} of audio, texts and tables, in their order. Errors: ValueError."""
-    members, end = {}, None
+    members, folders, end = {}, set(), None
     for member in tar:
         if end not in (None, member.offset):
             check_gap(tar, end, member.offset)
@@ -244,6 +251,10 @@ def list_tar(tar: tarfile.TarFile, skipped: dict, shard: str) -> dict[str, tarfi
                 raise ValueError(f"absurd size ({member.size} bytes)")
             if place in members:
                 raise ValueError("same name twice")
+            parents = [str(parent) for parent in Path(place).parents]
+            if place in folders or any(parent in members for parent in parents):
+                raise ValueError("a file and a folder of one name")
+            folders.update(parents)
             members[place] = member
         except ValueError as error:
             skipped[f"{shard}: {member.name}"] = str(error)
@@ -289,7 +300,8 @@ def find_shards(sources: list[str], out: str) -> dict[Path, Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            shards = [p for p in sorted(path.rglob("*")) if p.name.lower().endswith(SHARD_SUFFIXES)
+            shards = [p for p in sorted(path.rglob("*"))
+                      if p.name.lower().endswith(SHARD_SUFFIXES) and not p.is_dir()  # Spark's x.parquet/
                       and not any(part.startswith(".") for part in p.relative_to(path).parts)]
         elif not path.exists():
             raise ValueError(f"{source!r} is not there: give files or folders on a disk; `hf download NAME "
@@ -301,7 +313,10 @@ def find_shards(sources: list[str], out: str) -> dict[Path, Path]:
                              f"{', '.join(SHARD_SUFFIXES)}")
         for shard in shards:
             suffix = next(suffix for suffix in SHARD_SUFFIXES if shard.name.lower().endswith(suffix))
-            name = safe_place(shard.name[:-len(suffix)])
+            try:
+                name = safe_place(shard.name[:-len(suffix)])
+            except ValueError as error:
+                raise ValueError(f"{ascii(str(shard))}: {error}; rename it") from None
             if numbered := NUMBERED.fullmatch(name):
                 name = os.path.join(*numbered.groups())
             folder = Path(out, shard.relative_to(path).parent if shard != path else "", name)
@@ -309,6 +324,10 @@ def find_shards(sources: list[str], out: str) -> dict[Path, Path]:
                 raise ValueError(f"{found[folder]} and {shard} would both go to {folder}: give the folder "
                                  "that holds both, or another --out for one of them")
             found[folder] = shard
+    for folder, shard in found.items():
+        for parent in set(folder.parents) & found.keys():
+            raise ValueError(f"{found[parent]} would go to {parent}, and {shard} into it, to {folder}: give "
+                             "another --out for one of them")
     return found
 
 
