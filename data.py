@@ -352,6 +352,9 @@ def main(argv: list | None = None) -> int:
         return 0
     scanning = dict(captions=args.captions, caption_column=args.caption_column)
     if args.command == "check" and args.dataset == "toy":
+        for name in ("valid", "captions", "caption_column", "segment_seconds", "sample_by", "decode"):
+            if getattr(args, name) != check.get_default(name):
+                raise ValueError(f"--{name} {getattr(args, name)}: the toy has no files; leave it out")
         caption = toy.draw_clip(0, 0, 0)[1]
         print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {caption!r}")
     elif args.command == "check":

@@ -342,6 +342,9 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         if getattr(args, name) is not None and (args.cache or args.dataset == "toy"):
             what = "a cache has its captions from when it was made" if args.cache else "the toy has its own"
             raise ValueError(f"--{name} {getattr(args, name)}: {what}; leave it out")
+    for name, default in dict(min_seconds=0.0, sample_by="file").items():
+        if args.dataset == "toy" and getattr(args, name) != default:
+            raise ValueError(f"--{name} {getattr(args, name)}: the toy has no files; leave it out")
 
     # the machine
     if args.dtype == "float16" and torch.device(args.device).type == "cpu":

@@ -71,7 +71,9 @@ def table_rows(path: str) -> Iterator[dict]:
 
 
 def csv_rows(path: str) -> Iterator[dict]:
-    """The rows of a text table. What separates its cells is seen in its first line."""
+    """The rows of a text table. What separates its cells is seen in its first line.
+
+    Errors: ValueError, after the rows before, where a quote is never closed: its cell would hold the rest."""
     with open(path, "rb") as file:
         head = file.read(2 ** 16)
         encoding = text_encoding(head, whole=not file.read(1))
@@ -80,14 +82,26 @@ def csv_rows(path: str) -> Iterator[dict]:
         file.seek(0)
         separator = max("\t,;|", key=first.count)
         try:
-            lines = csv.reader((line.replace("\0", "") for line in file), delimiter=separator)
+            quotes = 0  # in the lines of a row
+
+            def plain_lines() -> Iterator[str]:
+                nonlocal quotes
+                for line in file:
+                    quotes += line.count('"')
+                    yield line.replace("\0", "")
+
+            lines = csv.reader(plain_lines(), delimiter=separator)
             columns = [name.strip() for name in next(lines, [])]
             if columns and not columns[0] and len(set(columns)) < len(columns):  # FMA: names in three lines
                 columns = [".".join(filter(None, pair)) for pair in zip(columns, next(lines, []))]
                 columns[0] = next(lines, [""])[0]
+            quotes, ended = 0, lines.line_num
             # The first of several columns of one name keeps it; spaces tell the others apart
             columns = [name + " " * columns[:i].count(name) for i, name in enumerate(columns)]
             for cells in lines:
+                if quotes % 2 and lines.line_num > ended + 1:
+                    raise ValueError(f"a quote that begins in line {ended + 1} is never closed")
+                quotes, ended = 0, lines.line_num
                 # cells beyond the last column belong to it: tags, or a text whose commas are not quoted
                 cells[len(columns) - 1:] = [", ".join(cells[len(columns) - 1:])]
                 yield dict(zip(columns, cells))

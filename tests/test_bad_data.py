@@ -28,6 +28,8 @@ REFUSED = {
         "data check @only_bad", "only_bad", "1 zero bytes", "give a folder"),
     "data check: valid fraction out of range": (
         "data check @music --valid 1.5", "--valid 1.5", "between 0 and 1"),
+    "data check: the toy with captions": ("data check toy --captions x.csv", "--captions x.csv", "no files"),
+    "data check: the toy decoded": ("data check toy --decode", "--decode", "no files"),
     "data check: manifest empty": ("data check @empty.jsonl", "empty.jsonl", "found nothing"),
     "data check: manifest of missing files only": ("data check @gone_only.jsonl", "1 missing", "gone.wav"),
     "data check: manifest .gz that is no gz": (

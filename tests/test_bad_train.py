@@ -110,6 +110,8 @@ REFUSED = {
     "train: segment zero": ("train --segment_seconds 0", "--segment_seconds 0", "more than 0"),
     "train: share of a segment over 1": (
         "train --min_segment_ratio 1.5", "--min_segment_ratio 1.5", "between 0 and 1"),
+    "train: least length of toy clips": ("train --min_seconds 5", "--min_seconds 5", "no files"),
+    "train: toy clips by duration": ("train --sample_by duration", "--sample_by duration", "no files"),
     "train: share of a segment zero": ("train --min_segment_ratio 0", "--min_segment_ratio 0", "more than 0"),
     "train: no codebooks": ("train --num_codebooks 0", "num_codebooks 0", "at least 1"),
     "train: too many codebooks": ("train --num_codebooks 99", "num_codebooks 99", "1 to 4"),

@@ -32,6 +32,15 @@ def test_a_table_that_was_cut_off_is_named(tmp_path):
     assert len(found.entries) == 2 and any("cut off or damaged" in line for line in found.notes)
 
 
+def test_a_quote_that_is_never_closed_is_named(tmp_path):
+    """Its cell would hold all rows after it. Quotes within a text, and texts of several lines, stay."""
+    found = scan.scan_dataset(str(music(tmp_path, "m.csv", 'file_name,text\na.wav,"slow\nb.wav,fast\n')))
+    assert any("a quote that begins in line 2 is never closed" in line for line in found.notes)
+    assert not any(entry.meta["description"] for entry in found.entries)
+    music(tmp_path, "m.csv", 'file_name,text\na.wav,a 12" single\nb.wav,"fast\nand ""loud"""\n')
+    assert captions(tmp_path) == {"a.wav": 'a 12" single', "b.wav": 'fast and "loud"'}
+
+
 @pytest.mark.parametrize("table, content, wanted", [
     ("t.json", '[{"file_name": "a.wav", "text": NaN}, {"file_name": "b.wav", "text": "two"}]', [None, "two"]),
     ("t.json", '[{"file_name": "a.wav", "text": ["x", null]}, {"file_name": "b.wav", "text": "two"}]',
