@@ -37,6 +37,8 @@ def read_tags(path: str, by_decoder: dict) -> tuple[dict, list]:
     except Exception as error:  # of whatever kind: a file's tags may hold anything, and it is used without
         return {}, [f"tags not read: {type(error).__name__}"]
     found = found or {name.lower(): [text] for name, text in by_decoder.items()}
+    if not found:
+        return {}, []
     raw = {}
     for field, names in TAG_NAMES.items():
         for name in names:
