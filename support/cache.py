@@ -38,25 +38,27 @@ class CachedEntry(Entry):
     # of the file when it was encoded, to know it again by; old caches do not say
     size: int | None = None  # bytes
     modified: int | None = None  # nanoseconds, as the system counts
+    changed: int | None = None  # likewise: its content, its name or its rights, which no program sets back
     said: float | None = None  # its length in seconds, by its header or manifest
-    digest: str | None = None  # of its bytes, see encode.py
+    digest: str | None = None  # of its bytes
+    sound: str | None = None  # digest of its samples, as the codec takes them
 
-    def to_row(self) -> dict:
-        """Plain data for the shard's JSON."""
-        row = asdict(self)
-        error = row.pop("error")
-        for name, (offset, frames) in row.pop("features").items():
-            row |= {f"{name}_offset": offset, f"{name}_frames": frames}
-        return row | {"error": error}
+    def to_plain(self) -> dict:
+        """Plain data for JSON."""
+        plain = asdict(self)
+        error = plain.pop("error")
+        for name, (offset, frames) in plain.pop("features").items():
+            plain |= {f"{name}_offset": offset, f"{name}_frames": frames}
+        return plain | {"error": error}
 
     @classmethod
-    def of_row(cls, row: dict) -> "CachedEntry":
-        """Reverses `to_row`. Errors: TypeError, KeyError if it is not one."""
-        row, features = dict(row), {}
-        for key in [key for key in row if key.endswith("_frames")]:
+    def of_plain(cls, plain: dict) -> "CachedEntry":
+        """Reverses `to_plain`. Errors: TypeError, KeyError if it is not one."""
+        plain, features = dict(plain), {}
+        for key in [key for key in plain if key.endswith("_frames")]:
             name = key.removesuffix("_frames")
-            features[name] = row.pop(f"{name}_offset"), row.pop(key)
-        return cls(**row, features=features)
+            features[name] = plain.pop(f"{name}_offset"), plain.pop(key)
+        return cls(**plain, features=features)
 
 
 def shard_path(folder: str, number: int, suffix: str) -> Path:
@@ -78,10 +80,10 @@ def read_index(folder: str) -> tuple[dict, list[CachedEntry]]:
             raise ValueError(f"cache.json lacks {', '.join(sorted(missing))}")
         if "shards" in settings:  # an old cache
             paths = [shard_path(folder, number, "json") for number in range(settings["shards"])]
-            settings["entries"] = [row for path in paths for row in json.loads(path.read_bytes())]
-        entries = [CachedEntry.of_row(row) for row in settings.pop("entries")]
-        for number, shard in by_shard(entries).items():
-            check_entries(shard, count_rows(shard_path(folder, number, "npy"), np.uint16, settings["K"]))
+            settings["entries"] = [plain for path in paths for plain in json.loads(path.read_bytes())]
+        entries = [CachedEntry.of_plain(plain) for plain in settings.pop("entries")]
+        for number, in_shard in by_shard(entries).items():
+            check_entries(in_shard, count_rows(shard_path(folder, number, "npy"), np.uint16, settings["K"]))
         if not entries:
             raise ValueError("no files")
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -149,9 +151,9 @@ def check_feature(folder: str, settings: dict, entries: list[CachedEntry], featu
     cache, again = f"token cache {folder!r}", f"make another with `python data.py cache{feature.cache_flags}`"
     if mismatch := feature.mismatch(settings):
         raise ValueError(f"{cache} holds {mismatch}, or {again}")
-    for number, shard in by_shard(entries).items():
+    for number, in_shard in by_shard(entries).items():
         path = shard_path(folder, number, f"{feature.name}.npy")
-        places = [e.features.get(feature.name) for e in shard if e.frames]
+        places = [e.features.get(feature.name) for e in in_shard if e.frames]
         if None in places or not path.is_file():
             raise ValueError(f"{cache} holds no {feature.name}, which {feature.condition} needs: {again}")
         try:

@@ -382,8 +382,9 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
         skipped[f"{entry.path} (again)"] = f"same file twice: {same.key}"
     if not entries:
         found = "; ".join(skip_lines(skipped) + notes) or "nothing"
+        suffixes = " ".join(decode.SNDFILE_SUFFIXES)
         raise ValueError(f"no usable audio in {dataset!r}: found {found}; give a folder or manifest of "
-                         f"readable audio ({' '.join(decode.SNDFILE_SUFFIXES)}, others with `pip install av`)")
+                         f"readable audio ({suffixes}, others with `pip install av`)")
     entries.sort(key=lambda entry: entry.key)
     if unused:
         notes.append("fields not used: " + ", ".join(f"{k} ({n})" for k, n in unused.most_common(12)))

@@ -359,7 +359,7 @@ def write_random_cache(folder: str, args: argparse.Namespace, frames: int) -> No
     rows = []
     for i in range(count):
         name = f"{i}.wav"
-        rows.append(CachedEntry(name, name, frames / FRAME_RATE, offset=i * frames, frames=frames).to_row())
+        rows.append(CachedEntry(name, name, frames / FRAME_RATE, offset=i * frames, frames=frames).to_plain())
     write_array(shard_path(folder, 0, "npy"), codes)
     about = dict(entries=rows, K=args.K, dataset="none", codec="none", fingerprint="none")
     common.write_json(Path(folder, "cache.json"), about)
