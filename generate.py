@@ -50,6 +50,7 @@ from support.bounds import check_flag_number
 from support.compiled import compile_step
 from support.kernels import packed_weights
 from support.per_sample import Noise, encode_conditions
+from support.quantize import STORED_AS, store_weights
 
 
 @dataclass
@@ -219,10 +220,12 @@ class MusicGenerator:
         self.model, self.codec, self.window, self.sampling, self.dtype = model, codec, window, sampling, dtype
 
     @classmethod
-    def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype=torch.float32):
+    def load(cls, run: str | Path, device: str = "cpu", codec: str | None = None, dtype=torch.float32,
+             weights: str = "float32"):
         """From a run folder, a best.pt, or a folder with published weights.
 
-        codec: where its codec lies now, if not where it was in training. Errors: ValueError."""
+        codec: where its codec lies now, if not where it was in training. weights: what matrices are held as,
+        see support/quantize.py. Errors: ValueError."""
         content = load.read_model(run)
         try:
             model, window = load.build_model(content), content["segment_frames"]
@@ -231,6 +234,7 @@ class MusicGenerator:
             name, fingerprint = codec or stored["name"], stored["fingerprint"]
             levels, channels = stored["levels"], stored["channels"]
             assert window > 0, f"a window of {window} frames"
+            content.clear()                                          # the model alone holds its weights now
         except Exception as error:                                   # a foreign file can fail in any way
             problem = common.describe_error(error)
             raise ValueError(f"{run}: not {common.MODEL_FILE}, or damaged ({problem})") from None
@@ -241,7 +245,7 @@ class MusicGenerator:
         if (model.config.K, model.config.card) != (found.K, found.card):
             raise ValueError(f"{run}: makes {model.config.K} x {model.config.card} codes, its codec has "
                              f"{found.K} x {found.card}: the file is damaged")
-        return cls(model.to(device), found, window, sampling, dtype)
+        return cls(store_weights(model.to(device), weights), found, window, sampling, dtype)
 
     @property
     def conditions(self) -> dict:
@@ -364,6 +368,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
         help="number of the first sample, to make one of a larger batch again (default 0)")
     new("--codec", help="where the codec lies, if it has moved since training")
     new("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 or mps")
+    new("--weights", default="float32", choices=STORED_AS,
+        help="what matrices are held as: int8 is the fastest and a quarter of the memory, nearly as good")
     new("--compile", action="store_true", help="torch.compile the step: a minute at first, then faster")
     new("--out", type=common.output_name, default="generated",
         help="folder for wav and json files; existing files are kept")
@@ -460,7 +466,7 @@ def serve_page(args: argparse.Namespace) -> None:
     if args.seconds is not None and args.seconds > serve.MAX_CLIP_SECONDS:
         raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {serve.MAX_CLIP_SECONDS}")
     gradio = serve.import_gradio()                                   # before the model is read
-    music = MusicGenerator.load(args.run, args.device, args.codec)
+    music = MusicGenerator.load(args.run, args.device, args.codec, weights=args.weights)
     music.sampling = choose_sampling(args, music)
     if args.compile:
         compile_step(music.model)
@@ -477,7 +483,7 @@ def main(argv: list | None = None) -> None:
 
     # what is asked for
     requests = read_requests(args)
-    music = MusicGenerator.load(args.run, args.device, args.codec)
+    music = MusicGenerator.load(args.run, args.device, args.codec, weights=args.weights)
     codec, sampling = music.codec, choose_sampling(args, music)
     seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
     prompt = None
@@ -514,7 +520,7 @@ def main(argv: list | None = None) -> None:
             record = dict(**asked, seconds=seconds, seed=args.seed, number=args.first + i,
                           run=str(args.run), **{name: getattr(args, name) for name in flags},
                           continued=args.continued, stride=args.stride, compile=args.compile,
-                          codec=codec.fingerprint, **asdict(sampling))
+                          weights=args.weights, codec=codec.fingerprint, **asdict(sampling))
             path = names[i].with_suffix(".wav")
             wav = music.decode(codes[i:i + 1], seconds, prompt)[0]                              # [C, N]
             audio.write_clip(path, wav, codec.sample_rate, record)

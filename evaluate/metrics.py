@@ -30,6 +30,7 @@ from evaluate.embeddings import CHUNK_SECONDS, EMBEDDINGS, MEL_RATE, Clap, load_
 from support import audio, common
 from support.bounds import check_flag_number
 from support.decode import AUDIO_SUFFIXES
+from support.quantize import STORED_AS
 
 SAMPLING_GRID = dict(cfg=1.0, temperature=1.0, top_k=250, top_p=0.0)   # of a table, if not said
 MIN_SECONDS = 0.1                                        # of audio that can be compared
@@ -148,18 +149,23 @@ def text_consistency(args: argparse.Namespace) -> None:
 # toy clips
 
 
-def load_with_text(run: str) -> generate.MusicGenerator:
+def load_music(args: argparse.Namespace) -> generate.MusicGenerator:
+    """The model of --run. Errors: ValueError."""
+    return generate.MusicGenerator.load(args.run, weights=args.weights)
+
+
+def load_with_text(args: argparse.Namespace) -> generate.MusicGenerator:
     """A model that follows captions. Errors: ValueError, also for one trained without text."""
-    music = generate.MusicGenerator.load(run)
+    music = load_music(args)
     if not adherence.has_text(music):
-        raise ValueError(f"{run}: this model was trained without text, so there are no captions to follow")
+        raise ValueError(f"{args.run}: this model was trained without text, so it follows no captions")
     return music
 
 
 def compare_untrained(args: argparse.Namespace) -> None:
     """Prints the clips of --run beside real ones, the codec's, an untrained model's, and what is out of
     order."""
-    music = generate.MusicGenerator.load(args.run)
+    music = load_music(args)
     rows = adherence.compare_toy_sets(music, args.n, args.seed, args.split)
     print(adherence.rows_table(rows, f"{args.n} clips, {args.split}"))
     wrong = adherence.out_of_order(rows)
@@ -172,7 +178,7 @@ def compare_untrained(args: argparse.Namespace) -> None:
 def compare_conditions(args: argparse.Namespace) -> None:
     """Prints what the clips of --run follow, given some of its conditions, all or none. Errors:
     ValueError."""
-    music = generate.MusicGenerator.load(args.run)
+    music = load_music(args)
     if music.model.conditioner is None:
         raise ValueError(f"{args.run}: an unconditional model follows nothing")
     rows = adherence.measure_conditions(music, args.n, args.seed)
@@ -181,7 +187,7 @@ def compare_conditions(args: argparse.Namespace) -> None:
 
 def follow_long(args: argparse.Namespace) -> None:
     """Prints what is heard in each second of long pieces of --run. Errors: ValueError."""
-    music = load_with_text(args.run)
+    music = load_with_text(args)
     rows = adherence.measure_long(music, args.split, args.n, args.seed, args.seconds)
     print(adherence.rows_table(rows, f"{args.n} pieces, {args.seconds:g} s"))
 
@@ -190,7 +196,7 @@ def compare_sampling(args: argparse.Namespace) -> None:
     """Prints a line of adherence for each combination of sampling settings. Errors: ValueError."""
     lists = [getattr(args, name) or [default] for name, default in SAMPLING_GRID.items()]
     grid = [generate.Sampling(*point) for point in itertools.product(*lists)]
-    music = load_with_text(args.run)
+    music = load_with_text(args)
     names = "".join(f"{name:>12}" for name in (*toy.VALUES, "none"))
     print(f"{args.n} clips, {args.split}: cfg temp top_k top_p |{names}")
     for sampling in grid:
@@ -252,6 +258,7 @@ def metrics_parser() -> argparse.ArgumentParser:
           help="by --clap: also the divergence of how likely it finds each of these, such as instruments")
     group = parser.add_argument_group("a run on toy clips").add_argument
     group("--run", help="run folder, for a table over sampling settings")
+    group("--weights", default="float32", choices=STORED_AS, help="what its matrices are held as")
     group("--cfg", type=float, nargs="+", help="guidance coefficients (default: 1)")
     group("--temperature", type=float, nargs="+", help="temperatures (default: 1)")
     group("--top_k", type=int, nargs="+", help="numbers of likeliest codes; 0 is all (default: 250)")

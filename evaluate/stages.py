@@ -27,6 +27,7 @@ from model import MusicGen
 from support import common, resume
 from support.flags import segment_frames
 from support.log import loss_metrics
+from support.quantize import store_weights
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +124,8 @@ def mean_loss(run, model: MusicGen, change=lambda values: values) -> dict:
 def valid_stage(run) -> dict:
     """Cross-entropy of the averaged weights on the validation set."""
     began = time.perf_counter()
-    return mean_loss(run, run.ema.model) | dict(seconds=time.perf_counter() - began)
+    model = run.ema.model if run.args.weights == "float32" else best_music(run).model
+    return mean_loss(run, model) | dict(seconds=time.perf_counter() - began)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ def valid_stage(run) -> dict:
 def best_music(run) -> generate.MusicGenerator:
     """The best weights as a whole model on every rank, with the run's sampling. All ranks call it."""
     content = resume.export_best(run)
-    model = load.build_model(content).to(run.ranks.device)
+    model = store_weights(load.build_model(content).to(run.ranks.device), run.args.weights)
     sampling = generate.Sampling(**content["sampling"])
     return generate.MusicGenerator(model, run.codec, content["segment_frames"], sampling, run.dtype)
 

@@ -26,6 +26,7 @@ from support.bounds import LIMITS, fits
 from support.compiled import require_compiler
 from support.draw import SAMPLE_BY
 from support.flag import NOT_SAID, Flag
+from support.quantize import STORED_AS
 
 SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a model, as --size gives it
 
@@ -150,6 +151,8 @@ GROUPS = {
              float, 0.0, range="share"),
         Flag("only", "a stage alone, of the run in --out, with its flags and best weights",
              choices=("valid", "evaluate", "generate"), may_change=True, of_launch=True),
+        Flag("weights", "of --only: what the best weights' matrices are held as",
+             default="float32", choices=STORED_AS, may_change=True, of_launch=True, before="float32"),
         Flag("tensorboard", "also write scalars, sound and spectrograms for TensorBoard",
              bool, False, may_change=True, of_launch=True),
         Flag("dry_run", "print the estimate of memory and time, then stop",
@@ -353,6 +356,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
     if args.compile:
         require_compiler()
+    if args.weights != "float32" and not args.only:
+        raise ValueError(f"--weights {args.weights}: a model is trained in float32; give it with --only")
 
     # the model and its conditions
     if args.lora and not args.init_from:

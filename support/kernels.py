@@ -120,7 +120,9 @@ class Product(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [...,in] and weight [out,in] -> [...,out], as `F.linear`."""
+    """x [...,in] and weight [out,in] -> [...,out], as `F.linear`; also of a `quantize.Matrix`."""
+    if not isinstance(weight, Tensor):
+        return weight.product(x)
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():    # these choose for themselves
         return F.linear(x, weight)
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
@@ -259,7 +261,7 @@ class HeadLoss(torch.autograd.Function):
                 if dW is not None:
                     dW += weight_gradient(slope, part)
         ctx.save_for_backward(dx, dW)
-        ctx.dtype = weight.dtype
+        ctx.dtype = weight.dtype if learning else None
         return loss
 
     @staticmethod

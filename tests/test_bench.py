@@ -21,6 +21,17 @@ def parsed(*argv):
     return args
 
 
+def test_weights_in_turn(capsys):
+    """Each as often as the others, the first beside the rest; a weight of int8 is a byte."""
+    assert bench.main(["generate", *SMALL, "--weights", "int8", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:3]] == ["ours int8", "ours"]
+    assert lines[3].startswith("    ours int8 is ") and lines[3].endswith("times as fast as ours, 2 pairs")
+    config = ModelConfig(dim=32, num_layers=1, num_heads=2)
+    four, one = (bench.step_bytes(config, 2, 9, 5, 4, size) for size in (4, 1))
+    assert four - one == 3 * (14 * 32 * 32 + 4 * 2048 * 32)
+
+
 def test_the_defaults_are_the_reference_shape():
     args = parsed("--device", "cpu")
     assert (args.command, args.dtype) == ("train", "float32")
@@ -163,7 +174,7 @@ def test_bytes_of_a_step():
     weights = sum(p.numel() for name, p in matrices.items() if not name.startswith("emb"))
     mean_length, condition = sum(range(1, 10)) / 9, 5
     cache = 2 * 3 * 2 * 32 * (mean_length + condition)  # layers, rows, keys and values, D
-    assert bench.step_bytes(config, 3, 9, 5, 4) == 4 * (weights - 2 * 2 * 32 * 32 + cache)
+    assert bench.step_bytes(config, 3, 9, 5, 4, 4) == 4 * (weights - 2 * 2 * 32 * 32 + cache)
 
 
 @pytest.mark.parametrize("name", ["transformers", "audiocraft"])

@@ -7,6 +7,7 @@ the machine itself can do and prints fractions of it.
 
     python -m tools.bench train --vs transformers audiocraft --limit      an update
     python -m tools.bench generate --vs transformers audiocraft --limit   sampling of 250 and 1,500 frames
+    python -m tools.bench generate --size small --weights int8 float32    weights in fewer bits, in turn
     python -m tools.bench memory --vs audiocraft                          peak of an update, a process each
     python -m tools.bench data                                            updates from a token cache
     python -m tools.bench codec --codec encodec_24khz                     encoding and decoding
@@ -49,6 +50,7 @@ from support.bounds import LIMITS, check_flag_number
 from support.distributed import keep_freed_memory
 from support.encode import write_array
 from support.kernels import linear
+from support.quantize import STORED_AS, store_weights
 from tools.peers import INSTALL, PEERS, Peer
 
 FRAME_RATE = 50                           # Hz, of MusicGen's codec: 50 frames/s are real time
@@ -84,11 +86,12 @@ def shape_of_flags(args: argparse.Namespace) -> ModelConfig:
                        num_heads=args.num_heads, hidden_scale=args.hidden_scale, pattern=args.pattern)
 
 
-def build_ours(args: argparse.Namespace) -> Peer:
-    """This repository's model, in the same dress as the peers."""
+def build_ours(args: argparse.Namespace, weights: str = "float32") -> Peer:
+    """This repository's model, in the same dress as the peers; weights: what its matrices are held as."""
     config = shape_of_flags(args)
     model = MusicGen(config, FixedConditioner(torch.randn(1, args.tokens, config.dim))).to(args.device)
     model.transformer.checkpointing = args.checkpointing
+    store_weights(model, weights)
     if args.compile and args.command == "generate":
         compile_step(model)
     elif args.compile:
@@ -105,16 +108,16 @@ def build_ours(args: argparse.Namespace) -> Peer:
     def generate(T):
         return generate_codes(model, attributes, T, sampling, dtype=dtype)
 
-    return Peer("ours", model, loss, generate)
+    return Peer("ours" if weights == "float32" else f"ours {weights}", model, loss, generate)
 
 
 def build_sides(args: argparse.Namespace, names: list) -> list:
-    """Ours and the peers by name, as `Peer`s with random weights."""
+    """`Peer`s with random weights by name: ours, ours with matrices held as one of STORED_AS, the others."""
     torch.manual_seed(0)
     sides = []
     for name in names:
-        if name == "ours":
-            sides.append(build_ours(args))
+        if name == "ours" or name in STORED_AS:
+            sides.append(build_ours(args, "float32" if name == "ours" else name))
         else:
             sides.append(PEERS[name](shape_of_flags(args), args.batch_size, args.tokens, args.device,
                                      args.cfg, args.top_k))
@@ -176,10 +179,11 @@ def median_and_range(values: list, unit: float = 1.0, form: str = ".1f") -> str:
     return f"{middle:{form}} ({least:{form}} to {most:{form}})"
 
 
-def ratio_line(ours: list, other: list, what: str) -> str:
+def ratio_line(ours: list, other: list, what: str, name: str = "ours") -> str:
     """How much faster ours is than `what`, from the seconds of neighboring runs."""
     ratios = [theirs / mine for mine, theirs in zip(ours, other)]
-    return f"    ours is {median_and_range(ratios, form='.2f')} times as fast as {what}, {len(ratios)} pairs"
+    ratio = median_and_range(ratios, form=".2f")
+    return f"    {name} is {ratio} times as fast as {what}, {len(ratios)} pairs"
 
 
 def peak_bytes() -> int:
@@ -254,15 +258,15 @@ def update_flops(config: ModelConfig, B: int, T: int, L: int) -> int:
     return 3 * B * forward_flops(config, config.layout(T).S_valid - 1, L)
 
 
-def step_bytes(config: ModelConfig, rows: int, S: int, L: int, itemsize: int) -> float:
-    """Bytes that a step of generation must read, on average over S steps.
+def step_bytes(config: ModelConfig, rows: int, S: int, L: int, itemsize: int, weight_size: int) -> float:
+    """Bytes that a step of generation must read, on average over S steps; of a number, and of a weight.
 
     All weights once, without the tables (a row each) and the keys and values of cross-attention (computed
     once); then the keys and values of the steps before and of the condition. Model bandwidth utilization (as
     in PyTorch's gpt-fast) is this over the time and the memory's reading speed."""
     D, layers = config.dim, config.num_layers
     weights = layers * (4 + 2 + 2 * config.hidden_scale) * D * D + config.K * config.card * D
-    return itemsize * (weights + layers * rows * 2 * D * ((S + 1) / 2 + L))
+    return weight_size * weights + itemsize * layers * rows * 2 * D * ((S + 1) / 2 + L)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -291,10 +295,11 @@ def bench_train(args: argparse.Namespace) -> None:
 
 def bench_generate(args: argparse.Namespace) -> None:
     """Sampling by ours and by the peers. Weights of peers are in --dtype, ours in float32 under autocast."""
-    sides, limits, config = build_sides(args, ["ours", *args.vs]), measure_limits(args), shape_of_flags(args)
+    sides = build_sides(args, [*args.weights, *args.vs])
+    limits, config = measure_limits(args), shape_of_flags(args)
     dtype = getattr(torch, args.dtype)
     for side in sides:
-        side.model.eval().to(dtype if side.name != "ours" else torch.float32)
+        side.model.eval().to(torch.float32 if side.name.startswith("ours") else dtype)
     for T in args.frames:
         calls = [lambda side=side: side.generate(T) for side in sides]
         for call in calls:                        # the warm-up
@@ -303,18 +308,19 @@ def bench_generate(args: argparse.Namespace) -> None:
         measured = in_turn(calls, args, warm_up=0)
 
         S, rows = config.layout(T).S - 1, args.batch_size * (1 + (args.cfg != 1))
-        needed = step_bytes(config, rows, S, args.tokens, dtype.itemsize)
         for side, call, times in zip(sides, calls, measured):
             seconds = statistics.median(times)
             step = seconds / S
+            weight_size = {"ours bfloat16": 2, "ours int8": 1}.get(side.name, dtype.itemsize)
+            needed = step_bytes(config, rows, S, args.tokens, dtype.itemsize, weight_size)
             parts = [f"{side.name:<13} T {T}", f"{args.batch_size * T / seconds:.1f} frames/s",
                      f"{1 / step:.1f} steps/s", f"{median_and_range(times, 1e3 / S, '.2f')} ms a step",
                      f"{T / seconds / FRAME_RATE:.2f} x real time", f"{needed / step / 1e9:.1f} GB/s"]
             if limits.read:
                 parts.append(f"{needed / step / limits.read:.1%} of reading")
             print(" | ".join(parts + gpu_peak(args, call)))
-            if side.name != "ours":
-                print(ratio_line(measured[0], times, side.name))
+            if side is not sides[0]:
+                print(ratio_line(measured[0], times, side.name, sides[0].name))
 
 
 def two_updates(args: argparse.Namespace, name: str) -> None:
@@ -472,6 +478,8 @@ def bench_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("work")
     group.add_argument("--cfg", type=float, default=3.0, help="guidance coefficient (default 3)")
     group.add_argument("--top_k", type=int, default=250, help="draw from the k likeliest codes (default 250)")
+    group.add_argument("--weights", nargs="+", choices=STORED_AS, default=["float32"],
+                       help="generate: what our matrices are held as; several are measured in turn")
     group.add_argument("--codec", default="toy", help="toy, encodec_24khz or a path (default toy)")
     group.add_argument("--workers", type=int, default=1, help="processes that load data (default 1)")
     group.add_argument("--compile", action="store_true",
@@ -519,7 +527,9 @@ def complete_flags(args: argparse.Namespace) -> None:
     if not 0 < args.top_k <= args.card:
         raise ValueError(f"--top_k {args.top_k}: at least 1, at most --card {args.card}")
 
-    # What must be installed.
+    # What must go together, and be installed.
+    if args.weights != ["float32"] and args.command != "generate":
+        raise ValueError(f"--weights {' '.join(args.weights)}: of generate, not of {args.command}")
     if args.vs and args.pattern != "delay":
         raise ValueError(f"--pattern {args.pattern} with --vs: the peers are measured under delay")
     for name in args.vs:
