@@ -73,10 +73,10 @@ class Batch:
     def encode(self, codec, device) -> tuple[Tensor, Tensor]:
         """(codes [B, K, T], frame mask [B, T]) on the device; audio goes through the codec."""
         if self.codes is None:
-            codes = codec.encode(self.wav.to(device))
+            codes = codec.encode(self.wav.to(device, non_blocking=True))
         else:
-            codes = self.codes.to(device, torch.long)
-        return codes, self.frame_mask.to(device)
+            codes = self.codes.to(device, torch.long, non_blocking=True)
+        return codes, self.frame_mask.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

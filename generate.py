@@ -102,14 +102,15 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
     assert T_prompt < T, f"a prompt of {T_prompt} frames leaves nothing to generate in {T}"
 
     # the sequence: special tokens where nothing is known yet
-    pattern = model.config.layout(T).to(device)
+    pattern = model.config.layout(T)                         # on the host, where reading it waits for no GPU
     codes = torch.full((B, K, T), model.special, device=device)
     if prompt is not None:
         codes[..., :T_prompt] = prompt
     seq = pattern.build(codes, model.special, valid_only=False)                                 # [B, K, S]
     is_open = pattern.frame >= T_prompt                                                         # [K, S]
-    open_heads = [row.nonzero()[:, 0].tolist() for row in is_open.T.cpu()]                     # of every step
-    cells = (began + pattern.frame) * K + torch.arange(K, device=device)[:, None]               # [K, S]
+    # of every step, a range: under any pattern they are neighbors, and a list would be copied to a GPU
+    open_heads = [range(row.argmax(), row.argmax() + row.sum()) for row in is_open.T.numpy()]
+    cells = (began + pattern.to(device).frame) * K + torch.arange(K, device=device)[:, None]    # [K, S]
 
     # rows of the batch: each sample; for double guidance without its text; for guidance without anything
     guided = sampling.cfg != 1 and any(v is not None for sample in values for v in sample.values())
@@ -144,7 +145,7 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
                     uncond = others[0]
                     cond = uncond + sampling.cfg * (cond - uncond)
                 # sampling
-                heads = slice(None) if which is None else which
+                heads = slice(open_heads[s].start, open_heads[s].stop)
                 seq[:, heads, s] = sample_codes(cond, sampling, partial(noise, cells[heads, s]))
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)

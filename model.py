@@ -337,18 +337,18 @@ class MusicGen(nn.Module):
             cache.advance(P + S)
         return self.out_norm(x[:, P:])                                                # [B, S, D]
 
-    def heads(self, x: Tensor, which: list | None = None) -> Tensor:
+    def heads(self, x: Tensor, which: range | None = None) -> Tensor:
         """x [B,S,D] of `hidden` -> logits [B,k,S,card] of the k codebooks asked for (None: of all)."""
         asked = self.linears if which is None else [self.linears[k] for k in which]
         return torch.stack([linear(x, head.weight) for head in asked], 1)
 
-    def decode_step(self, codes: Tensor, cache: Cache, which: list | None = None) -> Tensor:
+    def decode_step(self, codes: Tensor, cache: Cache, which: range | None = None) -> Tensor:
         """The step after those in the cache: codes [B,K,1] -> logits [B,k,1,card]; which: see `heads`."""
         logits = self.step(codes, cache, which)
         cache.advance(1)
         return logits
 
-    def step(self, codes: Tensor, cache: Cache, which: list | None = None) -> Tensor:
+    def step(self, codes: Tensor, cache: Cache, which: range | None = None) -> Tensor:
         """The part of `decode_step` that can be compiled."""
         x = self.embed(codes)                                                         # [B, 1, D]
         if cache.summed is not None:
@@ -391,7 +391,7 @@ class MusicGen(nn.Module):
 
     def count_targets(self, loss_mask: Tensor) -> Tensor:
         """Number of targets of each codebook [K], where loss_mask [B,T] is True."""
-        supervised = self.config.layout(loss_mask.shape[1]).supervised.to(loss_mask.device)       # [K, T]
+        supervised = self.config.layout(loss_mask.shape[1]).to(loss_mask.device).supervised       # [K, T]
         return (loss_mask[:, None] & supervised).sum((0, 2))
 
 

@@ -205,11 +205,11 @@ def update(run: Run, micros: list) -> tuple[Tensor, Tensor, float]:
     # unscale, clip; gradients that are not finite are not clipped, so that count_skipped can name them
     run.scaler.unscale_(run.optimizer)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = distributed.full_tensor(nn.utils.get_total_norm(gradients))
-    if args.max_grad_norm and norm.isfinite():
-        nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, norm)
-    norm = float(norm)
+    total = distributed.full_tensor(nn.utils.get_total_norm(gradients))
+    norm = float(total)                                              # an update waits for the GPU here alone
     finite = math.isfinite(norm)
+    if args.max_grad_norm and finite:
+        nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, total)
 
     # step; a scaler itself skips what is not finite
     if finite or run.scaler.is_enabled():

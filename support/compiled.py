@@ -105,10 +105,10 @@ def compile_step(model: MusicGen, backend: str = "inductor") -> None:
         options = dict(freezing=True, max_autotune_gemm=True, max_autotune_gemm_backends="CPP")
         compiled = config.patch(**options)(compiled)
 
-    def step(codes: Tensor, cache: Cache, which: list | None = None) -> Tensor:
+    def step(codes: Tensor, cache: Cache, which: range | None = None) -> Tensor:
         cache.prepare_step()
         logits = compiled(codes, cache)      # of all codebooks, whichever are asked for: one thing to compile
-        return logits if which is None else logits[:, which]
+        return logits if which is None else logits[:, which.start:which.stop]
 
     model.step, model.compiled = step, True
     model.cache_class = FixedCache if on_gpu else GrowingCache
