@@ -35,7 +35,7 @@ from support import audio
 from support.cache import CachedEntry, open_cache, read_rows
 from support.captions import READ_ERRORS, caption_at
 from support.common import command, output_name, random_generator, tell
-from support.draw import SAMPLE_BY, cumulative_shares, describe_draws, draw_by_shares, long_enough
+from support.draw import SAMPLE_BY, cumulative_shares, draw_by_shares, long_enough
 from support.scan import (MAX_SECONDS, SHARD_SUFFIXES, Entry, Scan, print_report, scan_dataset,
                           split_entries)
 from support.signals import end_with_parent
@@ -332,6 +332,7 @@ def main(argv: list | None = None) -> int:
         sub.add_argument("--captions", help="a table of captions that does not lie beside or above the audio")
         sub.add_argument("--caption_column", help="its column of captions, or that of the tables found")
     check.add_argument("--segment_seconds", type=float, default=30.0, help="as in training, seconds")
+    check.add_argument("--min_seconds", type=float, default=0.0, help="as in training, seconds")
     check.add_argument("--sample_by", default="file", choices=SAMPLE_BY, help="as in training")
     check.add_argument("--decode", action="store_true", help="read every file to its end: headers lie")
     cache.add_argument("--codec", default="toy", help="toy, encodec_24khz or the path of a codec")
@@ -352,9 +353,9 @@ def main(argv: list | None = None) -> int:
         return 0
     scanning = dict(captions=args.captions, caption_column=args.caption_column)
     if args.command == "check" and args.dataset == "toy":
-        for name in ("valid", "captions", "caption_column", "segment_seconds", "sample_by", "decode"):
-            if getattr(args, name) != check.get_default(name):
-                raise ValueError(f"--{name} {getattr(args, name)}: the toy has no files; leave it out")
+        for name, value in vars(args).items():
+            if name not in ("command", "dataset") and value != check.get_default(name):
+                raise ValueError(f"--{name} {value}: the toy has no files; leave it out")
         caption = toy.draw_clip(0, 0, 0)[1]
         print(f"toy: clips of {toy.CLIP_SECONDS:g} s, new ones every epoch, such as {caption!r}")
     elif args.command == "check":
@@ -362,8 +363,7 @@ def main(argv: list | None = None) -> int:
         if args.decode:
             decode_dataset(found)
         parts = split_entries(found.entries, args.valid, **scanning)
-        print_report(args.dataset, found, *parts)
-        print(f"draws        {describe_draws(parts[0], args.segment_seconds, args.sample_by)}")
+        print_report(args.dataset, found, parts, args.min_seconds, args.segment_seconds, args.sample_by)
     else:
         from support.encode import make_cache_on_ranks  # torch.distributed, which it needs, is slow to load
         load = functools.partial(tokenizer.load_codec, args.codec, args.num_codebooks, channels=args.channels)

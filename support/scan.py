@@ -31,6 +31,7 @@ from tqdm import tqdm
 from support import audio, common, decode, tags
 from support.captions import (FIELDS, NO_META, READ_ERRORS, find_sidecars, index_sidecars, is_sidecar,
                               parse_object, read_captions, split_zip_path)
+from support.draw import describe_draws, long_enough
 from support.tables import add_tables, is_table
 
 MAX_SECONDS = 1e6  # 11 days: a longer duration in a header is a broken header
@@ -38,7 +39,9 @@ MOST_SUFFIXES = 12  # that are named, of what is not audio
 THREADS = 16  # where the time goes into waiting for the disk; else they only wait for each other
 FILES_AT_ONCE = 64  # files that a thread takes at once
 WAITS = 3  # times as long as computing takes
-SHARD_SUFFIXES = (".parquet", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # for support/unpack.py
+SHARD_SUFFIXES = (".parquet", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".arrow")  # for unpack.py
+PACKED = "packed, which `python data.py import FILE --out FOLDER` unpacks"
+RECORD = ".imported.json"  # in a folder that support/unpack.py made: which shard it is of
 TRASH = ("#recycle", "@eadir", "@recycle", "$recycle.bin", "__macosx", "lost+found")  # beside hidden names
 PATH_FIELDS = ("file_name", "audio_filepath", "audio_path", "audio", "file", "filename")
 
@@ -131,6 +134,8 @@ def list_folder(root: str, listing: Callable, alive: Callable) -> tuple[list, di
         stems = {os.path.splitext(name)[0] for name in files if not is_sidecar(name)} | files.keys()
         for name in files:
             path = os.path.join(folder, name)
+            if name == RECORD:
+                continue
             if is_hidden(name):
                 skipped[path] = "hidden or in a trash folder"
             elif is_table(name):
@@ -201,6 +206,8 @@ def probe_file(path: str, key: str, said: dict, headers: bool) -> tuple[Entry, l
 
     Errors: ValueError, OSError for a file that cannot be used."""
     suffix = os.path.splitext(path)[1].lower()
+    if path.lower().endswith(SHARD_SUFFIXES):
+        raise ValueError(f"{PACKED}: {suffix}")
     if suffix not in decode.AUDIO_SUFFIXES:
         raise ValueError(f"not audio by its name: {suffix or 'no suffix'}")
     if suffix in decode.AV_SUFFIXES and not common.has_package("av"):
@@ -336,12 +343,13 @@ def without_garbage_collection(function: Callable) -> Callable:
 @without_garbage_collection
 def scan_dataset(dataset: str, headers: bool = False, captions: str | None = None,
                  caption_column: str | None = None, must_match: bool = True,
-                 alive: Callable = lambda: None) -> Scan:
+                 alive: Callable = lambda: None, argument: str = "dataset") -> Scan:
     """What is in a folder, a manifest or a folder that holds data.jsonl[.gz], from headers and captions.
 
     headers: those of a manifest's files too, whose durations and rates are believed otherwise. captions: a
     table beside those that are found; caption_column: which column of tables to take; must_match: whether
     both must be of use to these files. alive: called often, so that other ranks can be told to wait.
+    argument: what to call the dataset where it is none.
     Errors: ValueError where there is no dataset, or no audio in it that can be used."""
     # A manifest, or the files of a folder
     root = os.path.abspath(dataset)
@@ -349,7 +357,7 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
     candidates = [root, f"{root}/data.jsonl", f"{root}/data.jsonl.gz"]
     manifests = [p for p in candidates if p.endswith((".jsonl", ".jsonl.gz")) and os.path.isfile(p)]
     if not manifests and not os.path.isdir(root):
-        raise ValueError(not_a_dataset(dataset))
+        raise ValueError(f"{argument} {not_a_dataset(dataset, argument)}")
     if manifests:
         (rows, skipped), tables, lone = list_manifest(manifests[0], listing, alive), [], []
     else:
@@ -397,22 +405,23 @@ def scan_dataset(dataset: str, headers: bool = False, captions: str | None = Non
     return Scan(entries, skipped, problems, notes)
 
 
-def not_a_dataset(dataset: str) -> str:
-    """Why a dataset argument is none, and what to give instead."""
-    name, kind = dataset.lower(), "give a folder of audio, a manifest .jsonl[.gz], or toy"
+def not_a_dataset(dataset: str, argument: str) -> str:
+    """Why a path is no dataset, and what to give instead."""
+    other = "toy" if argument == "dataset" else "a fraction"
+    name, kind = dataset.lower(), f"give a folder of audio, a manifest .jsonl[.gz], or {other}"
     if not os.path.exists(dataset):
-        return f"dataset {dataset!r} is not there: {kind}"
+        return f"{dataset!r} is not there: {kind}"
     if name.endswith((".csv", ".tsv", ".json")):
-        return (f"dataset {dataset!r} is a table: give the folder of its audio; the table is found where it "
+        return (f"{dataset!r} is a table: give the folder of its audio; the table is found where it "
                 f"lies beside or above the audio, else give it as --captions {dataset}")
     if name.endswith(SHARD_SUFFIXES):
-        return (f"dataset {dataset!r} is packed: unpack it with `python data.py import {dataset} --out "
+        return (f"{dataset!r} is packed: unpack it with `python data.py import {dataset} --out "
                 "FOLDER` and give that folder")
     if name.endswith((".zip", ".7z", ".rar", ".gz")):
-        return f"dataset {dataset!r} is an archive: unpack it and give the folder"
+        return f"{dataset!r} is an archive: unpack it and give the folder"
     if name.endswith(decode.AUDIO_SUFFIXES):
-        return f"dataset {dataset!r} is one audio file: give the folder it lies in"
-    return f"dataset {dataset!r} is a file of another kind: {kind}"
+        return f"{dataset!r} is one audio file: give the folder it lies in"
+    return f"{dataset!r} is a file of another kind: {kind}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -464,7 +473,7 @@ def split_entries(entries: list, valid: str | float = 0.05, hash_alone: bool = F
         folder, name = os.path.split(entry.path)
         return os.path.realpath(entry.path) if os.path.islink(entry.path) else f"{real_folder(folder)}/{name}"
 
-    valid_entries = scan_dataset(valid, must_match=False, **scanning).entries
+    valid_entries = scan_dataset(valid, must_match=False, argument="--valid", **scanning).entries
     paths = set(map(real_path, valid_entries))
     train_entries = [entry for entry in entries if real_path(entry) not in paths]
     if not train_entries:
@@ -487,7 +496,7 @@ def skip_lines(skipped: dict) -> list[str]:
     for kind, paths in sorted(groups.items(), key=lambda group: -len(group[1])):
         names = ", ".join(map(ascii, paths[:3])) + (", ..." if len(paths) > 3 else "")
         suffixes = ""
-        if kind in ("not audio by its name", decode.NEEDS_AV):
+        if kind in ("not audio by its name", decode.NEEDS_AV, PACKED):
             found = Counter(skipped[path].partition(": ")[2] for path in paths).most_common()
             suffixes = ": " + ", ".join(f"{suffix} {count:,}" for suffix, count in found[:MOST_SUFFIXES])
             suffixes += f", {len(found) - MOST_SUFFIXES} more" if len(found) > MOST_SUFFIXES else ""
@@ -495,8 +504,11 @@ def skip_lines(skipped: dict) -> list[str]:
     return lines
 
 
-def print_report(dataset: str, found: Scan, train: list, valid: list, note: str) -> None:
-    """Prints what a dataset holds, what is wrong with it, and how many files are in train and in valid."""
+def print_report(dataset: str, found: Scan, parts: tuple, min_seconds: float, segment_seconds: float,
+                 sample_by: str) -> None:
+    """Prints what a dataset holds, what is wrong with it, and what is drawn from it with these flags.
+
+    parts: of `split_entries`. Errors: ValueError where one of them has no file that is long enough."""
     def counts(name: str) -> str:
         most = Counter(getattr(entry, name) for entry in found.entries).most_common(8)
         return ", ".join(f"{value} ({count})" for value, count in most)
@@ -513,6 +525,8 @@ def print_report(dataset: str, found: Scan, train: list, valid: list, note: str)
     print(f"duration     {', '.join(f'{name} {s:.1f}' for name, s in quantiles)} s")
     print(f"captions     {counts('caption')}")
     print(f"fields       {', '.join(f'{name} {count}' for name, count in given.items())}")
+    *parts, note = parts
+    train, valid = (long_enough(part, min_seconds) for part in parts)
     for name, part in (("train", train), ("valid", valid)):
         hours = sum(entry.seconds for entry in part) / 3600
         print(f"{name}        {len(part)} files, {hours:.3f} hours" + (f" ({note})" if note else ""))
@@ -521,3 +535,4 @@ def print_report(dataset: str, found: Scan, train: list, valid: list, note: str)
     for kind, reasons in (("skipped", found.skipped), ("problem", found.problems)):
         for line in skip_lines(reasons):
             print(f"{kind}      {line}")
+    print(f"draws        {describe_draws(train, segment_seconds, sample_by)}")

@@ -21,7 +21,7 @@ import re
 import unicodedata
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from support.captions import (END_FIELDS, FIELDS, READ_ERRORS, START_FIELDS, TEXT_FIELDS, clean_meta,
                               parse_object, text_encoding, timed_captions)
@@ -54,20 +54,35 @@ def table_rows(path: str) -> Iterator[dict]:
     elif name.endswith(".parquet"):
         yield from parquet_rows(path)
     elif name.endswith(".json"):
-        if os.path.getsize(path) > MOST_JSON:
-            raise ValueError("too large for a .json: write one object a line, as .jsonl")
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            content = json.load(file)
-        if isinstance(content, dict):  # {file: caption}, {file: {column: cell}}
-            content = [{"file_name": key, **(value if isinstance(value, dict) else {"text": value})}
-                       for key, value in content.items()]
-        yield from (row for row in content if isinstance(row, dict)) if isinstance(content, list) else ()
+        yield from json_rows(path)
     else:
         try:
             with (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
                 yield from (parse_object(line) for line in file if line.strip())
         except (EOFError, zlib.error) as error:
             raise ValueError(f"cut off or damaged: {error}") from None
+
+
+def json_rows(path: str) -> Iterator[dict]:
+    """The rows of a .json: a list of objects, alone or as the only list of an object ({"data": [..]}), an
+    object of files, or one object a line."""
+    if os.path.getsize(path) > MOST_JSON:
+        raise ValueError("too large for a .json: write one object a line, as .jsonl")
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        text = file.read()
+    try:
+        content = json.loads(text)
+    except ValueError:
+        yield from (parse_object(line.encode()) for line in text.splitlines() if line.strip())
+        return
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        if len(lists) == 1 and any(isinstance(row, dict) for row in lists[0]):
+            content = lists[0]
+        else:  # {file: caption}, {file: {column: cell}}
+            content = [{"file_name": key, **(value if isinstance(value, dict) else {"text": value})}
+                       for key, value in content.items()]
+    yield from (row for row in content if isinstance(row, dict)) if isinstance(content, list) else ()
 
 
 def csv_rows(path: str) -> Iterator[dict]:
@@ -109,13 +124,20 @@ def csv_rows(path: str) -> Iterator[dict]:
             raise ValueError(f"not readable as a table: {error}") from None
 
 
-def parquet_rows(path: str) -> Iterator[dict]:
-    """The rows of a parquet file, without columns that hold structures, such as audio."""
+def require_pyarrow():
+    """The package that reads parquet. Errors: ValueError where it is missing."""
     try:
         import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("needs `pip install pyarrow`") from None
+        raise ValueError("it needs `pip install pyarrow`") from None
+    return pyarrow
+
+
+def parquet_rows(path: str) -> Iterator[dict]:
+    """The rows of a parquet file, without columns that hold structures, such as audio."""
+    pyarrow = require_pyarrow()
     try:
         file = pyarrow.parquet.ParquetFile(path)
         kinds = {field.name: field.type for field in file.schema_arrow}
@@ -248,72 +270,65 @@ def with_columns(rows: Iterator[dict], names: list) -> Iterator[dict]:
     yield from (dict(zip(columns, row.values())) for row in rows)
 
 
-def match_table(path: str, folder: str, names: FileNames, asked: str | None = None,
-                everywhere: bool = False) -> tuple[dict, str]:
-    """({number of a file: its metadata}, a line that says so) of a table whose files lie below `folder`.
+def open_table(path: str, find: Callable) -> tuple[Callable, list, list]:
+    """(function that reads its rows, names of its columns, first rows) of a table.
 
-    asked: --caption_column; everywhere: see `FileNames.find`. Errors: ValueError, OSError saying why it is
-    not used."""
-    find = functools.partial(names.find, folder=folder, everywhere=everywhere)
-    first_row = None  # of a table without names of columns
-
-    def read() -> Iterator[dict]:
-        rows = table_rows(path)
-        return rows if first_row is None else with_columns(rows, first_row)
-
+    find: see `FileNames.find`. Errors: ValueError, OSError where it cannot be read, or is empty."""
+    read = functools.partial(table_rows, path)
     sample = list(itertools.islice(read(), SAMPLE_ROWS))
     columns = list(dict.fromkeys(itertools.chain(*sample)))
     if not sample:
         raise ValueError("it has no rows")
     if path.lower().endswith((".csv", ".tsv")) and any(find(column)[0] for column in columns):
-        first_row = columns
+        read = lambda: with_columns(table_rows(path), columns)  # its first row is none of names
         sample = list(itertools.islice(read(), SAMPLE_ROWS))
-        columns = list(sample[0])
-    text = text_column(sample, asked)
-    fields = [column for column in columns if column.lower() in FIELDS]
-    no_text = (f"which column holds captions? It has {', '.join(columns)[:300]}; choose with --captions FILE "
-               "--caption_column NAME")
-    if text is None and not fields:
-        raise ValueError(no_text)
+        return read, list(sample[0]), sample
+    return read, columns, sample
 
-    # The column that names most files; names that such columns have go first
+
+def find_file_column(rows: Callable, columns: list, find: Callable) -> str | None:
+    """The column that names most files; names that such columns have go first."""
     known = [c for c in columns if c.lower() in FILE_COLUMNS]
     known.sort(key=lambda c: FILE_COLUMNS.index(c.lower()))
     others = [c for c in columns if c not in known]
-    file_column, most = None, 0
-    for group in (known, others):
-        group = [c for c in group if c != text and c not in (text if isinstance(text, tuple) else ())]
+    for group in filter(None, (known, others)):
         counts = dict.fromkeys(group, 0)
-        for row in read() if group else ():
+        for row in rows():
             for column in group:
                 counts[column] += bool(find(row.get(column) or "")[0])
-        for column, count in counts.items():
-            if count > most:
-                file_column, most = column, count
-        if file_column is not None:
-            break
-    if file_column is None:
-        raise ValueError(f"no column names a file; it has {', '.join(columns)[:300]}")
-    if text is None and fields == [file_column]:
-        raise ValueError(no_text)
+        best = max(group, key=counts.get)  # the first of equals
+        if counts[best]:
+            return best
+    return None
 
-    # What each row says; a file that two different names could mean is left alone
-    claims = {}  # number of a file -> {cell that names it: [(metadata, times) of each row]}
-    certain, without = set(), 0  # files that are named with their folder; rows without a file
-    for row in read():
+
+def claim_files(rows: Callable, file_column: str, text, columns: list, find: Callable,
+                paths: list) -> tuple[dict, set, int]:
+    """What each row says of which file.
+
+    -> ({number of a file: {cell that names it: [(metadata, times) of each such row]}}, the files that are
+    named with their folder, number of rows without a file)."""
+    times = [c for c in columns if c.lower() in (*START_FIELDS, *END_FIELDS)]
+    claims, certain, without = {}, set(), 0
+    for row in rows():
         cell = str(row.get(file_column) or "")
         found, sure = find(cell)
-        if found and (len(found) == 1 or one_song([names.paths[i] for i in found])):
-            for i in found:
-                if sure and i not in certain:
-                    claims.pop(i, None)
-                    certain.add(i)
-                if sure or i not in certain:
-                    meta = row_meta(row, text, file_column)
-                    times = {c: row.get(c) for c in columns if c.lower() in (*START_FIELDS, *END_FIELDS)}
-                    claims.setdefault(i, {}).setdefault(cell, []).append((meta, times))
-        else:
+        if not found or (len(found) > 1 and not one_song([paths[i] for i in found])):
             without += 1
+            continue
+        for i in found:
+            if sure and i not in certain:
+                claims.pop(i, None)
+                certain.add(i)
+            if sure or i not in certain:
+                said = row_meta(row, text, file_column), {c: row.get(c) for c in times}
+                claims.setdefault(i, {}).setdefault(cell, []).append(said)
+    return claims, certain, without
+
+
+def settle_claims(claims: dict, certain: set) -> tuple[dict, int, int]:
+    """({number of a file: its metadata}, files with several captions, files that are left alone, because two
+    different names could mean them)."""
     matched, twice, unclear = {}, 0, 0
     for i, by_cell in claims.items():
         if len(by_cell) > 1 or (certain and i not in certain and "/" in next(iter(by_cell)).strip("./")):
@@ -325,12 +340,43 @@ def match_table(path: str, folder: str, names: FileNames, asked: str | None = No
             spans = timed_captions([{**times, "text": meta.get("description")} for meta, times in of_file])
             matched[i] |= spans
             twice += not spans
+    return matched, twice, unclear
+
+
+def match_table(path: str, folder: str, names: FileNames, asked: str | None = None,
+                everywhere: bool = False) -> tuple[dict, str]:
+    """({number of a file: its metadata}, a line that says so) of a table whose files lie below `folder`.
+
+    asked: --caption_column; everywhere: see `FileNames.find`. Errors: ValueError, OSError saying why it is
+    not used."""
+    # Which column holds text, and which names files
+    find = functools.partial(names.find, folder=folder, everywhere=everywhere)
+    rows, columns, sample = open_table(path, find)
+    text = text_column(sample, asked)
+    texts = text if isinstance(text, tuple) else (text,)
+    fields = [column for column in columns if column.lower() in FIELDS]
+    no_text = (f"which column holds captions? It has {', '.join(columns)[:300]}; choose with --captions FILE "
+               "--caption_column NAME")
+    if text is None and not fields:
+        raise ValueError(no_text)
+    file_column = find_file_column(rows, [c for c in columns if c not in texts], find)
+    if file_column is None:
+        raise ValueError(f"no column names a file; it has {', '.join(columns)[:300]}")
+    if text is None and fields == [file_column]:
+        raise ValueError(no_text)
+
+    # What it says of each file
+    claims, certain, without = claim_files(rows, file_column, text, columns, find, names.paths)
+    matched, twice, unclear = settle_claims(claims, certain)
+
+    # What is said of it
+    empty = sum("description" not in meta for meta in matched.values()) if text is not None else 0
     shown = "columns of 0 and 1 as tags" if isinstance(text, tuple) else f"column {text}"
     shown = "no column of captions, other fields" if text is None else shown
-    taken = {file_column, *(text if isinstance(text, tuple) else (text,))}
-    unused = [c for c in columns if c not in taken and c.lower() not in FIELDS]
+    unused = [c for c in columns if c not in (file_column, *texts) and c.lower() not in FIELDS]
     line = f"{len(matched)} files by their {file_column}, {shown}"
     for count, what in ((without, "rows name no file that is here, or more than one"),
+                        (empty, "files have no text there"),
                         (twice, "files have several captions, of which the first is taken"),
                         (unclear, "files could be meant by two names and are left alone")):
         line += f"; {count} {what}" if count else ""
@@ -356,6 +402,9 @@ def add_tables(rows: list, tables: list, lone: list, root: str, captions: str | 
     if captions is not None:
         if not os.path.isfile(captions):
             raise ValueError(f"--captions {captions}: no such file")
+        if not captions.lower().endswith((*TABLE_SUFFIXES, ".json")):
+            raise ValueError(f"--captions {captions}: no table by its name, which ends in "
+                             f"{', '.join(TABLE_SUFFIXES)} or .json")
         given = os.path.abspath(captions)
         tables = [(given, root)] + [table for table in tables if table[0] != given]
     if asked is not None and not tables and must_match:

@@ -6,9 +6,9 @@
     OUT/train/00000-of-00002/a.mp3, a.json ..      one folder a shard, there in full or not at all
     OUT/train/.00000-of-00002.part/a.mp3 ..        while it is being written
 
-Parquet as the Hugging Face hub has it is read by pyarrow, WebDataset's tar shards by Python's tarfile. Shards
-come from strangers: no name in them leads out of their folder, and no size in them is believed. What is not
-taken is counted, with its reason.
+Parquet as the Hugging Face hub has it is read by pyarrow, as is what `save_to_disk` of its datasets writes
+(.arrow), WebDataset's tar shards by Python's tarfile. Shards come from strangers: no name in them leads out
+of their folder, and no size in them is believed. What is not taken is counted, with its reason.
 """
 
 import contextlib
@@ -29,16 +29,17 @@ from tqdm import tqdm
 from support.common import output_folder, read_json, sync_folder, write_atomically, write_json
 from support.decode import AUDIO_SUFFIXES
 from support.headers import suffix_by_content
-from support.scan import SHARD_SUFFIXES, skip_lines
+from support.scan import RECORD, SHARD_SUFFIXES, skip_lines
+from support.tables import require_pyarrow
 
 TEXT_MEMBERS = {".json": ".json", ".txt": ".txt", ".text": ".txt", ".caption": ".txt"}  # the caption's suffix
 TABLE_MEMBERS = (".csv", ".tsv", ".jsonl")
+ARROW_SUFFIXES = (".parquet", ".arrow")
 MAX_AUDIO_BYTES = 4 * 2 ** 30  # 6 hours of wav; a header that claims more lies
 MAX_TEXT_BYTES = 64 * 2 ** 20  # of a caption or a table
 MAX_NAME_BYTES = 200  # file systems take 255, with what is appended while a file is written
 BLOCK_BYTES = 2 ** 20  # read at once; without, pyarrow reads a whole group of rows
 ROWS_AT_ONCE = 8
-RECORD = ".imported.json"  # in a shard's folder: which shard it is of
 NUMBERED = re.compile(r"(.+?)[-_.](\d+(?:-of-\d+)?(?:-[0-9a-f]{16})?)")  # train-00000-of-00002[-hash]
 
 
@@ -118,6 +119,21 @@ def audio_cell(value) -> tuple[bytes, str, str | None]:
     return content, path, suffix if content else None
 
 
+class ArrowStream:
+    """A file that `save_to_disk` of Hugging Face's datasets wrote, read as pyarrow reads parquet."""
+    def __init__(self, pyarrow, path: Path):
+        self.pyarrow, self.path = pyarrow, str(path)
+        with pyarrow.memory_map(self.path) as file, pyarrow.ipc.open_stream(file) as stream:
+            self.schema_arrow = stream.schema
+
+    def iter_batches(self, rows: int, columns: list) -> Iterator:
+        """These columns, so many rows at a time."""
+        with self.pyarrow.memory_map(self.path) as file, self.pyarrow.ipc.open_stream(file) as stream:
+            for batch in stream:
+                for start in range(0, len(batch), rows):
+                    yield batch.select(columns).slice(start, rows)
+
+
 def audio_columns(file) -> list[str]:
     """Columns of a parquet file whose first filled cell holds audio; those that are called so come first."""
     found = []
@@ -136,21 +152,21 @@ def read_parquet(shard: Path, skipped: dict, caption_column: str | None = None) 
     captions, if it is named, as the description.
 
     Errors: ValueError where pyarrow is missing, cannot read the file, or finds no audio or captions in it."""
+    pyarrow = require_pyarrow()
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError("reading parquet needs the pyarrow package: pip install pyarrow") from None
-    try:
-        file = parquet.ParquetFile(shard, buffer_size=BLOCK_BYTES, pre_buffer=False)
+        if shard.suffix.lower() == ".arrow":
+            file = ArrowStream(pyarrow, shard)
+        else:
+            file = pyarrow.parquet.ParquetFile(shard, buffer_size=BLOCK_BYTES, pre_buffer=False)
         schema = file.schema_arrow
         audio, *others = audio_columns(file) or [None]
         if audio is None:
             raise ValueError(f"no column holds audio files, as bytes or {{bytes, path}}: it has "
                              f"{', '.join(f'{field.name} ({field.type})' for field in schema)[:300]}")
         texts = [field.name for field in schema if may_hold_text(field.type)]
-        if caption_column is not None and caption_column not in texts:
-            raise ValueError(f"--caption_column {caption_column}: it has {', '.join(texts)[:300] or 'none'}")
+        plain = [name for name in texts if not pyarrow.types.is_struct(schema.field(name).type)]
+        if caption_column is not None and caption_column not in plain:
+            raise ValueError(f"--caption_column {caption_column}: it has {', '.join(plain)[:300] or 'none'}")
         for name in schema.names:
             if name != audio and name not in texts:
                 reason = "column of more audio" if name in others else "column of no texts or numbers"
@@ -191,7 +207,7 @@ def read_parquet(shard: Path, skipped: dict, caption_column: str | None = None) 
                 yield piece_of(f"{stem}.json", json.dumps(fields, default=str).encode())
             yield piece_of(stem + suffix, content)
     except (pyarrow.ArrowException, OSError, OverflowError) as error:  # the last for a date of no calendar
-        raise ValueError(f"cannot be read as parquet ({error})") from None
+        raise ValueError(f"cannot be read as {shard.suffix[1:].lower()} ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -303,6 +319,10 @@ def find_shards(sources: list[str], out: str) -> dict[Path, Path]:
             shards = [p for p in sorted(path.rglob("*"))
                       if p.name.lower().endswith(SHARD_SUFFIXES) and not p.is_dir()  # Spark's x.parquet/
                       and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            cached = [p for p in shards if re.fullmatch(r"cache-.*\.arrow", p.name)]
+            shards = [p for p in shards if p not in cached]
+            if cached:
+                print(f"left out {len(cached)} intermediate results of datasets, such as {cached[0].name}")
         elif not path.exists():
             raise ValueError(f"{source!r} is not there: give files or folders on a disk; `hf download NAME "
                              "--repo-type dataset --local-dir FOLDER` brings those of the hub")
@@ -379,7 +399,7 @@ def import_shard(shard: Path, folder: Path, skipped: dict, caption_column: str |
     write_json(part / RECORD, record)
 
     files, size = 0, 0
-    if shard.suffix.lower() == ".parquet":
+    if shard.suffix.lower() in ARROW_SUFFIXES:
         pieces = read_parquet(shard, skipped, caption_column)
     else:
         pieces = read_tar(shard, skipped)
@@ -401,7 +421,8 @@ def import_shards(sources: list[str], out: str, caption_column: str | None = Non
     caption_column: of parquet files. Errors: ValueError where a source or a folder in `out` is not what it
     should be, or a shard cannot be read (the others are imported first); OSError where the disk refuses."""
     shards = find_shards(sources, out)
-    if caption_column is not None and any(shard.suffix.lower() != ".parquet" for shard in shards.values()):
+    suffixes = {shard.suffix.lower() for shard in shards.values()}
+    if caption_column is not None and suffixes - set(ARROW_SUFFIXES):
         raise ValueError(f"--caption_column {caption_column} is for parquet: the captions of a tar are its "
                          ".txt and .json members")
     output_folder(out)

@@ -4,7 +4,9 @@ import gzip
 import json
 import zipfile
 
+import numpy as np
 import pytest
+import soundfile
 
 import data
 from bad_material import audio
@@ -154,3 +156,84 @@ def test_a_shard_whose_name_cannot_be_used_is_named(tmp_path, capsys):
     shard = make_tar(tmp_path / "new\nline.tar", {"a.wav": WAV})
     code, printed = run(capsys, shard, "--out", tmp_path / "out")
     assert code == 2 and "new\\nline.tar" in printed
+
+
+def printed_by_check(capsys, folder, *more, code=0) -> str:
+    """What `data.py check` prints of a folder."""
+    assert data.main(["check", str(folder), *more]) == code
+    said = capsys.readouterr()
+    return said.out + said.err
+
+
+def test_packed_files_among_the_audio_are_named(tmp_path, capsys):
+    """With the command that unpacks them; an import's own record is none of what is skipped."""
+    make_tar(music(tmp_path) / "more-000000.tar.gz", {"c.wav": WAV}, "w:gz")
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"")
+    said = printed_by_check(capsys, tmp_path)
+    assert "skipped      2 packed, which `python data.py import FILE --out FOLDER` unpacks: " in said
+    assert run(capsys, tmp_path / "more-000000.tar.gz", "--out", tmp_path / "out")[0] == 0
+    assert "0 skipped" in printed_by_check(capsys, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [
+    '{"num_captions_per_audio": 1, "data": [{"id": "a", "caption": "one"}, {"id": "b", "caption": "two"}]}',
+    '{"location": "a.wav", "main_caption": "one"}\n{"location": "b.wav", "main_caption": "two"}\n'])
+def test_json_tables_of_wavcaps_and_musicbench(tmp_path, content):
+    assert captions(music(tmp_path, "captions.json", content)) == {"a.wav": "one", "b.wav": "two"}
+
+
+def test_files_without_a_text_in_a_table_are_counted(tmp_path):
+    content = 'file_name,text,bpm\na.wav,,90\nb.wav,two,80\n'
+    notes = scan.scan_dataset(str(music(tmp_path, "m.csv", content))).notes
+    wanted = "2 files by their file_name, column text; 1 files have no text there"
+    assert notes == [f"captions of 'm.csv': {wanted}"]
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--captions", "a.wav"], "--captions a.wav: no table by its name, which ends in .csv, .tsv, .jsonl"),
+    (["--valid", "nofolder"], "--valid 'nofolder' is not there: give a folder of audio, a manifest "
+                              ".jsonl[.gz], or a fraction"),
+    (["--min_seconds", "9"], "--min_seconds 9 leaves no file for training"),
+    (["--min_seconds", "-1"], "--min_seconds -1.0: at least 0")])
+def test_flags_of_check_are_named(tmp_path, capsys, monkeypatch, flags, wanted):
+    monkeypatch.chdir(music(tmp_path))
+    assert wanted in printed_by_check(capsys, tmp_path, *flags, code=2)
+
+
+def test_check_leaves_out_short_files_as_training_does(tmp_path, capsys):
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(8000 if i % 2 else 48_000, 0.1), 16_000)
+    said = printed_by_check(capsys, tmp_path, "--min_seconds", "1", "--segment_seconds", "2")
+    counts = [int(line.split()[1]) for line in said.splitlines() if line.startswith(("train ", "valid "))]
+    assert sum(counts) == 3 and "draws        0.00 % go to the 0 files" in said
+
+
+def make_arrow(path, cells: list, **columns) -> None:
+    """What `save_to_disk` of Hugging Face's datasets writes: a stream of record batches."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"audio": cells} | columns)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+
+
+def test_a_folder_of_save_to_disk(tmp_path, capsys):
+    """Its splits lie in folders; what its functions kept beside them is no music."""
+    cells = [{"bytes": WAV, "path": f"{name}.wav"} for name in "abc"]
+    make_arrow(tmp_path / "d" / "train" / "data-00000-of-00001.arrow", cells, text=["one", "two", "three"])
+    make_arrow(tmp_path / "d" / "train" / "cache-0123.arrow", cells, text=["one", "two", "three"])
+    (tmp_path / "d" / "train" / "state.json").write_text("{}")
+    code, said = run(capsys, tmp_path / "d", "--out", tmp_path / "out")
+    assert code == 0 and "left out 1 intermediate results" in said
+    assert list(captions(tmp_path / "out").items()) == [
+        (f"train/data/00000-of-00001/{name}.wav", text) for name, text in zip("abc", ("one", "two", "three"))]
+    (tmp_path / "cut.arrow").write_bytes(b"\xff\xff\xff\xff\0")
+    code, said = run(capsys, tmp_path / "cut.arrow", "--out", tmp_path / "out")
+    assert code == 2 and "cannot be read as arrow" in said
+
+
+def test_a_caption_column_that_holds_no_texts_is_refused(tmp_path, capsys):
+    cells = [{"bytes": WAV, "path": "a.wav"}]
+    shard = make_parquet(tmp_path / "x.parquet", {"audio": cells, "notes": [{"a": "one"}], "text": ["two"]})
+    code, said = run(capsys, shard, "--out", tmp_path / "out", "--caption_column", "notes")
+    assert code == 2 and "--caption_column notes: it has text" in said
