@@ -51,6 +51,7 @@ from support.flags import (build_parser, check_flags, fill_flags, flags_of_run, 
                            segment_frames)
 from support.log import LOG_NAME, append_record, cut_log, loss_metrics, loss_text, stage_text, write_config
 from support.lora import add_lora
+from support.muon import build_optimizer
 from support.sets import check_sets, find_data, open_sets
 from support.signals import Stop, Stopped, exit_code
 from support.start import Start, load_start, read_start
@@ -452,8 +453,7 @@ def build_run(args: argparse.Namespace, ranks: Ranks, codec, sets: tuple, out: P
     wrapped = distributed.wrap_ddp(model, ranks, args.parallel)
 
     # optimizer
-    betas = (args.beta1, args.beta2)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, args), args.lr, betas, fused=True)
+    optimizer = build_optimizer(optimizer_groups(model, args), model, args)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.dtype == "float16")
     sums = torch.zeros(2, 2, config.K, device=ranks.device, dtype=torch.float64)
     return Run(args, ranks, codec, *sets, model, wrapped, ema, optimizer, scaler, out, stop,

@@ -91,6 +91,14 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
+def flags_of_checkpoint(folder: Path) -> dict:
+    """The flags of the run in a folder; none if it holds no checkpoint that can be read."""
+    for name in (LAST, PREVIOUS):
+        with contextlib.suppress(*UNREADABLE):
+            return dict(read_checkpoint_file(folder / name, check=False)["args"])
+    return {}
+
+
 def newest_checkpoint(folder: Path, format: str, keys: set) -> tuple[str | None, list]:
     """Which checkpoint of a folder to go on from -> (its name or None, lines about damaged ones).
 

@@ -34,6 +34,10 @@ def plan_run(args: argparse.Namespace, config: ModelConfig, T: int, world: int, 
     N = count_parameters(config)
     added = count_parameters(config, args.lora) if args.lora else 0
     learned = added or N              # frozen matrices need no gradient, optimizer or average
+    # AdamW keeps two numbers a weight, Muon one of the layers' matrices.
+    squares = 4 + 4 * config.cross_attention + 2 * config.hidden_scale       # of the width, in a layer
+    once = config.num_layers * squares * config.dim ** 2 if args.optimizer == "muon" else 0
+    states = 8 * learned - 4 * once
     S = config.layout(T).S_valid - 1
     B = min(args.micro_batch_size, max(1, args.batch_size // world))
     number = 4 if args.dtype == "float32" else 2                     # bytes of an activation
@@ -61,7 +65,7 @@ def plan_run(args: argparse.Namespace, config: ModelConfig, T: int, world: int, 
     memory = dict(
         weights=4 * (N + added) / ranks,
         gradients=4 * learned / gradient_ranks,
-        optimizer=8 * learned / ranks,
+        optimizer=states / ranks,
         EMA=4 * (learned + sharded * (N + added)) / ranks,  # sharded: the best weights stay on the device too
         gathered=gathered, casts=casts,
         activations=B * S * kept * number + 3 * 4 * LOGITS_AT_ONCE + head_gradients)

@@ -39,6 +39,11 @@ class Flag:
     of_launch: bool = False           # of how and where a command runs: --only does not take it from the run
     before: object = NOT_SAID         # a flag newer than some runs: the value that they had without it
 
+    @property
+    def by_dataset(self) -> bool:
+        """Whether its default depends on the dataset."""
+        return self.toy is not None or self.audio is not None
+
     def add_to(self, group) -> None:
         """Adds it to an argparse group."""
         if self.type is bool:

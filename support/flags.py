@@ -1,9 +1,10 @@
 """The flags of train.py: what they are, what follows from them, and what contradicts.
 
 Each flag is declared once, below, with all that is to be known of it (flag.py says what that is); a condition
-declares its own in its class. A flag left out is filled in by `fill_flags`: from the dataset, from
---init_from, from the machine; it returns lines that say what it chose and why. `check_flags` refuses what
-cannot be. The result is an argparse.Namespace, which config.json and every checkpoint hold as a plain dict.
+declares its own in its class. A flag left out is filled in by `fill_flags`: from the run that goes on, from
+--init_from, from the dataset, from the machine; it returns lines that say what it chose and why.
+`check_flags` refuses what cannot be. The result is an argparse.Namespace, which config.json and every
+checkpoint hold as a plain dict.
 
     python train.py --help            the flags
     python train.py --dry_run         what was chosen, and an estimate of memory and time (estimate.py)
@@ -23,6 +24,7 @@ from model import SIZES
 from patterns import PATTERNS
 from support import common
 from support.bounds import LIMITS, fits
+from support.checkpoint import flags_of_checkpoint
 from support.compiled import require_compiler
 from support.draw import SAMPLE_BY
 from support.flag import NOT_SAID, Flag
@@ -83,11 +85,15 @@ GROUPS = {
              int, toy=16, audio=32, range=(1, 65_536)),
         Flag("micro_batch_size", "samples a rank sends through at once (default: all)",
              int, range=(1, 65_536), may_change=True, of_launch=True),
+        Flag("optimizer", "muon: orthogonal steps for the layers' matrices, AdamW for the rest",
+             toy="adamw", audio="adamw", choices=("adamw", "muon"), before="adamw"),
         Flag("lr", "peak learning rate (AdamW)",
              float, toy=8e-3, audio=1e-4, range="positive", overfit=1e-3),
+        Flag("muon_lr", "peak learning rate of the layers' matrices under muon",
+             float, toy=0.05, audio=1e-3, range="positive", before=None),
         Flag("text_lr", "peak learning rate of the text and style encoders",
              float, toy=1.5e-3, audio=1e-4, range="positive", overfit=1e-3),
-        Flag("warmup_steps", "linear warm-up, then cosine to --lr_min_ratio of the peak",
+        Flag("warmup_steps", "linear warm-up, then cosine to --lr_min_ratio of the peak; short run: a tenth",
              int, toy=20, audio=1000, range="natural", overfit=20),
         Flag("lr_min_ratio", "final learning rate over the peak", float, 0.0, range="share"),
         Flag("beta1", "AdamW's decay of the mean gradient", float, 0.9, range="share"),
@@ -96,8 +102,9 @@ GROUPS = {
         Flag("max_grad_norm", "gradients are clipped to this norm; 0 is off", float, 1.0, range="natural"),
         Flag("max_skipped", "stop after so many updates in a row with gradients not finite",
              int, 20, range="count"),
-        Flag("ema_decay", "of the averaged weights, bias-corrected", float, 0.99, range="share"),
-        Flag("ema_every", "average every so many updates, and at the end of an epoch",
+        Flag("ema_decay", "of the averaged weights, bias-corrected; short run: over about a tenth",
+             float, toy=0.99, audio=0.99, range="share"),
+        Flag("ema_every", "average every so many updates, and at the end of an epoch; short run: 1",
              int, toy=1, audio=10, range="count"),
         Flag("overfit_one_batch", "the same batch in every update, no dropout: must reach ce 0",
              bool, False),
@@ -202,14 +209,40 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     def fill(name, value, reason=None):
         if getattr(args, name) is not None or value is None:
             return
+        if name == "muon_lr" and args.optimizer != "muon":
+            return
         setattr(args, name, value)
         if reason is not None:
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             notes[reason] = f"{notes.get(reason, f'{reason}:')} --{name} {shown}"
 
+    # the run that goes on has what it had, whatever the defaults are now
+    flags, name = flags_by_name(), Path(args.cache or args.dataset).resolve().stem
+    fill("out", f"runs/{'toy' if kind == 'toy' else name}", "by dataset")
+    begun = {} if args.only else flags_of_checkpoint(Path(args.out))
+    had = values_before() | begun if begun else {}
+    for name, flag in flags.items():
+        if name in had and flag.by_dataset and not flag.may_change:
+            flag.check(had[name])
+            fill(name, had[name], f"as the run in {args.out}")
+
+    # a short run warms up in its first tenth at most, and averages about its last tenth
+    def expected(name: str):
+        by_heart = flags[name].overfit if args.overfit_one_batch else None
+        values = (getattr(args, name), by_heart, getattr(flags[name], kind))
+        return next(value for value in values if value is not None)
+
+    updates = max(1, expected("epochs") * expected("updates_per_epoch"))
+    every = max(1, min(expected("ema_every"), updates // 1000))
+    most = dict(warmup_steps=updates // 10, ema_every=every)
+    most["ema_decay"] = round(max(0.5, 1 - 10 * (args.ema_every or every) / updates), 3)
+    for name, value in most.items():
+        if expected(name) > value:
+            fill(name, value, f"for a run of {updates} updates")
+
     # one batch learned by heart
     if args.overfit_one_batch:
-        for name, flag in flags_by_name().items():
+        for name, flag in flags.items():
             fill(name, flag.overfit, "overfitting one batch")
         for name in ("batch_size", "valid_samples"):
             fill(name, 4 * world, "overfitting one batch")
@@ -222,7 +255,9 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     fill("mask_padding", True)
 
     # the dataset
-    for name, flag in flags_by_name().items():
+    if args.lora:
+        fill("optimizer", "adamw", "with --lora")
+    for name, flag in flags.items():
         fill(name, getattr(flag, kind), f"default for {kind}")
     chosen = [CONDITIONS[name] for name in args.conditions]
     fuse = [f"{c.name}={c.default_method[kind]}" for c in chosen if isinstance(c.default_method, dict)]
@@ -241,11 +276,8 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     fill("dtype", dtype, f"best on {args.device}")
     fill("micro_batch_size", max(1, args.batch_size // world), "the rank's whole share")
     fill("log_every", max(1, args.updates_per_epoch // 10), "a tenth of an epoch")
-    name = "toy" if kind == "toy" else Path(args.cache or args.dataset).resolve().stem
-    fill("out", f"runs/{name}", "by dataset")
 
-    # a run that is too short for them
-    updates = args.epochs * args.updates_per_epoch
+    # a run that is too short for what was asked
     if args.warmup_steps >= updates and not args.only:
         peak = args.lr * updates / (args.warmup_steps + 1)
         notes["schedule"] = (f"--warmup_steps {args.warmup_steps} is no less than the {updates} updates of "
@@ -348,6 +380,13 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     for name, default in dict(min_seconds=0.0, sample_by="file").items():
         if args.dataset == "toy" and getattr(args, name) != default:
             raise ValueError(f"--{name} {getattr(args, name)}: the toy has no files; leave it out")
+
+    # the optimizer
+    if args.optimizer == "muon" and args.lora:
+        raise ValueError(f"--optimizer muon with --lora {args.lora}: an orthogonal step is one of a whole "
+                         "matrix, an addition is a product of two: take --optimizer adamw")
+    if args.optimizer != "muon" and args.muon_lr is not None:
+        raise ValueError(f"--muon_lr {args.muon_lr:g}: give --optimizer muon with it")
 
     # the machine
     if args.dtype == "float16" and torch.device(args.device).type == "cpu":

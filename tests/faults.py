@@ -269,20 +269,25 @@ def equal(args: argparse.Namespace) -> None:
     flags = TINY + ["--epochs", "2", "--updates_per_epoch", str(args.updates // 2), "--batch_size", "8",
                     "--log_every", "1", "--generate_samples", "0", "--lr", "2e-3"]
     title = f"after {args.updates} updates, dropout 0.1"
-    print(f"{title:<40}{'loss, largest':>15}{'weight, largest':>17}{'mean':>10}")
+    print(f"{title:<47}{'loss, largest':>15}{'weight, largest':>17}{'mean':>10}")
     layouts = [LAYOUTS[i] for i in (0, 3, 5, 6)] if args.short else LAYOUTS
-    for dtype in ("float32",) if args.short else ("float32", "bfloat16"):
+    kinds = [("float32", "adamw"), ("float32", "muon")] + [("bfloat16", "adamw")] * (not args.short)
+    for dtype, optimizer in kinds:
+        if args.short and optimizer == "muon":
+            layouts = [LAYOUTS[i] for i in (0, 2, 6)]
         with tempfile.TemporaryDirectory() as folder:
             first = None
             for i, (title, world, more) in enumerate(layouts):
                 out = Path(folder, str(i))
-                complete(flags + more + ["--dtype", dtype, "--out", str(out)], world, Path(folder, "log"))
+                more = more + ["--dtype", dtype, "--optimizer", optimizer]
+                complete(flags + more + ["--out", str(out)], world, Path(folder, "log"))
                 first = first or out
                 a, b = ({k: v for k, v in state(o).items() if k.startswith("model/")} for o in (out, first))
                 losses = largest_loss_difference(out, first)
                 mean = sum(float((a[k] - b[k]).abs().sum()) for k in a) / sum(x.numel() for x in a.values())
                 weights = largest_difference(a, b)
-                print(f"{dtype + ', ' + title:<40}{losses:>15.1e}{weights:>17.1e}{mean:>10.1e}", flush=True)
+                print(f"{f'{dtype}, {optimizer}, {title}':<47}{losses:>15.1e}{weights:>17.1e}{mean:>10.1e}",
+                      flush=True)
                 assert losses < (1e-4 if dtype == "float32" else 0.1)
                 assert mean < (1e-5 if dtype == "float32" else 1e-3)
 

@@ -11,7 +11,7 @@ FAULTS = Path(__file__).parent / "faults.py"
 
 @pytest.mark.parametrize("command, says", [
     ("kills --kills 4 --terms 2 --short", "kill -9, one rank of two, DDP"),
-    ("equal --updates 4 --short", "float32, FSDP x2, micro-batches of 1"),
+    ("equal --updates 4 --short", "float32, muon, FSDP x2, micro-batches of 1"),
     ("worlds --short", "sharded     single"),
     ("starts --tries 6", "6 of 6 starts"),
     ("restarts --tries 1", "restarts  equal"),

@@ -170,8 +170,8 @@ def test_two_ranks_equal_one(finished, tmp_path):
     assert_same_run(finished, tmp_path)
 
 
-@pytest.mark.parametrize("checkpoints", (1, 2, 4))
-def test_resume_equals_the_uninterrupted_run(checkpoints, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("checkpoints, optimizer", [(1, "adamw"), (2, "adamw"), (4, "adamw"), (1, "muon")])
+def test_resume_equals_the_uninterrupted_run(checkpoints, optimizer, tmp_path, monkeypatch, capsys):
     """Killed after a checkpoint and started again: the same bits.
 
     The checkpoint stands within an epoch, before its validation, or after it."""
@@ -186,7 +186,8 @@ def test_resume_equals_the_uninterrupted_run(checkpoints, tmp_path, monkeypatch,
         if not left[0]:
             raise Killed
 
-    flags = ["--dropout", "0.1", "--updates_per_epoch", "2", "--save_minutes", "0", "--log_every", "2"]
+    flags = ["--dropout", "0.1", "--updates_per_epoch", "2", "--save_minutes", "0", "--log_every", "2",
+             "--optimizer", optimizer]
     monkeypatch.setattr(resume, "save_checkpoint", save_and_die)
     with pytest.raises(Killed):
         run(tmp_path, *flags)

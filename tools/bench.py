@@ -6,6 +6,7 @@ threads and optimizer. What counts is the median of the ratios of neighboring ru
 the machine itself can do and prints fractions of it.
 
     python -m tools.bench train --vs transformers audiocraft --limit      an update
+    python -m tools.bench train --optimizer adamw muon                    the same with another optimizer
     python -m tools.bench generate --vs transformers audiocraft --limit   sampling of 250 and 1,500 frames
     python -m tools.bench generate --size small --weights int8 float32    weights in fewer bits, in turn
     python -m tools.bench memory --vs audiocraft                          peak of an update, a process each
@@ -14,8 +15,8 @@ the machine itself can do and prints fractions of it.
     python -m tools.bench patterns                                        building and reverting patterns
     python -m tools.bench scaling                                         how the cost of an update grows
 
-An update is forward, backward, clipping and AdamW. Weights and codes are random: speed does not depend on
-what they are.
+An update is forward, backward, clipping and the optimizer: AdamW, if --optimizer says no other. Weights and
+codes are random: speed does not depend on what they are.
 
 Legend: B batch, K codebooks, T frames, S sequence steps, L condition tokens, D width.
 """
@@ -50,6 +51,7 @@ from support.bounds import LIMITS, check_flag_number
 from support.distributed import keep_freed_memory
 from support.encode import write_array
 from support.kernels import linear
+from support.muon import Muon, muon_groups
 from support.quantize import STORED_AS, store_weights
 from tools.peers import INSTALL, PEERS, Peer
 
@@ -130,9 +132,15 @@ def random_codes(args: argparse.Namespace, T: int) -> Tensor:
     return torch.randint(args.card, (args.batch_size, args.K, T), generator=generator).to(args.device)
 
 
-def make_update(side: Peer, args: argparse.Namespace) -> Callable[[Tensor], None]:
-    """One update on codes [B,K,T], as a function. It is that of train.py on one rank, for all sides."""
-    optimizer = torch.optim.AdamW(decay_groups(side.model, 0.1), 1e-4, (0.9, 0.95), fused=True)
+def make_update(side: Peer, args: argparse.Namespace, optimizer: str = "adamw") -> Callable[[Tensor], None]:
+    """One update on codes [B,K,T], as a function. It is that of train.py on one rank, for all sides.
+
+    optimizer: adamw, or for ours muon."""
+    groups, betas = decay_groups(side.model, 0.1), (0.9, 0.95)
+    if optimizer == "muon":
+        optimizer = Muon(muon_groups(groups, side.model, 1.0), 1e-4, betas)
+    else:
+        optimizer = torch.optim.AdamW(groups, 1e-4, betas, fused=True)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
 
     def update(codes):
@@ -274,9 +282,13 @@ def step_bytes(config: ModelConfig, rows: int, S: int, L: int, itemsize: int, we
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    """Updates of ours and of the peers."""
-    sides, limits, config = build_sides(args, ["ours", *args.vs]), measure_limits(args), shape_of_flags(args)
-    updates = [make_update(side, args) for side in sides]
+    """Updates of ours, with each optimizer, and of the peers."""
+    optimizers = [*args.optimizer, *["adamw"] * len(args.vs)]
+    sides = build_sides(args, [*["ours"] * len(args.optimizer), *args.vs])
+    limits, config = measure_limits(args), shape_of_flags(args)
+    for side, name in zip(sides[1:], args.optimizer[1:]):
+        side.name = f"ours, {name}"
+    updates = [make_update(side, args, name) for side, name in zip(sides, optimizers)]
     for T in args.frames:
         codes = random_codes(args, T)
         flops = update_flops(config, args.batch_size, T, args.tokens)
@@ -485,6 +497,8 @@ def bench_parser() -> argparse.ArgumentParser:
     group.add_argument("--compile", action="store_true",
                        help="torch.compile our layers (train) or our step (generate)")
     group.add_argument("--checkpointing", action="store_true", help="recompute our activations (train)")
+    group.add_argument("--optimizer", nargs="+", default=["adamw"], choices=("adamw", "muon"),
+                       help="of ours (train); the second is measured in turn with the first (default adamw)")
 
     group = parser.add_argument_group("measuring")
     device = "cuda" if torch.cuda.is_available() else "cpu"
