@@ -90,7 +90,7 @@ GROUPS = {
         Flag("lr", "peak learning rate (AdamW)",
              float, toy=8e-3, audio=1e-4, range="positive", overfit=1e-3),
         Flag("muon_lr", "peak learning rate of the layers' matrices under muon",
-             float, toy=0.05, audio=1e-3, range="positive", before=None),
+             float, toy=0.01, audio=1e-4, range="positive", before=None),
         Flag("text_lr", "peak learning rate of the text and style encoders",
              float, toy=1.5e-3, audio=1e-4, range="positive", overfit=1e-3),
         Flag("warmup_steps", "linear warm-up, then cosine to --lr_min_ratio of the peak; short run: a tenth",
