@@ -174,7 +174,7 @@ def micro_batches(run: Run, examples: list) -> list:
     if args.dropout > 0:
         rngs = [random_generator(args.seed, MODEL_DROPOUT_STREAM, step, e.index) for e in examples]
         keys = [rng.integers(2**31) for rng in rngs]
-        dropout_keys = torch.tensor(keys, dtype=torch.int32, device=device)                     # [B]
+        dropout_keys = torch.tensor(keys, dtype=torch.int32).to(device, non_blocking=True)      # [B]
 
     parts = []
     for i in range(0, len(examples), args.micro_batch_size):
