@@ -31,7 +31,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,15 +42,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tokenizer
-from conditioning import CONDITIONS, clean_text
+from conditioning import CONDITIONS
 from interop import load
 from model import MusicGen
 from support import audio, common
-from support.bounds import check_flag_number
 from support.compiled import compile_step
 from support.kernels import packed_weights
+from support.kept_codes import keep_codes, kept_path, read_kept
 from support.per_sample import Noise, encode_conditions
 from support.quantize import STORED_AS, store_weights
+from support.requests import read_continued, read_requests, read_values, request_records
+from support.stream import Listener, check_standard_output, in_background, wav_to_standard_output
 
 
 @dataclass
@@ -90,12 +92,13 @@ def sample_codes(logits: Tensor, sampling: Sampling, noise: Callable[[Tensor], T
 @torch.inference_mode()
 def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
                    noise: Noise | None = None, prompt: Tensor | None = None, progress=None,
-                   dtype: torch.dtype = torch.float32, began: int = 0) -> Tensor:
+                   dtype: torch.dtype = torch.float32, began: int = 0, hear=None) -> Tensor:
     """Codes [B, K, T] for the conditions of B samples, each {name: value or None}.
 
     noise: of these samples (default: of seed 0); prompt [B, K, T'] with T' < T is kept as it is and
     continued; progress(done, total) is called after every step; dtype: of autocast and of the key-value
-    cache; began: frames of the piece before these. The model is put into eval mode for the while."""
+    cache; began: frames of the piece before these; hear(t, codes [B, K, 1]) is called for each frame after
+    the prompt as soon as all of it is there. The model is put into eval mode for the while."""
     device, K, B = model.emb[0].weight.device, model.config.K, len(values)
     noise = noise or Noise(0, range(B), device)
     T_prompt = 0 if prompt is None else prompt.shape[2]
@@ -110,6 +113,8 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
     is_open = pattern.frame >= T_prompt                                                         # [K, S]
     # of every step, a range: under any pattern they are neighbors, and a list would be copied to a GPU
     open_heads = [range(row.argmax(), row.argmax() + row.sum()) for row in is_open.T.numpy()]
+    last_step = pattern.step[-1].tolist()                            # of every frame: its last codebook's
+    whole = T_prompt                                                 # frames of which all codes are there
     cells = (began + pattern.to(device).frame) * K + torch.arange(K, device=device)[:, None]    # [K, S]
 
     # rows of the batch: each sample; for double guidance without its text; for guidance without anything
@@ -117,11 +122,11 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
     coefficient = guidance_coefficient(values, sampling, device)                                # [B, 1, 1]
     rows = 1 + guided + (coefficient is not None)
 
-    was_training = model.training
-    model.eval()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     packing = packed_weights(0 if model.compiled else B * rows)     # a compiled step packs its weights itself
-    with autocast, packing:
+    with contextlib.ExitStack() as stack, autocast, packing:
+        stack.callback(model.train, model.training)                  # whatever ends this, also a listener
+        model.eval()
         conditions = encode_conditions(model, values, guided, coefficient is not None)
         P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
         cache = model.cache_class(model.config, B * rows, P + pattern.S, device, dtype)
@@ -147,9 +152,11 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
                 # sampling
                 heads = slice(open_heads[s].start, open_heads[s].stop)
                 seq[:, heads, s] = sample_codes(cond, sampling, partial(noise, cells[heads, s]))
+            while hear is not None and whole < T and last_step[whole] <= s:
+                hear(whole, seq.gather(2, pattern.to(device).step[:, whole, None].expand(B, -1, -1)))
+                whole += 1
             if progress is not None:
                 progress(s - first + 1, pattern.S - first)
-    model.train(was_training)
 
     codes, found = pattern.revert(seq, -1)
     assert found.all() and codes.max() < model.config.card, "some codes were not generated"
@@ -181,18 +188,21 @@ def values_at(model: MusicGen, values: list, start: int) -> list:
 
 def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, window: int, stride: int,
                   noise: Noise | None = None, prompt: Tensor | None = None, progress=None,
-                  dtype: torch.dtype = torch.float32) -> Tensor:
+                  dtype: torch.dtype = torch.float32, hear=None) -> Tensor:
     """As `generate_codes`, for any T: windows of `window` frames, each begins `stride` after the one before.
 
     The first hears all of the prompt, of a long one as much as leaves two frames. The prompt counts in T. A
     training segment ends in its last frame, and the codec codes that frame as an ending: where the music goes
-    on, the next window draws it again. Errors: ValueError if the stride leaves no frame to go on from."""
+    on, the next window draws it again. hear(codes [B, K, t]) is called with the prompt and then with frame
+    after frame. Errors: ValueError if the stride leaves no frame to go on from."""
     if T > window and not 0 < stride < window - 1:
         raise ValueError(f"stride {stride} in windows of {window} frames: no frame is left to go on from")
     codes = prompt
     if prompt is None:
         codes = torch.empty(len(values), model.config.K, 0, dtype=torch.long)
     given = codes.shape[2]
+    if hear is not None and given:
+        hear(codes)
     start = 0 if T <= window else max(0, given - (window - 2))       # of the window
     while codes.shape[2] < T:
         kept, done = codes[..., start:], codes.shape[2] - given
@@ -202,8 +212,13 @@ def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, 
         def report(step, steps, done=done, new=stop - kept.shape[2]):
             progress(done + new * step // steps, T - given)
 
+        def hear_frame(t, frame, stop=stop):
+            if t < stop:
+                hear(frame)
+
         part = generate_codes(model, values_at(model, values, start), frames, sampling, noise=noise,
-                              prompt=kept, progress=report if progress else None, dtype=dtype, began=start)
+                              prompt=kept, progress=report if progress else None, dtype=dtype, began=start,
+                              hear=hear_frame if hear else None)
         codes = torch.cat([codes.to(part.device), part[..., kept.shape[2]:stop]], 2)
         start += stride
     return codes                                                                                # [B, K, T]
@@ -214,7 +229,8 @@ def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, 
 
 
 class MusicGenerator:
-    """A trained model with its codec: `generate` gives audio, `codes` the codes behind it."""
+    """A trained model with its codec: `generate` gives audio, `stream` gives it while it grows, `codes` the
+    codes behind it."""
 
     def __init__(self, model: MusicGen, codec, window: int, sampling: Sampling, dtype=torch.float32):
         """window: frames of a training segment; dtype: of autocast and of the key-value cache."""
@@ -262,16 +278,18 @@ class MusicGenerator:
 
     def codes(self, values: list, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
               stride_seconds: float | None = None, prompt: Tensor | None = None, progress=None,
-              first: int = 0) -> Tensor:
+              first: int = 0, hear=None) -> Tensor:
         """Codes [B, K, T] for conditions as `condition_values` gives them; `decode` makes audio of them.
 
         prompt: audio [C, N] or [B, C, N] to continue, counted in `seconds`; stride_seconds: how far each
         window past the training length advances (default 60 % of it); first: number of the first sample,
-        whose noise depends on the seed and its number alone. Errors: ValueError for lengths that do not
-        fit."""
+        whose noise depends on the seed and its number alone; hear(audio [C, n]) is called with piece after
+        piece of a single sample. Errors: ValueError for lengths that do not fit."""
         frame_rate, device = self.codec.frame_rate, self.model.emb[0].weight.device
         silence, stop = self.span(seconds, prompt)
         T, unheard = math.ceil(stop / self.codec.hop), None
+        assert hear is None or len(values) == 1, f"{len(values)} samples cannot be heard at once"
+        listener = None if hear is None else Listener(self.codec, T, silence, stop, hear)
         if prompt is not None:
             if prompt.shape[-1] >= stop - silence:
                 lasts = prompt.shape[-1] / self.codec.sample_rate
@@ -281,6 +299,8 @@ class MusicGenerator:
             prompt = self.codec.encode(F.pad(prompt.to(device), (silence, 0)))                  # [B, K, T']
             unheard, prompt = prompt.tensor_split([1 if silence else 0], 2)   # only real audio is continued
             T -= unheard.shape[2]
+            if listener is not None and unheard.shape[2]:
+                listener(unheard)
         stride = 0.6 * self.window if stride_seconds is None else stride_seconds * frame_rate       # frames
         if stride_seconds is not None and not 0 < stride < self.window - 1.5:
             raise ValueError(f"--stride {stride_seconds:g}: more than 0, and two frames of "
@@ -288,7 +308,8 @@ class MusicGenerator:
         stride = max(1, int(stride) if stride_seconds is None else round(stride))
         noise = Noise(seed, range(first, first + len(values)), device)
         codes = generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
-                              stride=stride, noise=noise, prompt=prompt, progress=progress, dtype=self.dtype)
+                              stride=stride, noise=noise, prompt=prompt, progress=progress, dtype=self.dtype,
+                              hear=listener)
         return codes if unheard is None else torch.cat([unheard, codes], 2)
 
     def decode(self, codes: Tensor, seconds: float, prompt: Tensor | None = None) -> Tensor:
@@ -333,6 +354,17 @@ class MusicGenerator:
                            progress=progress, first=first)
         return self.decode(codes, seconds, prompt)
 
+    def stream(self, text: str | None, seconds: float, seed: int = 0, sampling: Sampling | None = None, *,
+               stride_seconds: float | None = None, prompt: Tensor | None = None, first: int = 0,
+               **given) -> Iterator[Tensor]:
+        """`generate` for one text, while it goes on: audio [C, n] of half a second and a rest.
+
+        Joined it is what `generate` gives, within one step of 16 bits."""
+        values = self.condition_values([text], **given)
+        return in_background(lambda hear: self.codes(
+            values, seconds, seed, sampling, stride_seconds=stride_seconds, prompt=prompt, first=first,
+            hear=hear))
+
 
 # --------------------------------------------------------------------------------------------------
 # the command
@@ -373,73 +405,12 @@ def build_generate_parser() -> argparse.ArgumentParser:
         help="what matrices are held as: int8 is the fastest and a quarter of the memory, nearly as good")
     new("--compile", action="store_true", help="torch.compile the step: a minute at first, then faster")
     new("--out", type=common.output_name, default="generated",
-        help="folder for wav and json files; existing files are kept")
+        help="folder for wav and json files, existing files are kept; or -: one clip as wav to standard "
+             "output, while it is generated, for a player such as aplay")
     new("--serve", action="store_true", help="instead: a page to try the model in the browser (needs gradio)")
     new("--host", default="127.0.0.1", help="of --serve; the default is for this machine alone")
     new("--port", type=int, default=7860, help="of --serve")
     return parser
-
-
-def read_prompts(args: argparse.Namespace) -> list:
-    """The texts of the command line; None for unconditional. Errors: ValueError."""
-    prompts = [clean_text(text) for text in args.prompt]
-    if not all(prompts):
-        empty = args.prompt[prompts.index("")][:20]
-        raise ValueError(f"--prompt {empty!r}: holds no text; for music without, --unconditional")
-    if args.prompts:
-        try:
-            lines = Path(args.prompts).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {args.prompts}: {error}") from None
-        found = [text for text in map(clean_text, lines) if text]
-        if not found:
-            raise ValueError(f"--prompts {args.prompts}: holds no text; write one prompt a line")
-        prompts += found
-    others = [name for name, condition in CONDITIONS.items() if not condition.is_text]
-    if args.unconditional or not prompts and any(getattr(args, name) for name in others):
-        prompts.append(None)
-    if not prompts:
-        flags = ", ".join(f"--{name}" for name in others)
-        raise ValueError('nothing to generate: give --prompt "...", --prompts FILE, '
-                         f"{flags} or --unconditional")
-    return prompts
-
-
-def read_requests(args: argparse.Namespace) -> list:
-    """What the command line asks for, {name of a condition: string or None} of each sample, each `n` times.
-
-    Errors: ValueError where their numbers do not fit."""
-    check_flag_number("n", args.n, 1, 10_000)
-    for name, condition in CONDITIONS.items():
-        for flag in condition.generate_flags:
-            if getattr(args, flag.name) and not getattr(args, name):
-                raise ValueError(f"--{flag.name}: it changes --{name}, which is not given")
-    columns = {name: read_prompts(args) if condition.is_text else getattr(args, name) or [None]
-               for name, condition in CONDITIONS.items()}
-    count = max(map(len, columns.values()))
-    for name, column in columns.items():
-        if len(column) not in (1, count):
-            raise ValueError(f"{len(column)} of {name}, {count} samples: give one for all, or as many")
-    rows = [{name: column[i % len(column)] for name, column in columns.items()} for i in range(count)]
-    return [row for row in rows for _ in range(args.n)]
-
-
-def read_values(music: MusicGenerator, requests: list) -> list:
-    """The conditions of the samples; every file is read once. Errors: ValueError names flag and file."""
-    known = {}
-    for request in requests:
-        for name, given in request.items():
-            if given is None or (name, given) in known:
-                continue
-            flag = "prompt" if CONDITIONS[name].is_text else name
-            if name not in music.conditions:
-                hint = ": use --unconditional" if CONDITIONS[name].is_text else ""
-                raise ValueError(f"--{flag} {given}: this model was trained without {name}{hint}")
-            try:
-                known[name, given] = music.conditions[name].from_user(given, music.codec)
-            except ValueError as error:
-                raise ValueError(f"--{flag} {given}: {error}") from None
-    return [{name: known.get((name, given)) for name, given in request.items()} for request in requests]
 
 
 def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling:
@@ -456,16 +427,7 @@ def choose_sampling(args: argparse.Namespace, music: MusicGenerator) -> Sampling
 def serve_page(args: argparse.Namespace) -> None:
     """--serve: the page; it begins with the settings given. Errors: ValueError, also for flags of no use."""
     from support import serve                                        # nothing else needs it
-    unused = ["prompt", "prompts", "unconditional", "continued", "stride", "first"]
-    for name, condition in CONDITIONS.items():
-        unused += [] if condition.is_text else [name]
-        unused += [flag.name for flag in condition.generate_flags]
-    for name in unused:
-        if getattr(args, name):
-            flag = "continue" if name == "continued" else name
-            raise ValueError(f"--{flag} does not go with --serve: the page asks for what it takes")
-    if args.seconds is not None and args.seconds > serve.MAX_CLIP_SECONDS:
-        raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {serve.MAX_CLIP_SECONDS}")
+    serve.check_serve_flags(args, build_generate_parser())
     gradio = serve.import_gradio()                                   # before the model is read
     music = MusicGenerator.load(args.run, args.device, args.codec, weights=args.weights)
     music.sampling = choose_sampling(args, music)
@@ -484,48 +446,51 @@ def main(argv: list | None = None) -> None:
 
     # what is asked for
     requests = read_requests(args)
+    if args.out == "-":
+        check_standard_output(len(requests))
     music = MusicGenerator.load(args.run, args.device, args.codec, weights=args.weights)
     codec, sampling = music.codec, choose_sampling(args, music)
     seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
-    prompt = None
-    if args.continued:
-        if not Path(args.continued).is_file():
-            raise ValueError(f"--continue {args.continued}: no such file")
-        prompt = audio.read_audio(args.continued, sample_rate=codec.sample_rate,
-                                  channels=codec.channels)                                      # [C, N]
-        if not prompt.shape[1]:
-            raise ValueError(f"--continue {args.continued}: holds no audio")
+    prompt = read_continued(args.continued, codec)                                              # [C, N]
     for condition in music.conditions.values():
         condition.use_flags(args)
     values = read_values(music, requests)
     if args.compile:
         compile_step(music.model)
-    out = common.output_folder(args.out)                             # before the work, not after it
-
-    # the codes, of all samples at once
-    bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
-    codes = music.codes(values, seconds, args.seed, sampling, stride_seconds=args.stride, prompt=prompt,
-                        progress=lambda done, total: bar.update(100 * done // total - bar.n),
-                        first=args.first)
-    bar.close()
     for name, condition in music.conditions.items():                 # what it does not follow, said once
         for value in dict.fromkeys(row[name] for row in values):
             for line in [] if value is None else condition.remarks(value):
                 print(f"generate.py: {line}", file=sys.stderr)
 
-    # the audio, decoded one by one because it is larger than codes, with a record of every setting
-    flags = [flag.name for condition in CONDITIONS.values() for flag in condition.generate_flags]
-    with common.numbered_names(out, len(requests)) as names:
-        for i, request in enumerate(requests):
-            asked = {"prompt" if CONDITIONS[key].is_text else key: given for key, given in request.items()}
-            record = dict(**asked, seconds=seconds, seed=args.seed, number=args.first + i,
-                          run=str(args.run), **{name: getattr(args, name) for name in flags},
-                          continued=args.continued, stride=args.stride, compile=args.compile,
-                          weights=args.weights, codec=codec.fingerprint, **asdict(sampling))
-            path = names[i].with_suffix(".wav")
+    def generate(hear=None) -> Tensor:
+        with tqdm(total=100, unit="%", disable=not sys.stderr.isatty()) as bar:
+            return music.codes(values, seconds, args.seed, sampling, stride_seconds=args.stride,
+                               prompt=prompt, first=args.first, hear=hear,
+                               progress=lambda done, total: bar.update(100 * done // total - bar.n))
+
+    if args.out == "-":
+        first, stop = music.span(seconds, prompt)
+        with wav_to_standard_output(codec.sample_rate, codec.channels, stop - first) as hear:
+            generate(hear)
+        return
+
+    # the codes, of all samples at once
+    out = common.output_folder(args.out)                             # before the work, not after it
+    records = request_records(args, requests, seconds=seconds, codec=codec.fingerprint, **asdict(sampling))
+    kept = kept_path(out, music, records, values, prompt)
+    if kept.exists():
+        codes, left = read_kept(kept, music)
+    else:
+        codes, left = generate(), list(range(len(requests)))
+
+    # the audio, decoded one by one because it is larger than codes
+    with keep_codes(kept, codes, left), common.numbered_names(out, len(left)) as names:
+        for path in (name.with_suffix(".wav") for name in names):
+            i = left[0]
             wav = music.decode(codes[i:i + 1], seconds, prompt)[0]                              # [C, N]
-            audio.write_clip(path, wav, codec.sample_rate, record)
-            shown = [given if key == "prompt" else f"{key} {given}" for key, given in asked.items() if given]
+            audio.write_clip(path, wav, codec.sample_rate, records[i])
+            left.remove(i)
+            shown = [x if CONDITIONS[name].is_text else f"{name} {x}" for name, x in requests[i].items() if x]
             print(f"wrote {path}: {', '.join(shown) or '(unconditional)'}")
 
 

@@ -39,7 +39,7 @@ from interop.encodec import read_encodec_24khz
 from interop.tensors import check_shapes
 from support import audio, common
 from support.bounds import check_finite, shown
-from support.pieces import decode_in_pieces
+from support.pieces import PIECE_SECONDS, PieceDecoder
 from support.quality import describe_quality, round_trip_quality
 
 TOY_FILE = Path(__file__).parent / "assets" / "toy_codec.pt"
@@ -150,18 +150,39 @@ class Codec(nn.Module):
         card = self.card
         assert 0 <= low and high < card, f"codes {low}..{high}, the codec {self.name} has 0..{card - 1}"
 
-        def decode_streams(x: Tensor) -> Tensor:                                    # [b, levels, T]
-            z = self.quantizer.vq.decode(x.transpose(0, 1).to(self._quantizer_device))  # [b, D, T]
-            return self.decoder(z.to(codes.device))                                 # [b, C/streams, T*hop]
+        def decode_long(x: Tensor) -> Tensor:                                       # [b, levels, T]
+            *pieces, last = x.split(max(1, round(PIECE_SECONDS * self.frame_rate)), -1)
+            if not pieces:
+                return self.decoder(self._latents(x))                               # [b, C/streams, T*hop]
+            decoder = PieceDecoder(self.decoder)
+            parts = [decoder(self._latents(piece), False) for piece in pieces]
+            return torch.cat([*(part for part in parts if part is not None),
+                              decoder(self._latents(last), True)], -1)
 
-        def decode_long(x: Tensor) -> Tensor:
-            return decode_in_pieces(decode_streams, x, self.frame_rate, self.hop)
-
-        streams = codes.unflatten(1, (-1, self.streams)).transpose(1, 2)            # [B, streams, levels, T]
-        streams = streams.flatten(0, 1)                                             # [B*streams, levels, T]
         with torch.autocast(codes.device.type, enabled=False):
-            wav = clip_by_clip(decode_long, streams)                                # [B*streams, .., T*hop]
+            wav = clip_by_clip(decode_long, self._split(codes))                     # [B*streams, .., T*hop]
         return wav.reshape(B, self.channels, T * self.hop)                          # [B, C, T*hop]
+
+    def piece_decoder(self) -> Callable:
+        """`decode` of codes that come piece by piece: (the next [B,K,t], whether they are the last) -> the
+        next audio [B,C,n], or None where none is ready. See support/pieces.py."""
+        decoder = PieceDecoder(self.decoder)
+
+        @torch.no_grad()
+        def decode_piece(codes: Tensor, is_last: bool) -> Tensor | None:
+            with torch.autocast(codes.device.type, enabled=False):
+                wav = decoder(self._latents(self._split(codes)), is_last)           # [B*streams, .., n]
+            return None if wav is None else wav.reshape(len(codes), self.channels, -1)
+
+        return decode_piece
+
+    def _split(self, codes: Tensor) -> Tensor:
+        """codes [B,K,T] -> those of each stream [B*streams, levels, T]."""
+        return codes.unflatten(1, (-1, self.streams)).transpose(1, 2).flatten(0, 1)
+
+    def _latents(self, codes: Tensor) -> Tensor:
+        """codes [b, levels, T] -> z [b, D, T]."""
+        return self.quantizer.vq.decode(codes.transpose(0, 1).to(self._quantizer_device)).to(codes.device)
 
     @property
     def _quantizer_device(self) -> torch.device:

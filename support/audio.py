@@ -218,6 +218,25 @@ def encode_audio(wav: torch.Tensor, sample_rate: int, kind: str, subtype: str | 
         return file.read()
 
 
+def check_samples(path, wav: torch.Tensor) -> float:
+    """The peak of samples to write. Errors: ValueError naming the file where they are not finite."""
+    peak = _peak(wav)
+    if not math.isfinite(peak):
+        raise ValueError(f"{path}: not written: samples that are not finite")
+    return peak
+
+
+def say_clipped(path, peak: float) -> None:
+    """Says on stderr if what was written with such a peak is clipped."""
+    if peak > 1 + 1 / FULL_SCALE:
+        print(f"{path}: clipped at full scale, its peak was {peak:.2f} times that", file=sys.stderr)
+
+
+def to_16_bits(wav: torch.Tensor) -> torch.Tensor:
+    """int16 of samples in [-1, 1]; rounded, which libsndfile does not, and clipped."""
+    return (wav * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).short()
+
+
 def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
     """Writes wav [C, N]; the suffix is the format, in 16 bits where it has a choice.
 
@@ -229,14 +248,9 @@ def write_audio(path, wav: torch.Tensor, sample_rate: int) -> None:
         kind = suffix or "a file without suffix"
         raise ValueError(f"{path}: cannot write {kind}: use {', '.join(WRITTEN_SUFFIXES)}")
     wav = wav.detach().float().cpu()
-    peak = float(wav.abs().max()) if wav.numel() else 0.0                           # nan if a sample is
-    if not math.isfinite(peak):
-        raise ValueError(f"{path}: not written: samples that are not finite")
-    if peak > 1 + 1 / FULL_SCALE:
-        print(f"{path}: clipped at full scale, its peak was {peak:.2f} times that", file=sys.stderr)
+    say_clipped(path, check_samples(path, wav))
     if suffix in (".wav", ".flac"):
-        # 16 bits are rounded here: libsndfile rounds down
-        subtype, wav = "PCM_16", (wav * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).short()
+        subtype, wav = "PCM_16", to_16_bits(wav)
     else:
         subtype, wav = None, wav.clamp(-1, 1)
     try:

@@ -9,6 +9,7 @@ Legend: C channels, N samples.
     python generate.py --run runs/NAME --serve                       http://127.0.0.1:7860
 """
 
+import argparse
 import dataclasses
 import math
 import os
@@ -75,6 +76,20 @@ def perform(music, asked: dict, progress=None, remark=lambda line: None) -> Tens
     sampling = dataclasses.replace(music.sampling, **numbers)
     codes = music.codes([values], seconds, seed, sampling, progress=progress)
     return music.decode(codes, seconds)[0]
+
+
+def check_serve_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Errors: ValueError for flags of generate.py that the page has no use for."""
+    unused = ["prompt", "prompts", "unconditional", "continued", "stride", "first", "n", "out"]
+    for name, condition in CONDITIONS.items():
+        unused += [] if condition.is_text else [name]
+        unused += [flag.name for flag in condition.generate_flags]
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            flag = "continue" if name == "continued" else name
+            raise ValueError(f"--{flag} does not go with --serve: the page asks for what it takes")
+    if args.seconds is not None and args.seconds > MAX_CLIP_SECONDS:
+        raise ValueError(f"--seconds {args.seconds:g} with --serve: at most {MAX_CLIP_SECONDS}")
 
 
 def import_gradio():

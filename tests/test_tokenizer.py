@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from support import audio, common, pieces, quality
+from support import audio, common, quality
 import tokenizer
 import toy
 from tools import fit_codec
@@ -86,23 +86,62 @@ def test_codes_depend_neither_on_the_batch_nor_on_threads(codec):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-def test_long_music_is_decoded_in_pieces(channels, monkeypatch):
-    """With an LSTM, which remembers, as with convolutions: as in one piece, and no call gets much more."""
+def random_codec(sound: int = 1, remember: float = 0.0, **shape) -> tokenizer.Codec:
+    """Random weights in EnCodec's shape. sound: its channels; remember: bias of the LSTM's forget gates."""
     torch.manual_seed(0)
-    seanet = dict(channels=1, dimension=16, n_filters=4, ratios=[8, 5, 4, 2], lstm=2, norm="none")
+    seanet = dict(channels=1, dimension=16, n_filters=4, ratios=[8, 5, 4, 2], lstm=2, norm="none") | shape
     config = dict(sample_rate=16_000, seanet=seanet, rvq=dict(dimension=16, n_q=4, bins=64))
-    codec = tokenizer.Codec("test", 16_000, *tokenizer.build_networks(config)).with_channels(channels)
+    codec = tokenizer.Codec("test", 16_000, *tokenizer.build_networks(config)).with_channels(sound)
     for layer in codec.quantizer.vq.layers:
         layer._codebook.embed.normal_()
-    codes, lengths = torch.randint(64, (2, codec.K, 1033)), []
+    for lstm in (x for x in codec.decoder.modules() if isinstance(x, torch.nn.LSTM)):
+        for name, bias in lstm.named_parameters():
+            if name.startswith("bias_ih"):
+                bias[lstm.hidden_size:2 * lstm.hidden_size] = remember
+    return codec
+
+
+SHAPES = {
+    "as MusicGen's": dict(),
+    "as EnCodec's at 24 kHz": dict(causal=True),
+    "stereo in one": dict(sound=2, channels=2),
+    "stereo in two": dict(sound=2),
+    "an LSTM that remembers": dict(remember=5.0, causal=True),
+    "no LSTM, wide dilation": dict(lstm=0, n_residual_layers=6, dilation_base=3, ratios=[4, 2]),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_long_music_is_decoded_in_pieces(name, monkeypatch):
+    """As in one piece, whatever the weights remember, and no call gets much more than a piece of a second."""
+    codec = random_codec(**SHAPES[name])
+    size = round(codec.frame_rate)
+    codes, lengths = torch.randint(64, (2, codec.K, 3 * size + 33)), []
     whole = codec.decode(codes)
-    monkeypatch.setattr(pieces, "PIECE_SECONDS", 4)
-    codec.decoder.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[-1]))
+    monkeypatch.setattr(tokenizer, "PIECE_SECONDS", 1)
+    codec.decoder.model[-1].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[-1]))
     got = codec.decode(codes)
-    assert got.shape == whole.shape == (2, channels, 1033 * 320)
+    assert got.shape == whole.shape == (2, codec.channels, codes.shape[2] * codec.hop)
     assert (got - whole).abs().max() < 1e-5 * whole.abs().max()
-    assert len(lengths) == 6 * 2 * channels and max(lengths) == 400
+    assert len(lengths) >= 4 * 2 * codec.streams and max(lengths) < 1.5 * size * codec.hop
+
+
+@pytest.mark.parametrize("name, late", [
+    ("toy", 5), ("as MusicGen's", 4), ("as EnCodec's at 24 kHz", 0), ("stereo in two", 4),
+    ("an LSTM that remembers", 0)])
+def test_codes_that_come_frame_by_frame_are_decoded_soon(name, late):
+    """As at once, each frame at most so many frames later; convolutions that are causal wait for nothing but
+    the first frames, which padding mirrors."""
+    codec = tokenizer.load_codec("toy") if name == "toy" else random_codec(**SHAPES[name])
+    codes, parts, waiting = torch.randint(64, (1, codec.K, 40)), [], []
+    decode = codec.piece_decoder()
+    for t, frame in enumerate(codes.split(1, -1)):
+        wav = decode(frame, t == 39)
+        parts += [] if wav is None else [wav]
+        waiting.append(t + 1 - sum(part.shape[-1] for part in parts) // codec.hop)
+    got, whole = torch.cat(parts, -1), codec.decode(codes)
+    assert got.shape == whole.shape and (got - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert waiting[-1] == 0 and max(waiting[10:]) == late and max(waiting) <= 9
 
 
 def test_wrong_input_is_named(codec):
