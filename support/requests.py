@@ -90,7 +90,8 @@ def request_records(args: argparse.Namespace, requests: list, **settings) -> lis
     """What the .json of each sample says: all that was asked for, and the settings."""
     flags = [flag.name for condition in CONDITIONS.values() for flag in condition.generate_flags]
     own = dict(seed=args.seed, run=str(args.run), continued=args.continued, stride=args.stride,
-               compile=args.compile, weights=args.weights, **{name: getattr(args, name) for name in flags}, **settings)
+               compile=args.compile, weights=args.weights, **settings,
+               **{name: getattr(args, name) for name in flags})
     records = []
     for i, request in enumerate(requests):
         asked = {"prompt" if CONDITIONS[name].is_text else name: given for name, given in request.items()}

@@ -30,10 +30,10 @@ SHAPE = dict(
 SAMPLING = Sampling(cfg=2.0, temperature=1.0, top_k=50)
 
 
-def tiny(*names: str) -> generate.MusicGenerator:
-    """Random weights that take these conditions; a window of 0.8 s."""
+def tiny(*names: str, **shape) -> generate.MusicGenerator:
+    """Random weights that take these conditions; a window of 0.8 s. shape: fields of ModelConfig."""
     torch.manual_seed(1)
-    config = ModelConfig(K=4, card=256, dim=32, num_layers=2, num_heads=2)
+    config = ModelConfig(**dict(K=4, card=256, dim=32, num_layers=2, num_heads=2) | shape)
     fuse = {name: "cross" if name == "text" else "prepend" for name in names}
     conditioner = Conditioner(ConditionerConfig(fuse=fuse, **SHAPE), 32, {"text": PIECES}) if names else None
     return generate.MusicGenerator(MusicGen(config, conditioner).eval(), CODEC, 40, SAMPLING)
