@@ -34,6 +34,7 @@ class Listener:
         self.left, self.codes = T, None                                        # frames to decode; those here
         self.first, self.stop, self.samples = first, stop, 0                   # decoded
 
+    @torch.inference_mode(False)                   # who hears may change what is heard, as of any audio
     def __call__(self, codes: Tensor) -> None:
         self.codes = codes if self.codes is None else torch.cat([self.codes, codes], 2)
         while 0 < (count := min(self.frames, self.left)) <= self.codes.shape[2]:

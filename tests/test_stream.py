@@ -66,7 +66,7 @@ class Pipe(io.TextIOWrapper):
 
 def run(monkeypatch, music, *argv) -> int:
     """The command's exit code with this model."""
-    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: music)
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_, **__: music)
     return generate.main(["--run", "nowhere", "--prompt", "slow organ", *map(str, argv)])
 
 
@@ -93,7 +93,7 @@ def test_standard_output_is_the_file(channels, tmp_path, monkeypatch):
     ("--serve", "--out does not go with --serve"),
 ])
 def test_what_standard_output_cannot_take(argv, says, monkeypatch, capsysbinary):
-    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: make_music())
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_, **__: make_music())
     assert generate.main(["--run", "nowhere", "--out", "-", *argv.split()]) == 2
     out, err = capsysbinary.readouterr()
     assert out == b"" and says in err.decode() and err.count(b"\n") == 1
@@ -131,7 +131,7 @@ def test_a_listener_may_leave():
     music.model.step = lambda *a, step=music.model.step: steps.append(1) or step(*a)
     music.model.train()
     pieces = music.stream("slow organ", 60)
-    next(pieces)
+    next(pieces).mul_(0.5)
     assert threading.active_count() == before + 1 and not torch.is_inference_mode_enabled()
     pieces.close()
     assert threading.active_count() == before and music.model.training and len(steps) < 1_000, "of 3,000"
