@@ -111,7 +111,7 @@ def test_without_gradio_one_line(monkeypatch, capsys):
 ])
 def test_flags_that_the_page_has_no_use_for(flags, says, monkeypatch, capsys):
     monkeypatch.setattr(serve, "import_gradio", lambda: None)
-    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_, **__: tiny("text"))
     assert generate.main(["--run", "nowhere", "--serve", *flags]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
@@ -120,7 +120,7 @@ def test_flags_that_the_page_has_no_use_for(flags, says, monkeypatch, capsys):
 def test_the_page_begins_with_the_settings_of_the_command_line(monkeypatch):
     served = []
     monkeypatch.setattr(serve, "import_gradio", lambda: None)
-    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_, **__: tiny("text"))
 
     def show(gradio, music, *_, **first):
         served.append(serve.page_fields(music, **first))
@@ -191,7 +191,7 @@ def test_no_result_takes_the_file_of_another(tmp_path):
 def test_the_page_ends_with_its_files(number, code, tmp_path, monkeypatch, capsys):
     pytest.importorskip("gradio", reason="gradio is not installed")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_: tiny("text"))
+    monkeypatch.setattr(generate.MusicGenerator, "load", lambda *_, **__: tiny("text"))
     seen = []
 
     def wait(page):
