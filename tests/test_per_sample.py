@@ -180,7 +180,7 @@ def test_a_prompt_as_long_as_the_result_leaves_nothing():
 
 def test_the_command_gives_the_same_file_alone(monkeypatch, tmp_path):
     """By --first and by fewer --n, after a folder has files; and a continuation is as long as asked."""
-    monkeypatch.setattr(MusicGenerator, "load", lambda *args: make_music())
+    monkeypatch.setattr(MusicGenerator, "load", lambda *_, **__: make_music())
     run = ["--run", "x", "--seconds", "0.0401", "--device", "cpu"]
     audio.write_audio(tmp_path / "tune.wav", torch.rand(1, 101), 8000)
 
@@ -203,6 +203,6 @@ def test_the_command_gives_the_same_file_alone(monkeypatch, tmp_path):
 
 
 def test_a_bad_number(capsys, monkeypatch):
-    monkeypatch.setattr(MusicGenerator, "load", lambda *args: make_music())
+    monkeypatch.setattr(MusicGenerator, "load", lambda *_, **__: make_music())
     assert generate.main(["--run", "x", "--prompt", "a", "--first", "-1", "--device", "cpu"]) == 2
     assert "--first -1: it lies between 0 and 2^63" in capsys.readouterr().err
