@@ -48,7 +48,7 @@ from model import MusicGen
 from support import audio, common
 from support.compiled import compile_step
 from support.kernels import packed_weights
-from support.kept_codes import keep_codes, kept_path, read_kept
+from support.kept_codes import keep_codes, kept_path, take_kept
 from support.per_sample import Noise, encode_conditions
 from support.quantize import STORED_AS, store_weights
 from support.requests import read_continued, read_requests, read_values, request_records
@@ -478,10 +478,7 @@ def main(argv: list | None = None) -> None:
     out = common.output_folder(args.out)                             # before the work, not after it
     records = request_records(args, requests, seconds=seconds, codec=codec.fingerprint, **asdict(sampling))
     kept = kept_path(out, music, records, values, prompt)
-    if kept.exists():
-        codes, left = read_kept(kept, music)
-    else:
-        codes, left = generate(), list(range(len(requests)))
+    codes, left = take_kept(kept, music) or (generate(), list(range(len(requests))))
 
     # the audio, decoded one by one because it is larger than codes
     with keep_codes(kept, codes, left), common.numbered_names(out, len(left)) as names:

@@ -31,7 +31,7 @@ from support import audio, common
 FIT = "fit_codec --dataset toy --out c.pt --steps 2 --batch_size 1 --filters 2 --dim 4 --card 2 --codebooks 1"
 WRITERS = {    # name: (command, the file that cannot be written)
     "tokenizer": ("tokenizer @good.wav out.wav", "out.wav"),
-    "generate": ("generate --run @model --unconditional --n 2", "000.wav"),
+    "generate": ("generate --run @model --unconditional --n 2", "codes_"),
     "data cache": ("data cache @music --out out", "out/cache.json"),
     "fit_codec": (FIT, "c.pt.fit"),
     "convert nano": ("convert @model --to nano --out out", "best.pt"),
