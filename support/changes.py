@@ -124,10 +124,10 @@ def match_entries(found: list, usable: list, frame_rate: float) -> list[CachedEn
 def stored_sounds(entries: list, usable: list) -> dict[float, dict]:
     """{seconds: {digest of the samples: what is stored of them}} of files that are no longer as they were, if
     one that is to be encoded is as long: it may differ in its tags alone."""
-    digests = {e.digest for e in entries if e.shard != TO_ENCODE}
+    kept = {(e.key, e.digest) for e in entries if e.shard != TO_ENCODE}
     sounds = {e.seconds: {} for e in entries if e.shard == TO_ENCODE}
     for stored in usable:
-        if stored.sound is not None and stored.digest not in digests:
+        if None not in (stored.digest, stored.sound) and (stored.key, stored.digest) not in kept:
             for seconds in sounds.keys() & {stored.said, stored.seconds}:
                 sounds[seconds][stored.sound] = stored
     return {seconds: found for seconds, found in sounds.items() if found}

@@ -192,6 +192,16 @@ def test_another_file_of_the_same_size_and_time(music, encoded, tmp_path, capsys
     assert not encoded and "files: 8 as before" in capsys.readouterr().out
 
 
+def test_a_tag_in_one_of_two_copies(music, encoded, tmp_path, capsys):
+    shutil.copy(music / "a" / "song2.wav", music / "copy.wav")
+    make(music, tmp_path / "c")
+    encoded.clear()
+    tag_inside(music)
+    make(music, tmp_path / "c")
+    assert not encoded and "1 with other captions or tags; encoded 0" in capsys.readouterr().out
+    assert_like_fresh(music, tmp_path / "c", tmp_path)
+
+
 def test_what_was_gone_for_a_while_is_not_encoded_again(music, encoded, tmp_path, monkeypatch, capsys):
     """Such as a disk that was not there: its codes stay as long as others of their shard are in use."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)  # shards in their order
@@ -352,7 +362,8 @@ def test_a_damaged_shard_is_encoded_again(music, encoded, tmp_path, capsys):
     encoded.clear()
     make(music, tmp_path / "c")
     assert 1 <= len(encoded) <= 3
-    assert f"{len(encoded)} encoded again; encoded {len(encoded)}," in capsys.readouterr().out
+    count, said = len(encoded), capsys.readouterr().out
+    assert re.search(f"files: .*{count} encoded again.*; encoded {count},", said)
     assert_like_fresh(music, tmp_path / "c", tmp_path)
 
 
