@@ -20,6 +20,7 @@ melody is read on in each from where it begins, and begins again after its end.
 
 Legend: B batch, K codebooks, T frames, S sequence steps, C channels, N samples.
     python generate.py --run runs/NAME --prompt "a slow organ tune" --seconds 8 --n 4
+    python generate.py --run runs/NAME --prompt "slow organ" --out - | aplay     heard while it is generated
     python generate.py --run runs/NAME --serve                  a page in the browser, see support/serve.py
     python generate.py --run runs/NAME --prompt "fast bells" --melody tune.wav --style track.wav --cfg_style 3
     from generate import MusicGenerator

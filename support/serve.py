@@ -2,7 +2,8 @@
 
 `perform` is what happens behind the button, and needs no page; gradio draws the page and runs the queue, one
 clip at a time; nothing of its API goes past the queue. The page is for this machine alone unless --host says
-otherwise. Uploads and results lie in a folder that goes with the server, each result under a name of its own.
+otherwise. Where ffmpeg is installed, music plays while it is generated. Uploads and results lie in a folder
+that goes with the server, each result under a name of its own.
 
 Legend: C channels, N samples.
     pip install "gradio>=6"
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from conditioning import CONDITIONS
 from support import audio
+from support.stream import in_background
 
 MAX_CLIP_SECONDS = 300                       # of a clip: others wait for it; the command line goes to an hour
 UPLOAD = "100mb"                               # the largest audio file
@@ -51,11 +54,12 @@ def check_number(name: str, value) -> float | int:
     return int(value) if kind else float(value)
 
 
-def perform(music, asked: dict, progress=None, remark=lambda line: None) -> Tensor:
+def perform(music, asked: dict, progress=None, remark=lambda line: None, hear=None) -> Tensor:
     """Audio [C, N] of a generate.MusicGenerator for the fields of `page_fields`.
 
     The same as the command line makes of the same. remark: is called with each line on what the model does
-    not follow of it. Errors: ValueError says in one line what is wrong."""
+    not follow of it. hear: gets the audio piece by piece while it is generated. Errors: ValueError says in
+    one line what is wrong."""
     numbers = {name: check_number(name, value) for name, value in asked.items()
                if name not in CONDITIONS or CONDITIONS[name].widget == "number" and value is not None}
     seconds, seed = numbers.pop("seconds"), numbers.pop("seed")
@@ -74,7 +78,7 @@ def perform(music, asked: dict, progress=None, remark=lambda line: None) -> Tens
         for line in [] if values[name] is None else condition.remarks(values[name]):
             remark(line)
     sampling = dataclasses.replace(music.sampling, **numbers)
-    codes = music.codes([values], seconds, seed, sampling, progress=progress)
+    codes = music.codes([values], seconds, seed, sampling, progress=progress, hear=hear)
     return music.decode(codes, seconds)[0]
 
 
@@ -110,16 +114,25 @@ def build_page(gradio, music, folder: str, title: str, **first):
 
     first: as `page_fields` takes."""
     fields = page_fields(music, **first)
+    is_live = shutil.which("ffmpeg") is not None       # by which gradio makes what browsers stream
 
     def act(*values, progress=gradio.Progress()):
-        try:
+        def work(put):
             wav = perform(music, dict(zip(fields, values)), lambda done, total: progress((done, total)),
-                          gradio.Warning)
+                          gradio.Warning, put if is_live else None)
             path = f"{tempfile.mkdtemp(dir=folder)}/music.wav"         # no other request's
             audio.write_audio(path, wav, music.codec.sample_rate)
+            put(path)
+
+        try:
+            for found in in_background(work):
+                if isinstance(found, Tensor):                          # the next piece
+                    samples = audio.to_16_bits(found)
+                    yield audio.encode_audio(samples, music.codec.sample_rate, "wav", "PCM_16"), None
+                else:
+                    yield (None, found) if is_live else found
         except (ValueError, OSError) as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        return path
 
     def component(name: str, value):
         if name not in CONDITIONS:
@@ -132,9 +145,12 @@ def build_page(gradio, music, folder: str, title: str, **first):
                                 buttons=["download"])
         return gradio.Number(value, label=condition.label)
 
-    player = gradio.Audio(label="Music", type="filepath", buttons=["download"])        # no button that shares
+    players = [gradio.Audio(label="Music", type="filepath", buttons=["download"])]     # no button that shares
+    if is_live:
+        live = gradio.Audio(label="While it is generated", streaming=True, autoplay=True, buttons=[])
+        players.insert(0, live)
     # uploads and results are forgotten after an hour
-    page = gradio.Interface(act, [component(*field) for field in fields.items()], player, title=title,
+    page = gradio.Interface(act, [component(*field) for field in fields.items()], players, title=title,
                             submit_btn="Generate", flagging_mode="never", analytics_enabled=False,
                             api_name="generate", delete_cache=(3600, 3600))
     return page.queue(api_open=False)          # a model makes one clip at a time

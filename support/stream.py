@@ -9,6 +9,7 @@ Legend: K codebooks, T frames, C channels, N samples.
 """
 
 import contextlib
+import contextvars
 import queue
 import struct
 import sys
@@ -68,7 +69,8 @@ def in_background(work: Callable[[Callable], None]) -> Iterator:
         except BaseException as error:                 # raised again where the pieces are taken
             found.put((None, error))
 
-    thread = threading.Thread(target=run, daemon=True)
+    # with the context of who iterates: a page's progress and warnings find their page by it
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
     thread.start()
     try:
         while True:

@@ -130,6 +130,33 @@ def test_the_page_begins_with_the_settings_of_the_command_line(monkeypatch):
     assert served == [serve.page_fields(tiny("text")) | dict(cfg=4.0, top_k=0, seconds=2.5, seed=7)]
 
 
+def clip_of(outputs) -> str:
+    """The file among what the page returns: with ffmpeg there is a player before it."""
+    return outputs if isinstance(outputs, str) else outputs[-1]
+
+
+@pytest.mark.parametrize("ffmpeg", ["/usr/bin/ffmpeg", None])
+def test_the_page_plays_while_it_generates(ffmpeg, tmp_path, monkeypatch):
+    """The pieces, each a wav, are the clip that follows; without ffmpeg, which gradio needs for them, it
+    comes alone."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    monkeypatch.setattr(serve.shutil, "which", lambda name: ffmpeg)
+    music = tiny("text")
+    page = serve.build_page(serve.import_gradio(), music, str(tmp_path), "a tiny model")
+    fields = serve.page_fields(music) | dict(text="slow organ", seconds=1.9)
+    *pieces, last = page.fn(*fields.values())
+    whole = audio.read_audio(clip_of(last))
+    assert whole.shape == (1, 30_400) and len(page.output_components) == (2 if ffmpeg else 1)
+    for i, (content, clip) in enumerate(pieces):
+        assert clip is None
+        (tmp_path / f"{i}.wav").write_bytes(content)
+    heard = [audio.read_audio(tmp_path / f"{i}.wav") for i in range(len(pieces))]
+    assert len(heard) == (4 if ffmpeg else 0)
+    if ffmpeg:
+        assert torch.cat(heard, 1).shape == whole.shape
+        assert (torch.cat(heard, 1) - whole).abs().max() <= 1 / audio.FULL_SCALE
+
+
 def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
     """What the page returns is the file that the command line writes; what it refuses comes as a message."""
     pytest.importorskip("gradio", reason="gradio is not installed")
@@ -141,7 +168,7 @@ def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
     try:
         client = Client(address, verbose=False, download_files=tmp_path / "client")
         asked = serve.page_fields(music) | dict(text="slow organ", seed=3, melody=handle_file(tune))
-        found = client.predict(*asked.values(), api_name="/generate")
+        found = clip_of(client.predict(*asked.values(), api_name="/generate"))
         expected = music.generate(["slow organ"], 0.8, 3, melody=audio.read_audio(tune))[0]
         audio.write_audio(tmp_path / "expected.wav", expected, CODEC.sample_rate)
         assert open(found, "rb").read() == (tmp_path / "expected.wav").read_bytes()
@@ -164,7 +191,7 @@ def test_requests_at_the_same_time_get_their_own_music(tmp_path, monkeypatch):
     try:
         client = Client(address, verbose=False, download_files=tmp_path / "client")
         jobs = [client.submit(*fields.values(), api_name="/generate") for fields in asked]
-        found = [audio.read_audio(job.result()) for job in jobs]
+        found = [audio.read_audio(clip_of(job.result())) for job in jobs]
         past_the_queue = urllib.request.Request(
             f"{address}gradio_api/run/generate", json.dumps(dict(data=list(asked[0].values()))).encode(),
             {"Content-Type": "application/json"})
@@ -182,7 +209,7 @@ def test_no_result_takes_the_file_of_another(tmp_path):
     music = tiny("text")
     page = serve.build_page(serve.import_gradio(), music, str(tmp_path), "a tiny model")
     fields = serve.page_fields(music) | dict(text="slow organ")
-    first, second = (page.fn(*(fields | dict(seed=seed)).values()) for seed in (0, 1))
+    first, second = (clip_of(list(page.fn(*(fields | dict(seed=seed)).values()))[-1]) for seed in (0, 1))
     assert first != second and Path(first).read_bytes() != Path(second).read_bytes()
     assert {tmp_path} == {Path(name).parent.parent for name in (first, second)}
 
