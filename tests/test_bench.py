@@ -56,6 +56,12 @@ def test_commands(command, says, capsys):
     assert re.search(says, capsys.readouterr().out)
 
 
+def test_two_optimizers_are_measured_in_turn(capsys):
+    assert bench.main(["train", *SMALL, "--optimizer", "adamw", "muon"]) == 0
+    wanted = r"ours, muon +T 12 .*\n +ours is [\d.]+ \([\d.]+ to [\d.]+\) times as fast as ours, muon, 2 pairs"
+    assert re.search(wanted, capsys.readouterr().out)
+
+
 def test_limits_are_fractions_of_what_was_measured(capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure_limits", lambda args: bench.MachineLimits(flops=1e15, read=1e15))
     for command, says in (("train", "MFU 0.0%"), ("generate", "0.0% of reading")):
