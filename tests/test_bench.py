@@ -58,7 +58,7 @@ def test_commands(command, says, capsys):
 
 def test_two_optimizers_are_measured_in_turn(capsys):
     assert bench.main(["train", *SMALL, "--optimizer", "adamw", "muon"]) == 0
-    wanted = r"ours, muon +T 12 .*\n +ours is [\d.]+ \([\d.]+ to [\d.]+\) times as fast as ours, muon, 2 pairs"
+    wanted = r"ours, muon +T 12 .*\n +ours is [\d.]+ \(.*\) times as fast as ours, muon, 2 pairs"
     assert re.search(wanted, capsys.readouterr().out)
 
 
