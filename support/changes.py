@@ -139,8 +139,7 @@ def is_same_dataset(entries: list, before: list, usable: list) -> bool:
     sizes = {e.key: e.size for e in [*before, *usable]}  # None: an old cache does not say
     if not sizes or any(e.shard != TO_ENCODE or sizes[e.key] is None for e in entries if e.key in sizes):
         return True
-    digests = {e.digest for e in before or usable}
-    return 2 * len(digests & {e.digest for e in entries} - {None}) > len(digests)
+    return 2 * sum(e.shard != TO_ENCODE for e in entries) > len(before or usable)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -255,10 +255,9 @@ def read_begun(out: str, settings: dict) -> dict:
     except DAMAGE:
         raise ValueError(f"{out}/cache.json is damaged: delete {out}, or give another --out") from None
     names = [name for name in begun | settings if name not in NOT_COMPARED]
-    differ = [f"{name} ({str(begun.get(name))[:12]}, not {str(settings.get(name))[:12]})"
-              for name in names if settings.get(name) != begun.get(name)]
-    if differ:
-        raise ValueError(f"{out} holds a cache with another {', '.join(differ)}: "
+    if differ := [name for name in names if settings.get(name) != begun.get(name)]:
+        there, here = (", ".join(str(of.get(name))[:12] for name in differ) for of in (begun, settings))
+        raise ValueError(f"{out} holds a cache with another {', '.join(differ)} ({there}, not {here}): "
                          "give another --out, or delete it")
     return begun
 
