@@ -181,7 +181,7 @@ def text_column(sample: list, asked: str | None) -> str | tuple | None:
         return like[0]
     prose = []
     for column in columns:
-        words = [str(cell).split() for cell in texts(column)]
+        words = [cell.split() for cell in texts(column) if isinstance(cell, str)]    # a list is no sentence
         if words and sum(map(len, words)) / len(words) >= PROSE_WORDS and column.lower() not in FIELDS:
             prose.append(column)
     if len(prose) == 1 and not like:

@@ -182,6 +182,15 @@ def test_json_tables_of_wavcaps_and_musicbench(tmp_path, content):
     assert captions(music(tmp_path, "captions.json", content)) == {"a.wav": "one", "b.wav": "two"}
 
 
+def test_a_list_without_a_known_name_is_no_caption(tmp_path):
+    """A game's album.json: the modes in which a track is played are words, but say nothing of its sound."""
+    tracks = [{"filename": f"{x}.wav", "modes": ["duel", "skirmish", "campaign"], "bpm": 80} for x in "ab"]
+    folder = music(tmp_path, "album.json", json.dumps({"title": "Songs", "tracks": tracks}))
+    assert captions(folder) == {"a.wav": None, "b.wav": None}
+    note, = scan.scan_dataset(str(folder)).notes
+    assert note.endswith("2 files by their filename, no column of captions, other fields; not used: modes")
+
+
 def test_files_without_a_text_in_a_table_are_counted(tmp_path):
     content = 'file_name,text,bpm\na.wav,,90\nb.wav,two,80\n'
     notes = scan.scan_dataset(str(music(tmp_path, "m.csv", content))).notes
