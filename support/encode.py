@@ -240,6 +240,8 @@ def begin_update(dataset: str, out: str, codec, valid: str | float, features: di
                 seconds[rank] += entry.seconds
         taken = [shard_number(path) for path in Path(out).glob("shard_*")]
     except BaseException:
+        if not path.is_file():  # nothing has begun
+            Path(out, ".lock").unlink(missing_ok=True)
         if lock is not None:
             os.close(lock)
         raise
