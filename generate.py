@@ -434,7 +434,7 @@ def serve_page(args: argparse.Namespace) -> None:
     music.sampling = choose_sampling(args, music)
     if args.compile:
         compile_step(music.model)
-    serve.serve(gradio, music, args.host, args.port, args.run, seconds=args.seconds, seed=args.seed)
+    serve.serve(gradio, music, args)
 
 
 @common.command("generate.py", "--n or --seconds")

@@ -10,7 +10,6 @@ Legend: C channels, N samples.
 """
 
 import argparse
-import base64
 import functools
 import html
 import io
@@ -23,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import soundfile
-import torch
 from torch import Tensor
 
 from evaluate.listen import LUFS, REFERENCE_FOLDER, REFERENCE_KINDS, SAMPLE_KINDS, find_samples, spectrogram
+from evaluate.pictures import can_draw, data_uri, picture_uri
 from support import audio, common
 from support.flags import values_before
 
@@ -138,39 +137,12 @@ def shown_epochs(names: list, most: int = MAX_EPOCHS) -> list:
 # data URIs
 
 
-def data_uri(kind: str, content: bytes) -> str:
-    """A file within the page."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def audio_uri(wav: Tensor, sample_rate: int) -> str:
     """Audio [C,N] as MP3, which every browser plays; as 16-bit FLAC at rates that MP3 has not."""
     wav = wav.clamp(-1, 1)
     if sample_rate in MP3_RATES and "MP3" in soundfile.available_formats():
         return data_uri("audio/mpeg", audio.encode_audio(wav, sample_rate, "mp3", "MPEG_LAYER_III"))
     return data_uri("audio/flac", audio.encode_audio(wav, sample_rate, "flac", "PCM_16"))
-
-
-def picture_uri(level: Tensor) -> str:
-    """Levels [rows, columns] in 0..1 as a PNG of 64 colors, a third as large as one of them all."""
-    from matplotlib import colormaps
-    from PIL import Image                                # which matplotlib itself needs
-    picture, file = Image.fromarray((level * 63).round().to(torch.uint8).numpy(), "L"), io.BytesIO()
-    picture.putpalette(colormaps["magma"](range(0, 256, 4), bytes=True)[:, :3].tobytes())
-    picture.save(file, "png", optimize=True)
-    return data_uri("image/png", file.getvalue())
-
-
-@functools.lru_cache(maxsize=1)
-def can_draw() -> bool:
-    """Whether there can be pictures; says so once where not."""
-    try:
-        import matplotlib.figure                         # noqa: F401 its Figure draws without a screen
-    except Exception as error:                           # it is not there, or does not fit numpy
-        common.say_once("index.html has no pictures: they need matplotlib (pip install matplotlib; "
-                        f"{common.describe_error(error)})")
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,85 +1,47 @@
-"""A page to try a model in the browser: the conditions that it knows, the settings of sampling, a player.
+"""A page to try a model in the browser: the conditions that it knows, the settings of sampling, its takes.
 
-`perform` is what happens behind the button, and needs no page; gradio draws the page and runs the queue, one
-clip at a time; nothing of its API goes past the queue. The page is for this machine alone unless --host says
-otherwise. Where ffmpeg is installed, music plays while it is generated. Uploads and results lie in a folder
-that goes with the server, each result under a name of its own.
+support/takes.py is what happens behind the buttons, and needs no page; gradio draws the page and runs the
+queue, one clip at a time; nothing of its API goes past the queue. The page is for this machine alone unless
+--host says otherwise. Where ffmpeg is installed, music plays while it is generated. Uploads and results lie
+in a folder that goes with the server, each result under a name of its own; a visitor's list of takes is
+that visitor's alone.
 
-Legend: C channels, N samples.
     pip install "gradio>=6"
     python generate.py --run runs/NAME --serve                       http://127.0.0.1:7860
 """
 
 import argparse
-import dataclasses
-import math
 import os
+import secrets
 import shutil
 import tempfile
-from pathlib import Path
+from html import escape
 
 from torch import Tensor
 
 from conditioning import CONDITIONS
 from support import audio
 from support.stream import in_background
+from support.takes import (MAX_CLIP_SECONDS, MAX_TAKES, Take, example_captions, is_toy_run, make_take,
+                           page_fields, plan_takes, plan_to_go_on)
 
-MAX_CLIP_SECONDS = 300                       # of a clip: others wait for it; the command line goes to an hour
 UPLOAD = "100mb"                               # the largest audio file
-WHOLE = ("top_k", "seed")                      # numbers without a fraction
+NEW_SEEDS = 1 << 31                            # that "Again" draws from: JavaScript keeps them exactly
 LABELS = dict(seconds="Seconds", cfg="Guidance (1: none)",
               cfg_style="Guidance of the text beside other conditions (1: none)",
               temperature="Temperature (0: the likeliest)", top_k="Top-k (0: all)", top_p="Top-p (0: off)",
               seed="Seed")
-
-
-def page_fields(music, seconds: float | None = None, seed: int = 0) -> dict:
-    """The fields of the page for a generate.MusicGenerator and their first values."""
-    conditions = {name: None for name in CONDITIONS if name in music.conditions}
-    sampling = dataclasses.asdict(music.sampling)
-    texts = [name for name in conditions if CONDITIONS[name].is_text]
-    if not texts or len(conditions) < 2:
-        del sampling["cfg_style"]              # nothing for the text to stand beside
-    window_seconds = round(music.window / music.codec.frame_rate, 2)
-    return conditions | {"seconds": seconds or window_seconds} | sampling | {"seed": seed}
-
-
-def check_number(name: str, value) -> float | int:
-    """A field's number. Errors: ValueError for an empty one, or a fraction where none makes sense."""
-    kind = "whole " if name in WHOLE else ""
-    if value is None:
-        raise ValueError(f"{name} is empty: give a {kind}number")
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or kind and value != int(value):
-        raise ValueError(f"{name} {value}: give a {kind}number")
-    return int(value) if kind else float(value)
-
-
-def perform(music, asked: dict, progress=None, remark=lambda line: None, hear=None) -> Tensor:
-    """Audio [C, N] of a generate.MusicGenerator for the fields of `page_fields`.
-
-    The same as the command line makes of the same. remark: is called with each line on what the model does
-    not follow of it. hear: gets the audio piece by piece while it is generated. Errors: ValueError says in
-    one line what is wrong."""
-    numbers = {name: check_number(name, value) for name, value in asked.items()
-               if name not in CONDITIONS or CONDITIONS[name].widget == "number" and value is not None}
-    seconds, seed = numbers.pop("seconds"), numbers.pop("seed")
-    if not 0 < seconds <= MAX_CLIP_SECONDS:
-        raise ValueError(f"seconds {seconds:g}: more than 0, at most {MAX_CLIP_SECONDS}")
-    if not 0 <= seed < 2 ** 63:
-        raise ValueError(f"seed {seed}: it lies between 0 and 2^63")
-    values = {}
-    for name, condition in music.conditions.items():
-        given = numbers.pop(name, asked.get(name))
-        try:
-            values[name] = None if given in (None, "") else condition.from_user(given, music.codec)
-        except ValueError as error:
-            file = f"{Path(given).name}: " if condition.widget == "audio" else ""
-            raise ValueError(f"{name}: {file}{error}") from None
-        for line in [] if values[name] is None else condition.remarks(values[name]):
-            remark(line)
-    sampling = dataclasses.replace(music.sampling, **numbers)
-    codes = music.codes([values], seconds, seed, sampling, progress=progress, hear=hear)
-    return music.decode(codes, seconds)[0]
+# the page is one column on a phone; its colors are the theme's, light or dark
+STYLE = """
+.take h3 { margin: 0 0 .4rem; overflow-wrap: anywhere; font-size: 1rem }
+.take img { width: 100%; height: 7rem; border-radius: 4px; display: block }
+.take audio { width: 100%; margin: .5rem 0 }
+.take p { margin: .2rem 0; overflow-wrap: anywhere }
+.take a { padding: .3rem }
+.take table { width: auto; margin-top: .4rem }
+.take caption { text-align: left; padding-bottom: .2rem }
+.take table :is(th, td) { padding: .15rem .6rem; border-color: var(--border-color-primary) }
+"""
 
 
 def check_serve_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -109,55 +71,145 @@ def import_gradio():
     return gradio
 
 
-def build_page(gradio, music, folder: str, title: str, **first):
-    """The page, a gradio.Interface; results are written to a folder, from where gradio takes them.
+def slider_ranges(music, fields: dict) -> dict:
+    """{name: (lowest, highest, step)} of the sliders, wide enough for the first values of `fields`.
 
-    first: as `page_fields` takes."""
-    fields = page_fields(music, **first)
+    A narrower range than Sampling allows, where music is; of the seconds, twenty windows or a minute."""
+    window_seconds = music.window / music.codec.frame_rate
+    ranges = dict(seconds=(0.1, min(MAX_CLIP_SECONDS, max(60, 20 * round(window_seconds))), 0.1),
+                  cfg=(0, 10, 0.1), cfg_style=(0, 10, 0.1), temperature=(0, 2, 0.05),
+                  top_k=(0, music.codec.card, 1), top_p=(0, 1, 0.01))
+    return {name: (min(low, fields[name]), max(high, fields[name]), step)
+            for name, (low, high, step) in ranges.items() if name in fields}
+
+
+def build_page(gradio, music, args: argparse.Namespace, folder: str):
+    """The page, a gradio.Blocks; results are written to a folder, from where gradio takes them.
+
+    args: flags of generate.py, whose run, seconds and seed it begins with."""
+    fields = page_fields(music, args.seconds, args.seed)
+    ranges, is_toy, captions = slider_ranges(music, fields), is_toy_run(args.run), example_captions(args.run)
     is_live = shutil.which("ffmpeg") is not None       # by which gradio makes what browsers stream
 
-    def act(*values, progress=gradio.Progress()):
+    def produce(plan: list, visit: list, progress, before: Take | None = None):
+        """What the outputs show: pieces while it is generated, each take when it is done."""
         def work(put):
-            wav = perform(music, dict(zip(fields, values)), lambda done, total: progress((done, total)),
-                          gradio.Warning, put if is_live else None)
-            path = f"{tempfile.mkdtemp(dir=folder)}/music.wav"         # no other request's
-            audio.write_audio(path, wav, music.codec.sample_rate)
-            put(path)
+            for i, (asked, number) in enumerate(plan):
+                def report(done, total, i=i):
+                    progress((i * total + done, len(plan) * total))
 
+                put(make_take(music, args, folder, asked, number, before, is_toy, progress=report,
+                              remark=gradio.Warning if i == 0 else lambda line: None,
+                              hear=put if is_live else None))
+
+        takes = []
+        for found in in_background(work):
+            if isinstance(found, Tensor):                              # the next piece
+                piece = audio.encode_audio(audio.to_16_bits(found), music.codec.sample_rate, "wav", "PCM_16")
+                outputs = [gradio.skip(), gradio.skip(), gradio.skip()]
+            else:
+                takes.append(found)
+                piece, done = gradio.skip(), f"{len(takes)} of {len(plan)} done"
+                files = [str(path) for take in takes for path in (take.path, take.path.with_suffix(".json"))]
+                outputs = [done, [takes, *visit], files]
+            yield [piece, *outputs] if is_live else outputs
+
+    def in_one_line(work):
+        """The generator `work`, whose errors the page shows as one line."""
         try:
-            for found in in_background(work):
-                if isinstance(found, Tensor):                          # the next piece
-                    samples = audio.to_16_bits(found)
-                    yield audio.encode_audio(samples, music.codec.sample_rate, "wav", "PCM_16"), None
-                else:
-                    yield (None, found) if is_live else found
+            yield from work
         except (ValueError, OSError) as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
+    def act(*values, progress=gradio.Progress()):
+        *values, second, count, visit = values
+
+        def start():
+            yield from produce(plan_takes(dict(zip(fields, values)), second, count), visit, progress)
+
+        yield from in_one_line(start())
+
     def component(name: str, value):
+        if name in ranges:
+            low, high, step = ranges[name]
+            return gradio.Slider(low, high, value, step=step, label=LABELS[name])
         if name not in CONDITIONS:
             return gradio.Number(value, label=LABELS[name])
         condition = CONDITIONS[name]
         if condition.widget == "text":
-            return gradio.Textbox(label=condition.label, lines=2)
+            return gradio.Textbox(label=condition.label, lines=1, max_lines=4)
         if condition.widget == "audio":
             return gradio.Audio(label=condition.label, type="filepath", sources=["upload", "microphone"],
                                 buttons=["download"])
         return gradio.Number(value, label=condition.label)
 
-    players = [gradio.Audio(label="Music", type="filepath", buttons=["download"])]     # no button that shares
-    if is_live:
-        live = gradio.Audio(label="While it is generated", streaming=True, autoplay=True, buttons=[])
-        players.insert(0, live)
     # uploads and results are forgotten after an hour
-    page = gradio.Interface(act, [component(*field) for field in fields.items()], players, title=title,
-                            submit_btn="Generate", flagging_mode="never", analytics_enabled=False,
-                            api_name="generate", delete_cache=(3600, 3600))
+    page = gradio.Blocks(title=args.run, analytics_enabled=False, delete_cache=(3600, 3600))
+    with page:
+        visit = gradio.State([])                                       # rows of takes, the newest first
+        gradio.HTML(f"<h1>Music from {escape(args.run)}</h1>")
+        with gradio.Row():
+            with gradio.Column():
+                inputs = {name: component(name, value) for name, value in fields.items()
+                          if name in CONDITIONS}
+                texts = [box for name, box in inputs.items() if CONDITIONS[name].is_text]
+                second = gradio.Textbox("", label="A second prompt to compare, at the same seed",
+                                        lines=1, max_lines=4, visible=bool(texts))
+                if texts and captions:
+                    gradio.Examples([[text] for text in captions], texts, label="For example",
+                                    api_visibility="private")
+            with gradio.Column():
+                inputs |= {name: component(name, value) for name, value in fields.items()
+                           if name not in inputs}
+                count = gradio.Slider(1, MAX_TAKES, 1, step=1, label="Takes of each prompt, side by side")
+        with gradio.Row():
+            generate = gradio.Button("Generate", variant="primary")
+            again = gradio.Button("Again, with a new seed")
+        live = gradio.Audio(label="While it is generated", streaming=True, autoplay=True, buttons=[],
+                            visible=is_live)
+        status = gradio.Markdown("", label="Status", min_height=60)
+        # gradio forgets the files that an output has shown; a list of takes is none
+        files = gradio.File(file_count="multiple", visible=False)
+
+        outputs = [live, status, visit, files] if is_live else [status, visit, files]
+        # one at a time, whichever button asks
+        calls = dict(outputs=outputs, concurrency_id="model", concurrency_limit=1, show_progress_on=[status])
+        asked = [*inputs.values(), second, count, visit]
+        generate.click(act, asked, api_name="generate", **calls)
+        for box in (*texts, second):
+            box.submit(act, asked, api_visibility="private", **calls)
+        drawn = again.click(lambda: secrets.randbelow(NEW_SEEDS), None, inputs["seed"],
+                            api_visibility="private")
+        drawn.then(act, asked, api_visibility="private", **calls)
+
+        @gradio.render([visit], show_progress="hidden")
+        def show_takes(rows):
+            for takes in rows:
+                with gradio.Row():
+                    for take in takes:
+                        with gradio.Column(min_width=260, variant="panel"):
+                            show_take(take)
+
+        def show_take(take: Take):
+            if not take.path.is_file():
+                gradio.Markdown(f"{take.path.name}: forgotten after an hour")
+                return
+
+            def go_on(visit, progress=gradio.Progress()):
+                def start():
+                    yield from produce(plan_to_go_on(take), visit, progress, take)
+
+                yield from in_one_line(start())
+
+            gradio.HTML(take.html, key=f"take {take.path}")
+            button = gradio.Button("Go on from this one", size="sm", key=f"go on {take.path}")
+            button.click(go_on, [visit], api_visibility="private", **calls)
     return page.queue(api_open=False)          # a model makes one clip at a time
 
 
-def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
-    """Shows the page until Ctrl-C. first: as `page_fields` takes. Errors: ValueError for the address."""
+def serve(gradio, music, args: argparse.Namespace) -> None:
+    """Shows the page until Ctrl-C. args: flags of generate.py. Errors: ValueError for the address."""
+    host, port = args.host, args.port
     if not 0 < port < 1 << 16:
         raise ValueError(f"--port {port}: it lies between 1 and 65535")
     os.environ["GRADIO_RUN_HISTORY"] = "False"
@@ -165,14 +217,15 @@ def serve(gradio, music, host: str, port: int, title: str, **first) -> None:
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder                         # of uploads, and of what it forgets
-        page = build_page(gradio, music, folder, title, **first)
+        page = build_page(gradio, music, args, folder)
         try:
             page.launch(server_name=host, server_port=port, share=False, quiet=True, max_file_size=UPLOAD,
-                        ssr_mode=False, footer_links=["api"], prevent_thread_lock=True, theme=theme)
+                        ssr_mode=False, footer_links=["api"], prevent_thread_lock=True, theme=theme,
+                        css=STYLE)
         except OSError:                                              # gradio's message names its own settings
             raise ValueError(f"--host {host} --port {port}: in use, or not of this machine; "
                              "give another") from None
-        print(f"serving {title} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"serving {args.run} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
         try:
             page.block_thread()
         finally:
