@@ -31,7 +31,7 @@ def can_draw() -> bool:
     try:
         import matplotlib.figure                         # noqa: F401 its Figure draws without a screen
     except Exception as error:                           # it is not there, or does not fit numpy
-        common.say_once("the page has no pictures: they need matplotlib (pip install matplotlib; "
+        common.say_once("no pictures on the page: they need matplotlib (pip install matplotlib; "
                         f"{common.describe_error(error)})")
         return False
     return True

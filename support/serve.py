@@ -38,9 +38,9 @@ STYLE = """
 .take audio { width: 100%; margin: .5rem 0 }
 .take p { margin: .2rem 0; overflow-wrap: anywhere }
 .take a { padding: .3rem }
-.take table { width: auto; margin-top: .4rem }
+.take table { width: auto; margin-top: .4rem; font-size: .875rem }
 .take caption { text-align: left; padding-bottom: .2rem }
-.take table :is(th, td) { padding: .15rem .6rem; border-color: var(--border-color-primary) }
+.take table :is(th, td) { padding: .15rem .4rem; border-color: var(--border-color-primary) }
 """
 
 
@@ -201,8 +201,8 @@ def build_page(gradio, music, args: argparse.Namespace, folder: str):
 
                 yield from in_one_line(start())
 
-            gradio.HTML(take.html, key=f"take {take.path}")
-            button = gradio.Button("Go on from this one", size="sm", key=f"go on {take.path}")
+            gradio.HTML(take.html)
+            button = gradio.Button("Go on from this one", size="sm")
             button.click(go_on, [visit], api_visibility="private", **calls)
     return page.queue(api_open=False)          # a model makes one clip at a time
 
