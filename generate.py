@@ -404,7 +404,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
     new("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 or mps")
     new("--weights", default="float32", choices=STORED_AS,
         help="what matrices are held as: int8 is the fastest and a quarter of the memory, nearly as good")
-    new("--compile", action="store_true", help="torch.compile the step: a minute at first, then faster")
+    new("--compile", action="store_true",
+        help="torch.compile the step: a minute or more at first, pays from two minutes of music on")
     new("--out", type=common.output_name, default="generated",
         help="folder for wav and json files, existing files are kept; or -: one clip as wav to standard "
              "output, while it is generated, for a player such as aplay")
