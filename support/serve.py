@@ -111,6 +111,7 @@ def build_page(gradio, music, args: argparse.Namespace, folder: str):
                 takes.append(found)
                 piece, done = gradio.skip(), f"{len(takes)} of {len(plan)} done"
                 files = [str(path) for take in takes for path in (take.path, take.path.with_suffix(".json"))]
+                written.update(files)
                 outputs = [done, [takes, *visit], files]
             yield [piece, *outputs] if is_live else outputs
 
@@ -143,8 +144,10 @@ def build_page(gradio, music, args: argparse.Namespace, folder: str):
                                 buttons=["download"])
         return gradio.Number(value, label=condition.label)
 
-    # uploads and results are forgotten after an hour
+    # uploads and results are forgotten after an hour; gradio must be told which files are results
     page = gradio.Blocks(title=args.run, analytics_enabled=False, delete_cache=(3600, 3600))
+    written = set()
+    page.temp_file_sets.append(written)
     with page:
         visit = gradio.State([])                                       # rows of takes, the newest first
         gradio.HTML(f"<h1>Music from {escape(args.run)}</h1>")
@@ -168,7 +171,7 @@ def build_page(gradio, music, args: argparse.Namespace, folder: str):
         live = gradio.Audio(label="While it is generated", streaming=True, autoplay=True, buttons=[],
                             visible=is_live)
         status = gradio.Markdown("", label="Status", min_height=60)
-        # gradio forgets the files that an output has shown; a list of takes is none
+        # what the API returns
         files = gradio.File(file_count="multiple", visible=False)
 
         outputs = [live, status, visit, files] if is_live else [status, visit, files]

@@ -191,8 +191,9 @@ def test_the_page_through_a_client(tune, tmp_path, monkeypatch):
 
 
 def test_requests_at_the_same_time_get_their_own_music(tmp_path, monkeypatch):
-    """Six at once, through the queue; what would go past it is refused."""
+    """Six at once, through the queue; what would go past it is refused; wavs and jsons are forgotten."""
     pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio.route_utils import delete_files_created_by_app
     from gradio_client import Client
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     music = tiny("text")
@@ -210,6 +211,9 @@ def test_requests_at_the_same_time_get_their_own_music(tmp_path, monkeypatch):
             urllib.request.urlopen(past_the_queue)
     finally:
         page.close()
+    assert len(list(tmp_path.glob("tmp*/seed*"))) == 12
+    delete_files_created_by_app(page, 0)                               # what gradio does every hour
+    assert not list(tmp_path.glob("tmp*/seed*"))
     for seed, wav in enumerate(found):
         assert torch.allclose(wav, music.generate(["slow organ"], 0.8, seed)[0].clamp(-1, 1), atol=1e-4), seed
 
