@@ -403,7 +403,7 @@ def build_generate_parser() -> argparse.ArgumentParser:
     new("--codec", help="where the codec lies, if it has moved since training")
     new("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 or mps")
     new("--weights", default="float32", choices=STORED_AS,
-        help="what matrices are held as: int8 is the fastest and a quarter of the memory, nearly as good")
+        help="what matrices are held as: int8 is the fastest and a third of the memory, nearly as good")
     new("--compile", action="store_true",
         help="torch.compile the step: a minute or more at first, pays from two minutes of music on")
     new("--out", type=common.output_name, default="generated",
@@ -459,16 +459,17 @@ def main(argv: list | None = None) -> None:
     values = read_values(music, requests)
     if args.compile:
         compile_step(music.model)
-    for name, condition in music.conditions.items():                 # what it does not follow, said once
-        for value in dict.fromkeys(row[name] for row in values):
-            for line in [] if value is None else condition.remarks(value):
-                print(f"generate.py: {line}", file=sys.stderr)
 
     def generate(hear=None) -> Tensor:
         with tqdm(total=100, unit="%", disable=not sys.stderr.isatty()) as bar:
-            return music.codes(values, seconds, args.seed, sampling, stride_seconds=args.stride,
-                               prompt=prompt, first=args.first, hear=hear,
-                               progress=lambda done, total: bar.update(100 * done // total - bar.n))
+            codes = music.codes(values, seconds, args.seed, sampling, stride_seconds=args.stride,
+                                prompt=prompt, first=args.first, hear=hear,
+                                progress=lambda done, total: bar.update(100 * done // total - bar.n))
+        for name, condition in music.conditions.items():             # what it does not follow, said once
+            for value in dict.fromkeys(row[name] for row in values):
+                for line in [] if value is None else condition.remarks(value):
+                    print(f"generate.py: {line}", file=sys.stderr)
+        return codes
 
     if args.out == "-":
         first, stop = music.span(seconds, prompt)

@@ -12,7 +12,7 @@ import conditioning
 import generate
 import toy
 import train
-from support import serve, vocabulary
+from support import takes, vocabulary
 from support.vocabulary import fit_sentencepiece
 
 HERE = Path(__file__).parent
@@ -106,7 +106,7 @@ def test_commands_name_it(tmp_path, capsys, old):
     out, err = capsys.readouterr()
     assert named in err and "cut off" in err and len(out.splitlines()[2].split()) == 256
     heard, music = [], generate.MusicGenerator.load(run, "cpu")
-    serve.perform(music, serve.page_fields(music, 0.2) | dict(text="Slow Organ 日本"), remark=heard.append)
+    takes.perform(music, takes.page_fields(music, 0.2) | dict(text="Slow Organ 日本"), remark=heard.append)
     assert len(heard) == 1 and named in heard[0] and heard[0].startswith("text 'Slow")
 
 
