@@ -278,6 +278,8 @@ def metrics_parser() -> argparse.ArgumentParser:
 @common.command("evaluate.metrics", "--n")
 def main(argv: list | None = None) -> None:
     args = metrics_parser().parse_args(argv)
+    if args.weights != "float32" and not args.run:
+        raise ValueError(f"--weights {args.weights}: of which model? Give --run")
     if args.clap_text:
         return text_consistency(args)
     if args.reference or args.generated:

@@ -15,6 +15,8 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from html import escape
 
 from torch import Tensor
@@ -83,77 +85,90 @@ def slider_ranges(music, fields: dict) -> dict:
             for name, (low, high, step) in ranges.items() if name in fields}
 
 
+def make_field(gradio, name: str, value, ranges: dict):
+    """The component of a field of `page_fields`: a slider where `ranges` has one, else of its kind."""
+    if name in ranges:
+        low, high, step = ranges[name]
+        return gradio.Slider(low, high, value, step=step, label=LABELS[name])
+    if name not in CONDITIONS:
+        return gradio.Number(value, label=LABELS[name])
+    condition = CONDITIONS[name]
+    if condition.widget == "text":
+        return gradio.Textbox(label=condition.label, lines=1, max_lines=4)
+    if condition.widget == "audio":
+        return gradio.Audio(label=condition.label, type="filepath", sources=["upload", "microphone"],
+                            buttons=["download"])
+    return gradio.Number(value, label=condition.label)
+
+
+class Performer:
+    """Makes the takes that a page asks for, and says what its outputs show."""
+
+    def __init__(self, gradio, music, args: argparse.Namespace, folder: str):
+        """args: flags of generate.py; folder: where results are written."""
+        self.gradio, self.music, self.args, self.folder = gradio, music, args, folder
+        self.is_toy = is_toy_run(args.run)
+        self.is_live = shutil.which("ffmpeg") is not None       # by which gradio makes what browsers stream
+        self.written = set()                                    # results, which gradio shall forget
+
+    def perform(self, plan: Callable, visit: list, progress, before: Take | None = None) -> Iterator:
+        """What the outputs show: pieces while it is generated, each take when it is done.
+
+        plan: gives what is asked for, as `plan_takes` does; visit: the takes so far; before: what goes on.
+        Errors: gradio's, of which the page shows one line."""
+        try:
+            yield from self.produce(plan(), visit, progress, before)
+        except (ValueError, OSError) as error:
+            raise self.gradio.Error(str(error), print_exception=False) from None
+
+    def produce(self, plan: list, visit: list, progress, before: Take | None) -> Iterator:
+        """As `perform`. Errors: ValueError, OSError."""
+        gradio, takes = self.gradio, []
+
+        def work(put: Callable) -> None:
+            for i, (asked, number) in enumerate(plan):
+                def report(done, total, i=i):
+                    progress((i * total + done, len(plan) * total))
+
+                put(make_take(self.music, self.args, self.folder, asked, number, before, self.is_toy,
+                              progress=report, remark=gradio.Warning if i == 0 else lambda line: None,
+                              hear=put if self.is_live else None))
+
+        for found in in_background(work):
+            if isinstance(found, Tensor):                              # the next piece
+                wav, rate = audio.to_16_bits(found), self.music.codec.sample_rate
+                yield audio.encode_audio(wav, rate, "wav", "PCM_16"), *[gradio.skip()] * 3
+                continue
+            takes.append(found)
+            files = [str(path) for take in takes for path in (take.path, take.path.with_suffix(".json"))]
+            self.written.update(files)
+            outputs = [f"{len(takes)} of {len(plan)} done", [takes, *visit], files]
+            yield [gradio.skip(), *outputs] if self.is_live else outputs
+
+
 def build_page(gradio, music, args: argparse.Namespace, folder: str):
     """The page, a gradio.Blocks; results are written to a folder, from where gradio takes them.
 
     args: flags of generate.py, whose run, seconds and seed it begins with."""
     fields = page_fields(music, args.seconds, args.seed)
-    ranges, is_toy, captions = slider_ranges(music, fields), is_toy_run(args.run), example_captions(args.run)
-    is_live = shutil.which("ffmpeg") is not None       # by which gradio makes what browsers stream
-
-    def produce(plan: list, visit: list, progress, before: Take | None = None):
-        """What the outputs show: pieces while it is generated, each take when it is done."""
-        def work(put):
-            for i, (asked, number) in enumerate(plan):
-                def report(done, total, i=i):
-                    progress((i * total + done, len(plan) * total))
-
-                put(make_take(music, args, folder, asked, number, before, is_toy, progress=report,
-                              remark=gradio.Warning if i == 0 else lambda line: None,
-                              hear=put if is_live else None))
-
-        takes = []
-        for found in in_background(work):
-            if isinstance(found, Tensor):                              # the next piece
-                piece = audio.encode_audio(audio.to_16_bits(found), music.codec.sample_rate, "wav", "PCM_16")
-                outputs = [gradio.skip(), gradio.skip(), gradio.skip()]
-            else:
-                takes.append(found)
-                piece, done = gradio.skip(), f"{len(takes)} of {len(plan)} done"
-                files = [str(path) for take in takes for path in (take.path, take.path.with_suffix(".json"))]
-                written.update(files)
-                outputs = [done, [takes, *visit], files]
-            yield [piece, *outputs] if is_live else outputs
-
-    def in_one_line(work):
-        """The generator `work`, whose errors the page shows as one line."""
-        try:
-            yield from work
-        except (ValueError, OSError) as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+    ranges, captions = slider_ranges(music, fields), example_captions(args.run)
+    performer = Performer(gradio, music, args, folder)
+    is_live = performer.is_live
 
     def act(*values, progress=gradio.Progress()):
         *values, second, count, visit = values
-
-        def start():
-            yield from produce(plan_takes(dict(zip(fields, values)), second, count), visit, progress)
-
-        yield from in_one_line(start())
-
-    def component(name: str, value):
-        if name in ranges:
-            low, high, step = ranges[name]
-            return gradio.Slider(low, high, value, step=step, label=LABELS[name])
-        if name not in CONDITIONS:
-            return gradio.Number(value, label=LABELS[name])
-        condition = CONDITIONS[name]
-        if condition.widget == "text":
-            return gradio.Textbox(label=condition.label, lines=1, max_lines=4)
-        if condition.widget == "audio":
-            return gradio.Audio(label=condition.label, type="filepath", sources=["upload", "microphone"],
-                                buttons=["download"])
-        return gradio.Number(value, label=condition.label)
+        plan = partial(plan_takes, dict(zip(fields, values)), second, count)
+        yield from performer.perform(plan, visit, progress)
 
     # uploads and results are forgotten after an hour; gradio must be told which files are results
     page = gradio.Blocks(title=args.run, analytics_enabled=False, delete_cache=(3600, 3600))
-    written = set()
-    page.temp_file_sets.append(written)
+    page.temp_file_sets.append(performer.written)
     with page:
         visit = gradio.State([])                                       # rows of takes, the newest first
         gradio.HTML(f"<h1>Music from {escape(args.run)}</h1>")
         with gradio.Row():
             with gradio.Column():
-                inputs = {name: component(name, value) for name, value in fields.items()
+                inputs = {name: make_field(gradio, name, value, ranges) for name, value in fields.items()
                           if name in CONDITIONS}
                 texts = [box for name, box in inputs.items() if CONDITIONS[name].is_text]
                 second = gradio.Textbox("", label="A second prompt to compare, at the same seed",
@@ -162,7 +177,7 @@ def build_page(gradio, music, args: argparse.Namespace, folder: str):
                     gradio.Examples([[text] for text in captions], texts, label="For example",
                                     api_visibility="private")
             with gradio.Column():
-                inputs |= {name: component(name, value) for name, value in fields.items()
+                inputs |= {name: make_field(gradio, name, value, ranges) for name, value in fields.items()
                            if name not in inputs}
                 count = gradio.Slider(1, MAX_TAKES, 1, step=1, label="Takes of each prompt, side by side")
         with gradio.Row():
@@ -199,10 +214,7 @@ def build_page(gradio, music, args: argparse.Namespace, folder: str):
                 return
 
             def go_on(visit, progress=gradio.Progress()):
-                def start():
-                    yield from produce(plan_to_go_on(take), visit, progress, take)
-
-                yield from in_one_line(start())
+                yield from performer.perform(partial(plan_to_go_on, take), visit, progress, take)
 
             gradio.HTML(take.html)
             button = gradio.Button("Go on from this one", size="sm")

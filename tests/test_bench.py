@@ -151,6 +151,8 @@ def test_a_missing_peer_says_how_to_install_it(monkeypatch, capsys):
     (["--top_k", "3000"], "--top_k 3000"),
     (["--vs", "audiocraft", "--pattern", "parallel"], "--pattern parallel"),
     (["--device", "tpu"], "tpu"),
+    (["train", "--weights", "int8"], "--weights int8: of generate, not of train"),
+    (["generate", "--optimizer", "muon"], "--optimizer muon: of train, not of generate"),
     (["codec", "--codec", "missing.pt"], "missing.pt"),
 ])
 def test_bad_input(argv, says, capsys):

@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,6 +383,22 @@ def test_a_file_is_asked_for_once(tmp_path, monkeypatch):
                             asked.append(name) or real(*args, **more))
     assert len(scan(tmp_path / "data.jsonl").entries) == 40
     assert asked.count("stat") <= 60 and asked.count("lstat") <= 20 and asked.count("scandir") == 1, asked
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_threads_take_over_where_the_disk_makes_them_wait(waits, tmp_path, monkeypatch):
+    """On a fast disk they would wait for each other. Either way every file is there, in order."""
+    (tmp_path / "m.jsonl").write_text("".join(f'{{"path": "{i:03}.wav"}}\n' for i in range(600)))
+    seen = set()
+
+    def slow(path, key, *more):
+        seen.add(threading.get_ident())
+        time.sleep(0.002 if waits else 0)
+        return Entry(path, key, 1.0), [], []
+
+    monkeypatch.setattr("support.scan.make_entry", slow)
+    assert [entry.key for entry in scan(tmp_path / "m.jsonl").entries] == [f"{i:03}.wav" for i in range(600)]
+    assert (len(seen) > 1) == waits
 
 
 def test_few_files_are_split_near_the_fraction():

@@ -16,7 +16,7 @@ from support.compiled import compile_step
 from support.lora import add_lora
 from support.per_sample import Noise
 from support.quantize import Bfloat16Matrix, FbgemmMatrix, Int8Matrix, quantize_rows, store_weights
-from test_per_sample import asked_for
+from test_per_sample import EXACT, asked_for
 from three_conditions import tiny
 
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
@@ -68,9 +68,10 @@ def test_a_row_has_the_same_bits_beside_any_others():
         assert torch.equal(packed.product(x[rows]), whole[rows])
 
 
-@pytest.mark.skipif(not HAS_FBGEMM, reason="FBGEMM is of x86 processors")
-def test_a_sample_alone_and_in_a_batch():
-    model = store_weights(tiny(), "int8")
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.skipif(not EXACT, reason="products round otherwise here")
+def test_a_sample_alone_and_in_a_batch(weights):
+    model = store_weights(tiny(), weights)
 
     def draw(numbers) -> torch.Tensor:
         noise = Noise(4, numbers)
@@ -129,6 +130,8 @@ def test_the_commands(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["--run", run, "--weights", "int4"])
         assert stopped.value.code == 2 and "int4" in capsys.readouterr().err
+    assert metrics.main(["--weights", "int8", "--codec", "toy"]) == 2
+    assert "--weights int8: of which model?" in capsys.readouterr().err
     numbers = {}
     for weights in ("float32", "int8"):
         assert train.main(["--only", "valid", "--out", run, "--weights", weights]) == 0

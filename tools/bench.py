@@ -542,8 +542,10 @@ def complete_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--top_k {args.top_k}: at least 1, at most --card {args.card}")
 
     # What must go together, and be installed.
-    if args.weights != ["float32"] and args.command != "generate":
-        raise ValueError(f"--weights {' '.join(args.weights)}: of generate, not of {args.command}")
+    for name, default, command in (("weights", ["float32"], "generate"), ("optimizer", ["adamw"], "train")):
+        if getattr(args, name) != default and args.command != command:
+            shown = " ".join(getattr(args, name))
+            raise ValueError(f"--{name} {shown}: of {command}, not of {args.command}")
     if args.vs and args.pattern != "delay":
         raise ValueError(f"--pattern {args.pattern} with --vs: the peers are measured under delay")
     for name in args.vs:
