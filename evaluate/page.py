@@ -26,11 +26,10 @@ from torch import Tensor
 
 from evaluate.listen import LUFS, REFERENCE_FOLDER, REFERENCE_KINDS, SAMPLE_KINDS, find_samples, spectrogram
 from evaluate.pictures import can_draw, data_uri, picture_uri
+from evaluate.reference import reference_curve
 from support import audio, common
-from support.flags import values_before
 
 PAGE_FILE = "index.html"
-REFERENCE_RUN = Path(__file__).parent.parent / "assets" / "reference_run.jsonl"
 MAX_EPOCHS = 6                                           # shown, so that the page stays small
 MP3_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)     # Hz
 EACH_CE, MEAN_CE = "cross-entropy of each codebook (nats)", "cross-entropy (nats)"
@@ -107,22 +106,6 @@ def read_log(path: Path) -> list:
 def records_of(records: list, stage: str, kind: str = "stage") -> list:
     """The records of one stage, each step once."""
     return list({r["step"]: r for r in records if r.get("kind") == kind and r.get("stage") == stage}.values())
-
-
-def reference_curve(args: dict, path: Path | None = None, without: dict | None = None) -> list:
-    """Records of the reference run's stages if it is like a run with the flags `args`; else [].
-
-    It is if the flags that it names are equal, and those that are younger than it: without, {flag: value},
-    says what runs had before these came (by default as their declarations in flags.py say)."""
-    path = REFERENCE_RUN if path is None else path
-    if not path.is_file():
-        return []
-    without = values_before() if without is None else without
-    header, *records = (json.loads(line) for line in path.read_text().splitlines())
-    reference, args = without | header["args"], without | args
-    if any(name not in args or args[name] != value for name, value in reference.items()):
-        return []
-    return [r for r in records if r["kind"] == "stage"]
 
 
 def shown_epochs(names: list, most: int = MAX_EPOCHS) -> list:
@@ -381,7 +364,7 @@ def page_html(out: Path) -> str:
 
     body = f"<h1>{name}</h1><p>{escape(state)}</p>"
     for what, make in (("settings", lambda: settings_html(config)),
-                       ("curves", lambda: charts_html(records, reference_curve(args))),
+                       ("curves", lambda: charts_html(records, reference_curve(config))),
                        ("evaluation", lambda: evaluation_html(records)),
                        ("samples", lambda: samples_html(out))):
         with common.left_out(f"{out / PAGE_FILE}: the part on {what}"):

@@ -22,11 +22,12 @@ import generate
 import toy
 from conditioning import text_of
 from evaluate import adherence, analyser, board, distances, listen, page
+from evaluate.reference import reference_curve
 from interop import load
 from model import MusicGen
 from support import common, resume
 from support.flags import segment_frames
-from support.log import loss_metrics
+from support.log import describe_run, loss_metrics
 from support.quantize import store_weights
 
 
@@ -291,7 +292,7 @@ def write_samples(run, folder: str, sets: dict, conditions: list, record: dict) 
 
 def compare_with_reference(run) -> None:
     """Prints how far the validation loss is from the reference run's at the same number of updates."""
-    reference = page.reference_curve(vars(run.args))
+    reference = reference_curve(describe_run(run))
     theirs = {record["step"]: record for record in reference if record["stage"] == "valid"}
     mine = {record["step"]: record for record in run.history if record["stage"] == "valid"}
     if not theirs.keys() & mine.keys():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from support import common
+from support.sets import sets_fingerprint
 
 LOG_NAME = "log.jsonl"
 
@@ -104,11 +105,15 @@ def only_begun(path: Path) -> bool:
     return True
 
 
-def write_config(run) -> None:
-    """config.json: every flag, the shapes of the model and its conditions, the codec."""
+def describe_run(run) -> dict:
+    """What config.json holds: all flags, the shapes of the model and its conditions, the codec, the files."""
     conditioner = run.model.conditioner
-    content = dict(args=vars(run.args), model=asdict(run.model.config),
-                   conditioner=None if conditioner is None else conditioner.config.to_dict(),
-                   codec=run.codec.reference,
-                   parameters=sum(p.numel() for p in run.model.parameters()), torch=torch.__version__)
-    common.write_json(run.out / "config.json", content)
+    return dict(args=vars(run.args), model=asdict(run.model.config),
+                conditioner=None if conditioner is None else conditioner.config.to_dict(),
+                codec=run.codec.reference, files=sets_fingerprint(run.train_set, run.valid_set),
+                parameters=sum(p.numel() for p in run.model.parameters()), torch=torch.__version__)
+
+
+def write_config(run) -> None:
+    """config.json."""
+    common.write_json(run.out / "config.json", describe_run(run))

@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 import bad_material
-from evaluate import listen, page, stages
+from evaluate import listen, page, reference, stages
 from support import audio, common, flags
 import train
 from test_train import SMALL, lines
@@ -144,29 +144,40 @@ def test_the_page_holds_everything(finished):
 
 
 def test_the_reference_curve_is_that_of_the_same_flags(tmp_path):
-    header, *rest = page.REFERENCE_RUN.read_text().splitlines()
+    header, *rest = (reference.ASSETS / "reference_run.jsonl").read_text().splitlines()
     args = flags.build_parser().parse_args([])
     flags.fill_flags(args, 1)
     args = vars(args) | json.loads(header)["args"]
-    assert len(page.reference_curve(args)) == len(rest)
+    assert len(reference.reference_curve(dict(args=args))) == len(rest)
     others = dict(channels=2), dict(num_codebooks=3), dict(conditions=["text", "style"]), dict(no_text=True)
     for other in (*others, dict(size="base")):
-        assert page.reference_curve(args | other) == []
-    assert page.reference_curve({}) == []
+        assert reference.reference_curve(dict(args=args | other)) == []
+    assert reference.reference_curve({}) == [] == reference.reference_curve(dict(args="damaged"))
 
 
 def test_a_flag_that_is_younger_than_a_run(tmp_path):
     """It counts as what runs had without it, on both sides; a flag that changes no number is not among
     them."""
-    path = tmp_path / "reference.jsonl"
-    path.write_text('{"kind": "header", "args": {"lr": 1, "late": 3}}\n'
-                    '{"kind": "stage", "stage": "valid", "step": 1}\n')
+    (tmp_path / "reference_one.jsonl").write_text(
+        '{"kind": "header", "args": {"lr": 1, "late": 3}}\n'
+        '{"kind": "stage", "stage": "valid", "step": 1}\n')
     without = dict(young=0, late=2)
     like = dict(lr=1, late=3, out="anywhere")
     for args in (like, like | dict(young=0)):
-        assert len(page.reference_curve(args, path, without)) == 1
+        assert len(reference.reference_curve(dict(args=args), tmp_path, without)) == 1
     for args in (like | dict(young=1), dict(lr=1), dict(lr=1, late=2), dict(late=3), like | dict(lr=2)):
-        assert page.reference_curve(args, path, without) == []
+        assert reference.reference_curve(dict(args=args), tmp_path, without) == []
+
+
+def test_real_music_is_compared_where_shape_and_files_are_the_same(tmp_path):
+    header = {"kind": "header", "args": {"lr": 1}, "model": {"K": 4}, "files": "f"}
+    (tmp_path / "reference_music.jsonl").write_text(
+        json.dumps(header) + '\n{"kind": "stage", "stage": "valid", "step": 1}\n')
+    like = dict(args={"lr": 1, "dataset": "anywhere"}, model={"K": 4, "dim": 8}, files="f", torch="2")
+    assert len(reference.reference_curve(like, tmp_path, {})) == 1
+    others = dict(files="g"), dict(files=None), dict(model={"K": 5}), dict(model=None), dict(args={"lr": 2})
+    for other in others:
+        assert reference.reference_curve(like | other, tmp_path, {}) == []
 
 
 def test_epochs_that_are_shown():

@@ -1,5 +1,6 @@
 """Stereo: a mono codec over two channels, its delays, training, generation, the cache, mono starts."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from support import audio, flags
 from support.estimate import plan_run
 from support.scan import scan_dataset
 import generate
-from evaluate import page
+from evaluate import reference, stages
 from interop import load
 import patterns
 import tokenizer
@@ -259,8 +260,9 @@ def test_the_reference_run_is_no_measure_of_stereo(runs, tmp_path, monkeypatch, 
     """All flags but the channels are the same. Runs of more codebooks or other weights do not compare."""
     import json
     records = [dict(args=dict(dataset="toy", size="debug")), *lines(runs / "mono")]
-    (tmp_path / "reference.jsonl").write_text("\n".join(map(json.dumps, records)))
-    monkeypatch.setattr(page, "REFERENCE_RUN", tmp_path / "reference.jsonl")
+    (tmp_path / "reference_run.jsonl").write_text("\n".join(map(json.dumps, records)))
+    curve = functools.partial(reference.reference_curve, folder=tmp_path)
+    monkeypatch.setattr(stages, "reference_curve", curve)
     for name, more, beside in (("a", [], True), ("b", ["--channels", "2"], False),
                                ("c", ["--init_from", str(runs / "mono")], False)):
         assert run(tmp_path / name, *more, *ONE_EPOCH) == 0
