@@ -1,0 +1,47 @@
+"""tools/curves.py: losses by time."""
+
+import json
+
+import pytest
+
+from tools import curves
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of four epochs of ten updates, of 6 and of 12 s an update; the second learns faster."""
+    for name, seconds, losses in (("slow", 12, (5, 3, 2, 1.5)), ("quick", 6, (5, 4, 3, 2.5))):
+        (tmp_path / name).mkdir()
+        lines = []
+        for epoch, ce in enumerate(losses, 1):
+            for step in (10 * epoch - 5, 10 * epoch):
+                lines.append(dict(kind="step", stage="train", epoch=epoch, step=step, ce=9, seconds=seconds))
+            valid = dict(ce=ce, ce_q1=ce, seconds=1000)
+            lines.append(dict(kind="stage", stage="valid", epoch=epoch, step=10 * epoch) | valid)
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_losses_by_time(runs, capsys):
+    assert curves.main([str(runs / "quick"), str(runs / "slow"), "--minutes", "3.5", "8", "99"]) == 0
+    quick, slow = capsys.readouterr().out.split(f"{runs / 'slow'}: ")
+    assert "40 updates, 4.0 minutes" in quick and slow.startswith("40 updates, 8.0 minutes")
+    assert "after 3.5 min: update      30  ce 3.0000  q1 3.000" in quick and "after 8" not in quick
+    assert "after 3.5 min: update      10  ce 5.0000" in slow and "after 8 min: update      40" in slow
+    assert "99" not in quick + slow
+    assert "ce 2.5000 or less: update 40, 4.0 min" in quick
+    assert "ce 2.5000 or less: update 30, 6.0 min" in slow
+
+
+def test_what_a_run_never_reaches(runs, capsys):
+    assert curves.main([str(runs / "quick"), "--loss", "1"]) == 0
+    assert "ce 1.0000 or less: never" in capsys.readouterr().out
+
+
+def test_bad_input(runs, capsys):
+    (runs / "begun").mkdir()
+    (runs / "begun" / "log.jsonl").write_text("")
+    for args, said in ((["nowhere"], "no log.jsonl"), ([str(runs / "begun")], "no validation"),
+                       ([str(runs / "slow"), "--minutes", "0"], "--minutes 0: more than 0")):
+        assert curves.main(args) == 2
+        assert said in capsys.readouterr().err
