@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from support import common
-from support.decode import open_audio
+from support.decode import open_audio, open_sndfile
 from support.headers import file_state
 
 WRITTEN_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -209,8 +209,8 @@ def encode_audio(wav: torch.Tensor, sample_rate: int, kind: str, subtype: str | 
     samples = wav.T.numpy()                                                         # [N, C]
     in_memory = hasattr(os, "memfd_create")                                         # on Linux
     with open(os.memfd_create("audio"), "w+b") if in_memory else tempfile.TemporaryFile() as file:
-        with soundfile.SoundFile(file.fileno(), "w", sample_rate, samples.shape[1], subtype, format=kind,
-                                 closefd=False) as encoder:
+        with open_sndfile(file.fileno(), "w", sample_rate, samples.shape[1], subtype, format=kind,
+                          closefd=False) as encoder:
             # libsndfile crashes on a long OGG in one piece
             for start in range(0, len(samples), sample_rate):
                 encoder.write(samples[start:start + sample_rate])

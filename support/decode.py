@@ -38,6 +38,23 @@ GUESSED = ("mp3", "aac", "ogg", "ac3")  # formats whose length FFmpeg guesses fr
 
 
 @contextlib.contextmanager
+def open_sndfile(*args, **settings) -> Iterator[soundfile.SoundFile]:
+    """soundfile.SoundFile(..), which is closed once, whatever happens.
+
+    Where a signal raises at the end of `close`, the file is closed but not marked so, and its finalizer
+    closes it again: libsndfile then frees its memory twice (soundfile 0.14.0)."""
+    file = soundfile.SoundFile(*args, **settings)
+    try:
+        yield file
+    finally:
+        try:
+            file.close()
+        except BaseException:
+            file._file = None  # marked as closed
+            raise
+
+
+@contextlib.contextmanager
 def open_audio(path) -> Iterator:
     """A reader of a file: sample_rate (Hz), channels, frames (samples, as far as its header tells), problem
     (None, or what is wrong with it), tags() -> {name: text}, and read(first, last) -> [N, C] float32, fewer
@@ -54,7 +71,7 @@ def open_audio(path) -> Iterator:
     with quiet_decoder(), contextlib.ExitStack() as stack:
         try:
             name = os.fsencode(path) if os.name == "posix" else path  # a name need not be text
-            file = stack.enter_context(soundfile.SoundFile(name))
+            file = stack.enter_context(open_sndfile(name))
         except soundfile.SoundFileError:
             if suffix not in (*AV_SUFFIXES, ".oga", ".ogg"):  # such as FLAC in Ogg
                 raise
@@ -108,7 +125,7 @@ class SndfileReader:
         except soundfile.SoundFileError as error:
             blocks, end = [], 0
             # Damaged: no place in it can be found any more, and it must be opened again
-            with contextlib.suppress(soundfile.SoundFileError), soundfile.SoundFile(self.file.name) as file:
+            with contextlib.suppress(soundfile.SoundFileError), open_sndfile(self.file.name) as file:
                 while end < last:
                     block = file.read(min(last - end, BLOCK_SAMPLES), dtype="float32", always_2d=True)
                     if not len(block):

@@ -3,6 +3,7 @@
 Legend: C channels, N samples.
 """
 
+import gc
 import json
 import math
 import re
@@ -121,6 +122,36 @@ def test_what_is_written_is_clipped_aloud(suffix, tmp_path, capsys):
         assert soundfile.read(path, dtype="int16")[0][:5, 0].tolist() == [32767, -32768, 32767, -32768, 16384]
     audio.write_audio(path, torch.tensor([[1.0, -1.0]]), 16_000)
     assert capsys.readouterr().err == ""
+
+
+def test_a_signal_while_a_file_is_closed(tmp_path, monkeypatch):
+    """It is closed once: libsndfile would free its memory a second time."""
+    class Signal(BaseException):
+        pass
+
+    class Library:
+        """libsndfile; a signal raises as soon as it has closed a file."""
+        closed = []
+
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def sf_close(self, file):
+            self.closed.append(file)
+            if self.closed.count(file) == 1:
+                library.sf_close(file)
+            raise Signal
+
+    audio.write_audio(tmp_path / "a.wav", torch.zeros(1, 100), 16_000)
+    library = soundfile._snd
+    monkeypatch.setattr(soundfile, "_snd", Library())
+    for use in (lambda: audio.read_audio(tmp_path / "a.wav"),
+                lambda: audio.encode_audio(torch.zeros(1, 100), 16_000, "wav")):
+        Library.closed.clear()
+        with pytest.raises(Signal):
+            use()
+        gc.collect()
+        assert len(Library.closed) == 1
 
 
 def test_samples_that_are_not_finite_are_not_written(tmp_path):
