@@ -25,7 +25,7 @@ from conditioning import CONDITIONS
 from support import audio
 from support.stream import in_background
 from support.takes import (MAX_CLIP_SECONDS, MAX_TAKES, Take, example_captions, is_toy_run, make_take,
-                           page_fields, plan_takes, plan_to_go_on)
+                           page_fields, plan_takes, plan_to_go_on, visit_html)
 
 UPLOAD = "100mb"                               # the largest audio file
 NEW_SEEDS = 1 << 31                            # that "Again" draws from: JavaScript keeps them exactly
@@ -35,14 +35,34 @@ LABELS = dict(seconds="Seconds", cfg="Guidance (1: none)",
               seed="Seed")
 # the page is one column on a phone; its colors are the theme's, light or dark
 STYLE = """
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(260px, 100%), 1fr)); gap: 1rem;
+       margin-bottom: 1rem }
+.row:empty { display: none }
+.take { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .8rem; min-width: 0 }
 .take h3 { margin: 0 0 .4rem; overflow-wrap: anywhere; font-size: 1rem }
 .take img { width: 100%; height: 7rem; border-radius: 4px; display: block }
 .take audio { width: 100%; margin: .5rem 0 }
 .take p { margin: .2rem 0; overflow-wrap: anywhere }
 .take a { padding: .3rem }
+.take button { width: 100%; margin-top: .5rem; padding: .4rem; border-radius: 6px; cursor: pointer;
+               background: var(--button-secondary-background-fill);
+               color: var(--button-secondary-text-color) }
 .take table { width: auto; margin-top: .4rem; font-size: .875rem }
 .take caption { text-align: left; padding-bottom: .2rem }
 .take table :is(th, td) { padding: .15rem .4rem; border-color: var(--border-color-primary) }
+"""
+# of the takes: a button says of which it is; the player of what is being made, which begins by itself, stays
+# silent while a take plays, unless the pointer or the keyboard is there
+SCRIPT = """
+element.addEventListener('click', event => {
+    const button = event.target.closest('button')
+    if (button) trigger('click', {path: button.value})
+})
+document.addEventListener('play', event => {
+    const takes = [...element.querySelectorAll('audio')]
+    if (!takes.includes(event.target) && takes.some(take => !take.paused) &&
+        !event.target.matches(':hover, :focus')) event.target.pause()
+}, true)
 """
 
 
@@ -200,31 +220,19 @@ def build_page(gradio, music, args: argparse.Namespace, folder: str):
                             api_visibility="private")
         drawn.then(act, asked, api_visibility="private", **calls)
 
-        @gradio.render([visit], show_progress="hidden")
-        def show_takes(rows):
-            for takes in rows:
-                with gradio.Row():
-                    for take in takes:
-                        with gradio.Column(min_width=260, variant="panel"):
-                            show_take(take)
+        def go_on(visit, event: gradio.EventData, progress=gradio.Progress()):
+            take = next(take for row in visit for take in row if str(take.path) == event.path)
+            yield from performer.perform(partial(plan_to_go_on, take), visit, progress, take)
 
-        def show_take(take: Take):
-            if not take.path.is_file():
-                gradio.Markdown(f"{take.path.name}: forgotten after an hour")
-                return
-
-            def go_on(visit, progress=gradio.Progress()):
-                yield from performer.perform(partial(plan_to_go_on, take), visit, progress, take)
-
-            gradio.HTML(take.html)
-            button = gradio.Button("Go on from this one", size="sm")
-            button.click(go_on, [visit], api_visibility="private", **calls)
+        shown = gradio.HTML(visit_html([]), js_on_load=SCRIPT)
+        visit.change(visit_html, visit, shown, show_progress="hidden", api_visibility="private")
+        shown.click(go_on, [visit], api_visibility="private", **calls)
     return page.queue(api_open=False)          # a model makes one clip at a time
 
 
 def serve(gradio, music, args: argparse.Namespace) -> None:
     """Shows the page until Ctrl-C. args: flags of generate.py. Errors: ValueError for the address."""
-    host, port = args.host, args.port
+    host, port = args.host or "127.0.0.1", 7860 if args.port is None else args.port
     if not 0 < port < 1 << 16:
         raise ValueError(f"--port {port}: it lies between 1 and 65535")
     os.environ["GRADIO_RUN_HISTORY"] = "False"

@@ -30,6 +30,7 @@ MAX_CLIP_SECONDS = 300                       # of a clip: others wait for it; th
 MAX_TAKES = 4                                # of a prompt at once
 SHOWN_CAPTIONS = 6
 WHOLE = ("top_k", "seed")                      # numbers without a fraction
+PLACES = 500                                   # of rows of takes on the page
 FILE_ROUTE = "gradio_api/file="                # where gradio serves the files of its folder
 
 
@@ -245,4 +246,18 @@ def take_html(path: Path, wav: Tensor, sample_rate: int, record: dict, is_toy: b
     source = f"{FILE_ROUTE}{escape(str(path))}"
     player = f'<audio controls preload="metadata" aria-label="{name}" src="{source}"></audio>'
     return (f'<article class="take"><h3>{title}</h3>{picture}{player}'
-            f"<p>{settings}<br>Download {links}</p>{heard}</article>")
+            f"<p>{settings}<br>Download {links}</p>{heard}"
+            f'<button type="button" value="{escape(str(path))}">Go on from this one</button></article>')
+
+
+def visit_html(rows: list) -> str:
+    """Rows of takes, the newest first, as HTML.
+
+    gradio compares the list with what it shows, place by place, and a player stops where its place gets
+    another take. Empty places stand before the rows, so that each row keeps its own, counted from the end."""
+    shown = ['<section class="row"></section>'] * (PLACES - len(rows))
+    for takes in rows:
+        each = [take.html if take.path.is_file() else f"<p>{take.path.name}: forgotten after an hour</p>"
+                for take in takes]
+        shown.append(f'<section class="row">{"".join(each)}</section>')
+    return "".join(shown)

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,6 +356,34 @@ def test_what_the_analyser_hears_stands_beside_what_was_asked(tmp_path):
     music = tiny("text")
     take, = made(music, tmp_path, [(takes.page_fields(music), 0)], is_toy=True)
     assert "what the analyser hears" in take.html
+
+
+def test_a_row_of_takes_keeps_its_place(tmp_path):
+    """gradio writes over a place whose content is another, and what plays there would stop."""
+    music = tiny("text")
+    asked = takes.page_fields(music) | dict(text="slow organ")
+    rows = [made(music, tmp_path, [(asked | dict(seed=seed), 0)]) for seed in (1, 2)]
+    visits = [], rows[1:], rows, [rows[0] * 2, rows[1]]
+    shown = [takes.visit_html(visit).split("</section>") for visit in visits]
+    assert len({len(places) for places in shown}) == 1
+    assert shown[1][-2] == shown[2][-2] == shown[3][-2] and "seed 2" in shown[2][-2]
+    assert shown[3][-3].startswith(shown[2][-3]) and "seed 1" in shown[2][-3]     # and within a row
+    assert {*shown[2][:-3]} == {'<section class="row">'}
+    rows[1][0].path.unlink()
+    assert "seed2_000.wav: forgotten" in takes.visit_html(rows)
+
+
+def test_a_button_goes_on_from_its_take(tmp_path):
+    """It gives the path of its take, of which the visit must hold one."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    page, act = build(tiny("text"), tmp_path)
+    fields = takes.page_fields(tiny("text")) | dict(text="slow organ")
+    visit = list(act(*fields.values(), "", 2, []))[-1][-2]
+    go_on = next(each.fn for each in page.fns.values() if getattr(each.fn, "__name__", "") == "go_on")
+    path = re.findall(r'<button type="button" value="([^"]+)"', takes.visit_html(visit))[1]
+    rows = list(go_on(visit, SimpleNamespace(path=path)))[-1][-2]
+    assert rows[1:] == visit and rows[0][0].record["continued"] == visit[0][1].path.name == Path(path).name
+    assert rows[0][0].record["number"] == 1
 
 
 def test_sliders_hold_the_first_values():
