@@ -19,18 +19,19 @@ Legend: B batch, K codebooks, T frames, P frames of a prompt, L frames of a pass
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import data
 import generate
-from support import common
+from support import checkpoint, common
 from support.bounds import check_flag_number
 from support.distributed import join_process_group
-from support.flags import fill_flags, flags_of_run
+from support.flags import fill_flags, flags_by_name, flags_of_run
 from support.per_sample import Noise
-from support.sets import find_data, open_sets
+from support.sets import find_data, open_sets, sets_fingerprint
 
 NEAR = 0.8                                # share of equal codes from which a clip counts as nearly copied
 LEAST_SECONDS = 0.2                       # of a continuation that says anything
@@ -38,6 +39,7 @@ PASSAGE_SECONDS = 2.0
 MOST_SECONDS = 5.0                        # of a continuation, as in MusicLM
 NEVER = 1_000_000                         # epochs after the last
 AT_ONCE = 32                              # clips
+MOVABLE = ("dataset", "valid", "captions", "cache", "codec")          # flags of what may have moved
 
 
 def share_equal(found: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
@@ -145,29 +147,67 @@ def measure_memorization(music: generate.MusicGenerator, sets: dict, args: argpa
     return lines
 
 
+def flags_where_they_lie(run: str, asked: argparse.Namespace) -> argparse.Namespace:
+    """The flags of a run, with the places given now. Errors: ValueError for what it has not read."""
+    args = flags_of_run(["--only", "valid"], run)
+    given = {name: getattr(asked, name) for name in MOVABLE if getattr(asked, name) is not None}
+    if args.cache:
+        read = {"cache", "codec"}
+    else:
+        read = {"codec"} if args.dataset == "toy" else {"dataset", "valid", "captions", "codec"}
+    for name, value in given.items():
+        if name not in read:
+            what = f"the token cache {args.cache}" if args.cache else f"--dataset {args.dataset}"
+            raise ValueError(f"--{name} {value}: {run} was trained on {what}; leave it out")
+        setattr(args, name, value)
+    args.out = str(Path(run).parent if Path(run).is_file() else run)
+    return args
+
+
+def check_data(args: argparse.Namespace, sets: tuple, moved: bool) -> None:
+    """Errors: ValueError where `moved` data are not the files of the run in --out, by name and length; where
+    none were said to have moved a line says so. Its last.pt knows, unless it is of an older version."""
+    path = Path(args.out, checkpoint.LAST)
+    try:
+        saved = checkpoint.read_checkpoint_file(path, check=False)
+        files, then = saved["files"], saved["data"]
+    except checkpoint.UNREADABLE:
+        if moved:
+            common.tell(f"{path} does not say which files the run has seen: these may be others")
+        return
+    if files != sets_fingerprint(*sets):
+        problem = f"the data are not those of {args.out}: {then} then, {sets[0].describe()} now"
+        if moved:
+            raise ValueError(problem)
+        common.tell(problem)
+
+
 @common.command("evaluate.memorization", "--n or --searched")
 def main(argv: list | None = None) -> None:
     """Prints what a run's best model has in common with what it was trained on."""
     parser = argparse.ArgumentParser(prog="python -m evaluate.memorization", allow_abbrev=False,
                                      description="Does a model copy its training clips?")
-    parser.add_argument("--run", required=True, help="run folder, whose training set still lies where it was")
+    parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--prompt_seconds", type=float, nargs="+", default=[1.0, 3.0],
                         help="how much of a clip is heard (default 1 and 3)")
     parser.add_argument("--n", type=int, default=128, help="clips of each set (default 128)")
     parser.add_argument("--searched", type=int, default=1000,
                         help="training clips that passages are looked for in (default 1000)")
+    for name in MOVABLE:
+        parser.add_argument(f"--{name}", help=f"where it lies, if it has moved: {flags_by_name()[name].help}")
     asked = parser.parse_args(argv)
     for name in ("n", "searched"):
         check_flag_number(name, getattr(asked, name), 1, 1_000_000)
     for seconds in asked.prompt_seconds:
         if not 0 < seconds <= 3600:
             raise ValueError(f"--prompt_seconds {seconds:g}: more than 0, at most 3600")
-    args = flags_of_run([], asked.run)
-    args.out = asked.run
+    args = flags_where_they_lie(asked.run, asked)
     fill_flags(args, 1)
     music = generate.MusicGenerator.load(asked.run, codec=args.codec)
     ranks = join_process_group("cpu", args.timeout)
     train_set, valid_set = open_sets(args, find_data(args, ranks), music.codec, ranks)
+    if args.dataset != "toy":
+        check_data(args, (train_set, valid_set), any(getattr(asked, name) for name in MOVABLE[:-1]))
     if args.overfit_one_batch:            # that batch is all it has seen
         asked.n, asked.searched = min(asked.n, args.batch_size), min(asked.searched, args.batch_size)
     # Clips of the toy are new in every epoch: those of one that never was are held out, and made alike

@@ -1,11 +1,15 @@
 """The memorization check: its counts by hand; a model that knows its clips by heart, one that knows none."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import bad_material
+import tokenizer
+import train
 from data import Example
 from evaluate import memorization
 from evaluate.memorization import copied, nearest_shares, share_equal
@@ -90,6 +94,43 @@ def test_the_command(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" clips")[0].split(", ")[1].split()[0] for line in lines[-6:]] == [
         "training", "held", "training", "held", "generated", "held"]
-    for argv, says in ((["--n", "0"], "--n 0"), (["--prompt_seconds", "-1"], "--prompt_seconds -1")):
+    for argv, says in ((["--n", "0"], "--n 0"), (["--prompt_seconds", "-1"], "--prompt_seconds -1"),
+                       (["--valid", "0.1"], "--valid 0.1: tests/old_run was trained on the token cache"),
+                       (["--cache", "no/such"], "no/such"),
+                       (["--codec", "nowhere.pt"], "nowhere.pt")):
         assert memorization.main(["--run", run, *argv]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_data_and_codec_that_have_moved(tmp_path, capsys, monkeypatch):
+    """They are taken from where they lie now; other data are refused, and where they lay they are named."""
+    monkeypatch.chdir(tmp_path)
+    bad_material.music(tmp_path / "music", "good.wav")
+    shutil.copy(tokenizer.TOY_FILE, "codec.pt")
+    flags = [*bad_material.TINY_TRAINING, "--dataset", "music", "--valid", "0.4", "--codec", "codec.pt"]
+    assert train.main([*flags, "--out", "run"]) == 0
+
+    def check(*more: str) -> tuple:
+        capsys.readouterr()
+        few = ["--n", "1", "--searched", "1", "--prompt_seconds", "0.2"]
+        code = memorization.main(["--run", "run", *few, *more])
+        return code, *capsys.readouterr()
+
+    code, usual, _ = check()
+    assert not code and "passages of" in usual and "the data are not" not in usual
+    shutil.move("music", "elsewhere")
+    shutil.move("codec.pt", "other.pt")
+    assert check()[0] == 2
+    moved = ("--dataset", "elsewhere", "--codec", "other.pt")
+    code, found, _ = check(*moved)
+    assert not code and found.splitlines()[-4:] == usual.splitlines()[-4:]
+    code, _, error = check(*moved, "--valid", "0.7")
+    assert code == 2 and "the data are not those of run" in error and error.count("\n") == 1
+    shutil.copy("elsewhere/song0.wav", "elsewhere/song9.wav")
+    assert check(*moved)[0] == 2
+    shutil.move("elsewhere", "music")
+    code, found, _ = check("--codec", "other.pt")                    # as in train.py: a line
+    assert not code and "the data are not those of run" in found
+    Path("run/last.pt").unlink()
+    code, found, _ = check("--codec", "other.pt", "--dataset", "music")
+    assert not code and "last.pt does not say which files" in found
