@@ -240,12 +240,6 @@ class Text(Condition):
         fill("freeze_text_encoder", False)
 
     @classmethod
-    def check_flags(cls, args) -> None:
-        """A frozen encoder needs one."""
-        if args.freeze_text_encoder and not cls.is_active(args):
-            raise ValueError("--freeze_text_encoder: there is none without text; leave one of both out")
-
-    @classmethod
     def check_sets(cls, args, train_set, valid_set) -> None:
         """One caption at least, also with the vocabulary of other weights. (The toy set has no files.)"""
         if train_set.files and not any(full_text(entry.meta) for entry in train_set.files):

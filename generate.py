@@ -410,8 +410,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
         help="folder for wav and json files, existing files are kept; or -: one clip as wav to standard "
              "output, while it is generated, for a player such as aplay")
     new("--serve", action="store_true", help="instead: a page to try the model in the browser (needs gradio)")
-    new("--host", default="127.0.0.1", help="of --serve; the default is for this machine alone")
-    new("--port", type=int, default=7860, help="of --serve")
+    new("--host", help="of --serve (default 127.0.0.1: for this machine alone)")
+    new("--port", type=int, help="of --serve (default 7860)")
     return parser
 
 
@@ -452,7 +452,10 @@ def main(argv: list | None = None) -> None:
         check_standard_output(len(requests))
     music = MusicGenerator.load(args.run, args.device, args.codec, weights=args.weights)
     codec, sampling = music.codec, choose_sampling(args, music)
-    seconds = music.window / codec.frame_rate if args.seconds is None else args.seconds
+    window = music.window / codec.frame_rate
+    seconds = window if args.seconds is None else args.seconds
+    if args.stride is not None and seconds <= window:
+        raise ValueError(f"--stride {args.stride:g}: {seconds:g} s are within one window of {window:g} s")
     prompt = read_continued(args.continued, codec)                                              # [C, N]
     for condition in music.conditions.values():
         condition.use_flags(args)

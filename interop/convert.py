@@ -189,6 +189,8 @@ def main(argv: list | None = None) -> None:
     path = load.locate(args.model)
     if args.base and args.to != "peft" and not is_adapter(path):
         raise ValueError(f"--base {args.base}: {path} is no adapter, so it adds to nothing")
+    if args.t5 and not is_adapter(path) and folder_kind(path) != "audiocraft":
+        raise ValueError(f"--t5 {args.t5}: {path} is no package of audiocraft and needs none; leave it out")
     data = load.read_model(path, args.t5, args.codec, args.base)
     try:
         base = args.base or (data["args"] or {}).get("init_from")

@@ -29,6 +29,7 @@ from support.compiled import require_compiler
 from support.draw import SAMPLE_BY
 from support.flag import NOT_SAID, Flag
 from support.quantize import STORED_AS
+from support.unread import refuse_unread
 
 SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a model, as --size gives it
 
@@ -203,7 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fill_flags(args: argparse.Namespace, world: int) -> list:
     """Fills in the flags left out, in place, and returns lines that say what was chosen, by reason."""
-    kind = "toy" if args.dataset == "toy" else "audio"
+    kind, flags = "toy" if args.dataset == "toy" else "audio", flags_by_name()
+    given = {name for name, flag in flags.items() if getattr(args, name) != flag.default}
     notes = {}
 
     def fill(name, value, reason=None):
@@ -217,7 +219,7 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
             notes[reason] = f"{notes.get(reason, f'{reason}:')} --{name} {shown}"
 
     # the run that goes on has what it had, whatever the defaults are now
-    flags, name = flags_by_name(), Path(args.cache or args.dataset).resolve().stem
+    name = Path(args.cache or args.dataset).resolve().stem
     fill("out", f"runs/{'toy' if kind == 'toy' else name}", "by dataset")
     begun = {} if args.only else flags_of_checkpoint(Path(args.out))
     had = values_before() | begun if begun else {}
@@ -249,6 +251,7 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
 
     # the model it starts from
     start = load.peek(args.init_from) if args.init_from else None
+    unread = [] if args.only else refuse_unread(args, given, begun, start)
     if start is not None:
         for name, value in flags_of_start(args, start).items():
             fill(name, value, f"as in {args.init_from}")
@@ -282,7 +285,7 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
         peak = args.lr * updates / (args.warmup_steps + 1)
         notes["schedule"] = (f"--warmup_steps {args.warmup_steps} is no less than the {updates} updates of "
                              f"the run: the learning rate ends at {peak:.1e} of {args.lr:.1e}, still rising")
-    return list(notes.values())
+    return [*unread, *notes.values()]
 
 
 def flags_of_start(args: argparse.Namespace, start) -> dict:
@@ -372,15 +375,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--micro_batch_size {args.micro_batch_size} does not divide a rank's {share} "
                          f"samples: take one of {divisors}")
 
-    # the data
-    for name in ("captions", "caption_column"):
-        if getattr(args, name) is not None and (args.cache or args.dataset == "toy"):
-            what = "a cache has its captions from when it was made" if args.cache else "the toy has its own"
-            raise ValueError(f"--{name} {getattr(args, name)}: {what}; leave it out")
-    for name, default in dict(min_seconds=0.0, sample_by="file").items():
-        if args.dataset == "toy" and getattr(args, name) != default:
-            raise ValueError(f"--{name} {getattr(args, name)}: the toy has no files; leave it out")
-
     # the optimizer
     if args.optimizer == "muon" and args.lora:
         raise ValueError(f"--optimizer muon with --lora {args.lora}: an orthogonal step is one of a whole "
@@ -391,8 +385,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     # the machine
     if args.dtype == "float16" and torch.device(args.device).type == "cpu":
         raise ValueError("--dtype float16 needs a GPU: take float32 or bfloat16")
-    if args.cpu_offload and args.parallel != "fsdp":
-        raise ValueError("--cpu_offload moves shards: give --parallel fsdp with it")
     if args.compile:
         require_compiler()
     if args.weights != "float32" and not args.only:
@@ -449,4 +441,7 @@ def flags_of_run(argv: list | None, out: str | None) -> argparse.Namespace:
     flags, parser = flags_by_name(), build_parser()
     taken = {name: value for name, value in stored.items() if name in flags and not flags[name].of_launch}
     parser.set_defaults(**taken)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = {name for name in flags if getattr(args, name) != parser.get_default(name)}
+    refuse_unread(args, given, begun=stored)
+    return args

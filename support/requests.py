@@ -51,7 +51,26 @@ def read_requests(args: argparse.Namespace) -> list:
         if len(column) not in (1, count):
             raise ValueError(f"{len(column)} of {name}, {count} samples: give one for all, or as many")
     rows = [{name: column[i % len(column)] for name, column in columns.items()} for i in range(count)]
+    check_effect(args, rows)
     return [row for row in rows for _ in range(args.n)]
+
+
+def check_effect(args: argparse.Namespace, rows: list) -> None:
+    """Errors: ValueError for settings that nothing reads, or that change nothing in any of these samples."""
+    for name in ("host", "port"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} {getattr(args, name)}: of the page; give --serve with it")
+    if args.temperature == 0 and (args.top_k or args.top_p):
+        raise ValueError("--temperature 0 takes the likeliest code: leave --top_k and --top_p out")
+    if args.top_k and args.top_p:
+        raise ValueError(f"--top_k {args.top_k}: --top_p {args.top_p:g} goes before it; give one of both")
+    counts = [(sum(value is not None and CONDITIONS[name].is_text for name, value in row.items()),
+               sum(value is not None for value in row.values())) for row in rows]        # texts, conditions
+    if args.cfg not in (None, 1) and not any(given for _, given in counts):
+        raise ValueError(f"--cfg {args.cfg:g}: there is no text or other condition to guide; leave it out")
+    if args.cfg_style not in (None, 1) and not any(0 < texts < given for texts, given in counts):
+        raise ValueError(f"--cfg_style {args.cfg_style:g}: it pushes a text beside another condition, "
+                         "of which both must be given")
 
 
 def read_values(music, requests: list) -> list:

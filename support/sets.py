@@ -11,6 +11,7 @@ from conditioning import CONDITIONS, full_text
 from support.captions import READ_ERRORS
 from support.common import read_json
 from support.distributed import Ranks
+from support.flags import flags_by_name
 from support.scan import Scan, scan_dataset, skip_lines, split_entries
 
 NOT_YET = "not yet"  # what the other ranks hear while rank 0 scans
@@ -73,6 +74,9 @@ def open_sets(args: argparse.Namespace, found: str | Scan, codec, ranks: Ranks) 
     if isinstance(found, Scan):
         ranks.print(*found.notes, *(f"skipped: {line}" for line in skip_lines(found.skipped)))
     ranks.print(f"train: {train_set.describe()}", f"valid: {valid_set.describe()}")
+    has_split = args.cache and any(entry.split for entry in train_set.files)
+    if has_split and args.valid != flags_by_name()["valid"].default:
+        ranks.print(f"--valid {args.valid} has no effect: token cache {args.cache} was made with its own")
     if any(condition.is_text and condition.is_active(args) for condition in CONDITIONS.values()):
         count, without = len(train_set.files), sum(not full_text(entry.meta) for entry in train_set.files)
         if count / 2 < without < count:

@@ -37,6 +37,17 @@ REFUSED = {
         "generate --run @model --prompt x --seconds 2 --stride 1", "--stride 1", "than the window of 1 s"),
     "generate: stride longer than the window": (
         "generate --run @model --prompt x --stride 99", "--stride 99", "window of 1 s"),
+    "generate: stride of one window": (
+        "generate --run @model --prompt x --seconds 1 --stride 0.5", "--stride 0.5", "one window of 1 s"),
+    "generate: port of no page": ("generate --run @model --prompt x --port 80", "--port 80", "--serve"),
+    "generate: likeliest of many": (
+        "generate --run @model --prompt x --temperature 0 --top_k 5", "--temperature 0", "leave --top_k"),
+    "generate: two kinds of likeliest": (
+        "generate --run @model --prompt x --top_p 0.5 --top_k 5", "--top_k 5", "--top_p 0.5 goes before"),
+    "generate: guidance towards nothing": (
+        "generate --run @model --unconditional --cfg 2", "--cfg 2", "no text or other condition"),
+    "generate: double guidance of a text alone": (
+        "generate --run @model --prompt x --cfg_style 2", "--cfg_style 2", "both must be given"),
     "generate: negative temperature": (
         "generate --run @model --prompt x --temperature -1", "temperature -1", "between 0 and 100"),
     "generate: top_p over 1": ("generate --run @model --prompt x --top_p 2", "top_p 2", "between 0 and 1"),
@@ -134,8 +145,9 @@ REFUSED = {
     "generate: stems without demucs": (
         "generate --run @tune --melody @good.wav --melody_stems", "--melody_stems", "pip install demucs"),
     "generate: double guidance nan": (
-        "generate --run @tune --melody @good.wav --cfg_style nan", "cfg_style nan", "between"),
+        "generate --run @tune --melody @good.wav --cfg_style nan", "cfg_style nan", "both must be given"),
     # convert
+    "convert: a T5 of no package": ("convert @model --t5 t5", "--t5 t5", "no package"),
     "convert: out empty": ("convert @model --to nano --out $empty", "--out", "empty"),
     "convert: out is there": ("convert @model --to nano --out @good.wav", "good.wav", "name a new folder"),
     # metrics

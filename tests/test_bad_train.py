@@ -109,17 +109,18 @@ REFUSED = {
     "train: segment nan": ("train --segment_seconds nan", "--segment_seconds nan", "more than 0"),
     "train: segment zero": ("train --segment_seconds 0", "--segment_seconds 0", "more than 0"),
     "train: share of a segment over 1": (
-        "train --min_segment_ratio 1.5", "--min_segment_ratio 1.5", "between 0 and 1"),
+        "train --dataset @music --min_segment_ratio 1.5", "--min_segment_ratio 1.5", "between 0 and 1"),
     "train: least length of toy clips": ("train --min_seconds 5", "--min_seconds 5", "no files"),
     "train: toy clips by duration": ("train --sample_by duration", "--sample_by duration", "no files"),
-    "train: share of a segment zero": ("train --min_segment_ratio 0", "--min_segment_ratio 0", "more than 0"),
+    "train: share of a segment zero": (
+        "train --dataset @music --min_segment_ratio 0", "--min_segment_ratio 0", "more than 0"),
     "train: no codebooks": ("train --num_codebooks 0", "num_codebooks 0", "at least 1"),
     "train: too many codebooks": ("train --num_codebooks 99", "num_codebooks 99", "1 to 4"),
     "train: vocabulary of one piece": ("train --text_vocab 1", "text_vocab 1", "characters"),
     "train: vocabulary smaller than the alphabet": ("train --text_vocab 9", "text_vocab 9", "characters"),
     "train: a condition that does not exist": ("train --conditions smell", "'smell'", "melody"),
     "train: probability of losing the melody over 1": (
-        "train --melody_dropout 1.5", "--melody_dropout 1.5", "between 0 and 1"),
+        "train --conditions melody --melody_dropout 1.5", "--melody_dropout 1.5", "between 0 and 1"),
     "train: style longer than the segment": (
         "train --conditions style --style_seconds 0.5 3", "--style_seconds 0.5 3", "less than the segment"),
     "train: style from long to short": (
@@ -134,6 +135,36 @@ REFUSED = {
         "cache_no_chroma", "no chroma", "data.py cache"),
     "train: melody from a damaged cache": (
         "train --cache @cache_cut_chroma --conditions melody", "cache_cut_chroma", "damaged"),
+    # train.py: flags that nothing would read
+    **{
+        f"train: {flags}": (f"train {flags}", *says)
+        for flags, *says in (
+            ("--valid 0.1", "--valid 0.1", "no files", "leave it out"),
+            ("--valid @music", "--valid", "no files"),
+            ("--min_segment_ratio 0.5", "--min_segment_ratio 0.5", "no files"),
+            ("--caption_column text", "--caption_column text", "its own"),
+            ("--cache @cache --captions a.csv", "--captions a.csv", "when it was made"),
+            ("--no_text --word_dropout 0.1", "--word_dropout 0.1", "no text"),
+            ("--no_text --freeze_text_encoder", "--freeze_text_encoder", "no text"),
+            ("--conditions melody --text_dropout 0.1", "--text_dropout 0.1", "no text"),
+            ("--melody_dropout 0.5", "--melody_dropout 0.5", "no melody"),
+            ("--no-melody_argmax", "--no-melody_argmax", "no melody"),
+            ("--style_seconds 0.2 0.4", "--style_seconds 0.2 0.4", "no style"),
+            ("--conditions melody --text_lr 1e-3", "--text_lr 0.001", "nothing learns at it"),
+            ("--no_text --cfg 2", "--cfg 2", "no conditions"),
+            ("--no_text --fuse text=sum", "--fuse text=sum", "no conditions"),
+            ("--init_from @model --emb_std 0.5", "--emb_std 0.5", "those of --init_from"),
+            ("--init_from @model --text_vocab 300", "--text_vocab 300", "that of --init_from"),
+            ("--init_from @model --lora 2 --text_lr 1e-3", "--text_lr 0.001", "--lora"),
+            ("--zero 2", "--zero 2", "--parallel fsdp"),
+            ("--dry_run --plan_tflops 100", "--plan_tflops 100", "--plan_gpus"),
+            ("--temperature 0 --top_k 5", "--top_k 5", "likeliest"),
+            ("--top_p 0.5 --top_k 5", "--top_k 5", "--top_p 0.5 goes before"),
+            ("--only valid --out @run --epochs 5", "--epochs 5", "no stage alone"),
+            ("--only generate --out @run --tensorboard", "--tensorboard", "no stage alone"),
+            ("--only valid --out @run --cfg 2", "--cfg 2", "--only valid does not read it"),
+        )
+    },
     # train.py: what it reads
     "train: dataset missing": ("train --dataset no/such", "'no/such'", "give a folder"),
     "train: dataset is a song": ("train --dataset @good.wav", "good.wav", "give the folder"),

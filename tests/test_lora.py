@@ -13,6 +13,7 @@ import generate
 from model import SIZES, Attention, Cache, Conditions, ModelConfig, MusicGen, count_parameters
 from support.estimate import plan_run
 from support.lora import add_lora, merge_lora
+import train
 from train import Ema
 from test_train import HERE, SMALL, lines, part, run, saved
 
@@ -136,7 +137,7 @@ def test_a_run_tunes_resumes_and_exports(start, tmp_path, monkeypatch):
     assert generate.main([*asked, "--out", str(tmp_path / "wav")]) == 0
     assert convert.main([str(tmp_path / "whole")]) == 0
     assert run(tmp_path / "next", "--init_from", str(tmp_path / "whole"), "--epochs", "1") == 0
-    assert run(tmp_path / "whole", "--only", "valid") == 0
+    assert train.main(["--only", "valid", "--out", str(tmp_path / "whole")]) == 0
 
 
 def test_two_ranks_and_shards_tune_as_one(start, tmp_path):

@@ -103,7 +103,7 @@ def test_captions_that_are_all_held_out(tmp_path):
 
 
 def test_a_table_of_captions_is_asked_of_files_only(tmp_path):
-    for more in (dict(dataset="toy"), dict(cache="codes")):
-        args = flags(songs(tmp_path / "music", "a.wav"), captions="t.csv", **more)
+    for more in (["--dataset", "toy"], ["--dataset", "music", "--cache", "codes"]):
+        args = train.build_parser().parse_args(["--captions", "t.csv", "--out", str(tmp_path), *more])
         with pytest.raises(ValueError, match="--captions t.csv: .*leave it out"):
-            train.check_flags(args, 1)
+            train.fill_flags(args, 1)
