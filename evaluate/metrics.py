@@ -24,7 +24,7 @@ from torch import Tensor
 import generate
 import tokenizer
 import toy
-from evaluate import adherence, analyser, distances
+from evaluate import adherence, analyser, distances, sound
 from evaluate.distances import SETS, ClipSet
 from evaluate.embeddings import CHUNK_SECONDS, EMBEDDINGS, MEL_RATE, Clap, load_embedding
 from support import audio, common
@@ -49,33 +49,37 @@ def list_audio(folder: str, flag: str) -> list:
     return sorted(files)
 
 
-def read_chunks(files: list) -> Iterator[tuple[Tensor, int]]:
-    """The clips of audio files: (audio [C,N], its rate), 30 s of a file at most each; less than 0.1 s is left
-    out.
+def read_chunks(files: list, seconds: float = CHUNK_SECONDS, channels: int | None = None,
+                rates: tuple = (MEL_RATE,)) -> Iterator[tuple[Tensor, int]]:
+    """The clips of audio files: (audio [C,N], its rate), at most so many seconds of a file each; less than
+    0.1 s is left out. channels: as of `audio.read_audio`. rates: those that clips are then resampled to.
 
     Errors: ValueError naming a file that cannot be read: what a set consists of must not depend on luck."""
     for path in files:
         info, start = audio.audio_info(path), 0.0
-        audio.check_rate(path, info.sample_rate, MEL_RATE)
+        for rate in rates:
+            audio.check_rate(path, info.sample_rate, rate)
         while start == 0 or info.seconds - start >= MIN_SECONDS:
-            wav = audio.read_audio(path, start, CHUNK_SECONDS)                                    # [C, N]
+            wav = audio.read_audio(path, start, seconds, channels=channels)                       # [C, N]
             if wav.shape[1] < MIN_SECONDS * info.sample_rate:
                 raise ValueError(f"{path}: {info.seconds:.2f} s of audio; "
                                  f"at least {MIN_SECONDS:g} s can be compared")
             yield wav, info.sample_rate
-            start += CHUNK_SECONDS
+            start += seconds
 
 
 def compare_folders(args: argparse.Namespace) -> None:
-    """Prints `distances.compare_sets` of --reference and --generated. Where both hold files of the same
-    names, melodies are compared, and CLAP's labels pair by pair. Errors: ValueError."""
+    """Prints `distances.compare_sets` of --reference and --generated, and what is heard in them.
+
+    Where both hold files of the same names, melodies are compared, and CLAP's labels pair by pair. Errors:
+    ValueError."""
     if not (args.reference and args.generated):
         raise ValueError("give both --reference and --generated, folders of audio")
     codec = tokenizer.load_codec(args.codec)
     embeddings = [load_embedding(name, codec, args.clap) for name in dict.fromkeys(args.fad_embedding)]
-    hear, labels = None, None
+    hear_labels, labels = None, None
     if args.labels:
-        hear, labels = analyser.hear, analyser.HEARD_VALUES
+        hear_labels, labels = analyser.hear, analyser.HEARD_VALUES
     if args.clap_labels:
         flag = f"--clap_labels {' '.join(args.clap_labels)}"
         if args.labels:
@@ -84,15 +88,20 @@ def compare_folders(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag}: at least two of them")
         clap, labels = Clap(args.clap), {"clap": args.clap_labels}
 
-        def hear(wav: Tensor, rate: int) -> list:
+        def hear_labels(wav: Tensor, rate: int) -> list:
             return [{"clap": clap.label_probabilities(wav[0], rate, args.clap_labels)}]
+
+    def hear(wav: Tensor, rate: int) -> list:                                                  # [1, C, N]
+        heard = sound.measure_sound(wav[0], rate, codec.sample_rate)
+        return [heard | hear_labels(wav, rate)[0]] if hear_labels else [heard]
 
     real, made = list_audio(args.reference, "--reference"), list_audio(args.generated, "--generated")
     paired = [p.relative_to(args.reference) for p in real] == [p.relative_to(args.generated) for p in made]
+    rates = (MEL_RATE, codec.sample_rate)
     sets = {kind: ClipSet(embeddings, hear, tunes=paired) for kind in SETS}
-    for number, (wav, rate) in enumerate(read_chunks(real)):
+    for number, (wav, rate) in enumerate(read_chunks(real, rates=rates)):
         distances.add_reference(sets, wav, number, rate, codec)
-    for wav, rate in read_chunks(made):
+    for wav, rate in read_chunks(made, rates=rates):
         sets["generated"].add(wav, rate)
 
     for kind, folder in (("reference", args.reference), ("generated", args.generated)):
@@ -107,6 +116,7 @@ def compare_folders(args: argparse.Namespace) -> None:
         print(f"kl_clap    {clap.path}, {how}: {', '.join(args.clap_labels)}")
     result = distances.compare_sets(sets, labels, extrapolate=args.fad_inf)
     print(distances.distances_table(result, "against the reference"))
+    print(sound.sound_table({kind: clips.heard for kind, clips in sets.items()}))
 
 
 def read_prompt(path: Path) -> str:

@@ -200,8 +200,8 @@ def check_rate(path, rate: int, wanted: int) -> None:
         raise ValueError(f"{path}: absurd sample rate: {rate} Hz cannot be resampled to {wanted} Hz")
 
 
-def encode_audio(wav: torch.Tensor, sample_rate: int, kind: str, subtype: str | None = None) -> bytes:
-    """The bytes of an audio file of wav [C, N]. Errors: soundfile.SoundFileError.
+def encode_audio(wav: torch.Tensor, sample_rate: int, kind: str, subtype: str | None = None, **more) -> bytes:
+    """The bytes of an audio file of wav [C, N]; more: as of soundfile.SoundFile. Errors: its own.
 
     Into memory, because libsndfile does not say why a disk refuses; and by a file descriptor. Into a Python
     object it would write through calls of Python, and a signal that raises in there is lost and leaves
@@ -210,7 +210,7 @@ def encode_audio(wav: torch.Tensor, sample_rate: int, kind: str, subtype: str | 
     in_memory = hasattr(os, "memfd_create")                                         # on Linux
     with open(os.memfd_create("audio"), "w+b") if in_memory else tempfile.TemporaryFile() as file:
         with open_sndfile(file.fileno(), "w", sample_rate, samples.shape[1], subtype, format=kind,
-                          closefd=False) as encoder:
+                          closefd=False, **more) as encoder:
             # libsndfile crashes on a long OGG in one piece
             for start in range(0, len(samples), sample_rate):
                 encoder.write(samples[start:start + sample_rate])

@@ -50,10 +50,15 @@ def mel_distance(estimate: Tensor, target: Tensor, sample_rate: int) -> Tensor:
     return (decibels(estimate) - decibels(target)).abs().mean((1, 2))
 
 
-def perplexities(codes: Tensor, card: int) -> list:
-    """Perplexity of each codebook's code frequencies in codes [B,K,T]: 1 (one code) to card (all alike)."""
-    counts = [torch.bincount(c.flatten(), minlength=card) for c in codes.unbind(1)]
-    counts = torch.stack(counts).float()                                            # [K, card]
+def count_codes(codes: Tensor, card: int) -> Tensor:
+    """How often each code occurs in each codebook of codes [B,K,T] -> [K, card]."""
+    return torch.stack([torch.bincount(c.flatten(), minlength=card) for c in codes.unbind(1)])
+
+
+def perplexities(counts: Tensor) -> list:
+    """Perplexity of each codebook's code frequencies, from counts [K, card]: 1 (one code) to card (all
+    alike)."""
+    counts = counts.float()
     p = counts / counts.sum(1, keepdim=True)
     return (-(p * p.clamp_min(1e-12).log()).sum(1)).exp().tolist()
 
@@ -65,7 +70,7 @@ def round_trip_quality(wav: Tensor, back: Tensor, sample_rate: int, codes: Tenso
     codes [B,K,T] are those in between, each one of `card`; without them the list is empty."""
     return {"si_snr_db": float(si_snr(back, wav).mean()),
             "mel_db": float(mel_distance(back, wav, sample_rate).mean()),
-            "perplexity": [] if codes is None else perplexities(codes, card)}
+            "perplexity": [] if codes is None else perplexities(count_codes(codes, card))}
 
 
 def describe_quality(measured: dict) -> str:

@@ -187,7 +187,8 @@ def test_small_and_large_noise_in_si_snr():
     assert abs(float(quality.si_snr(3 * x + 0.3 * noise, x)) - 20) < 0.1            # whatever the scale
     assert float(quality.mel_distance(x, x, 16_000)) == 0
     assert abs(float(quality.mel_distance(x, x / 2, 16_000)) - 6.02) < 0.1
-    assert quality.perplexities(torch.arange(8).view(1, 1, 8), 16) == pytest.approx([8.0])
+    counts = quality.count_codes(torch.arange(8).view(1, 1, 8), 16)
+    assert quality.perplexities(counts) == pytest.approx([8.0])
 
 
 # ----------------------------------------------------------------------------------------------------------
