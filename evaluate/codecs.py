@@ -3,8 +3,8 @@
     python -m evaluate.codecs --audio DIR --codec toy my_codec.pt opus opus:12
 
 Every file below the folder is cut into pieces of 10 s, mixed to mono. Each codec gets a piece at its own
-rate, and its output is compared with the piece at one rate, the same for all: the lowest of the codecs', or --rate.
-What a codec of a higher rate keeps above that is not heard here.
+rate, and its output is compared with the piece at one rate, the same for all: the lowest of the codecs', or
+--rate. What a codec of a higher rate keeps above that is not heard here.
 
     kbit/s      K * log2(card) * frame rate; of Opus, what its packets took
     SI-SNR      scale-invariant signal-to-noise ratio in dB: higher is better
