@@ -27,7 +27,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +35,7 @@ import tokenizer
 from evaluate.metrics import list_audio, read_chunks
 from support import audio, common, quality
 from support.bounds import check_flag_number
+from support.decode import open_sndfile
 
 PIECE = 10.0                                             # seconds that are encoded and compared at once
 OPUS_RATES = (16_000, 24_000, 48_000)                    # Hz; of its others, no music
@@ -83,7 +83,8 @@ def through_opus(wav: Tensor, sample_rate: int, kbits: float) -> tuple[Tensor, i
     with tempfile.TemporaryFile() as file:
         file.write(ogg)
         file.seek(0)
-        back, _ = soundfile.read(file.fileno(), dtype="float32", closefd=False)                     # [N]
+        with open_sndfile(file.fileno(), closefd=False) as decoder:
+            back = decoder.read(dtype="float32")                                                    # [N]
     return torch.from_numpy(back[:len(wav)]), 8 * packet_bytes(ogg)
 
 
