@@ -285,35 +285,36 @@ def metrics_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# What the command does by the first of these that is given; and the flags that are read then
+MODES = {
+    "clap_text": (text_consistency, "generated clap"),
+    "reference": (compare_folders, "generated fad_embedding fad_inf labels clap clap_labels codec"),
+    "generated": (compare_folders, "reference"),
+    "table": (compare_untrained, "run weights split n seed"),
+    "conditions": (compare_conditions, "run weights n seed"),
+    "seconds": (follow_long, "run weights split n seed"),
+    "run": (compare_sampling, "weights cfg temperature top_k top_p split n seed"),
+    "codec": (measure_analyser, "fit_analyser n seed"),
+}
+
+
 @common.command("evaluate.metrics", "--n")
 def main(argv: list | None = None) -> None:
-    args = metrics_parser().parse_args(argv)
-    if args.weights != "float32" and not args.run:
-        raise ValueError(f"--weights {args.weights}: of which model? Give --run")
-    if args.clap_text:
-        return text_consistency(args)
-    if args.reference or args.generated:
-        return compare_folders(args)
+    parser = metrics_parser()
+    args = parser.parse_args(argv)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    mode = next((mode for mode in MODES if mode in given), "codec")
+    measure, read = MODES[mode]
+    for name in given:
+        if name != mode and name not in read.split():
+            raise ValueError(f"--{name}: --{mode} does not read it; leave one of them out")
+    if mode in ("table", "conditions", "seconds") and not args.run:
+        raise ValueError(f"--{mode}: of which model? Give --run")
     check_flag_number("n", args.n, 1, 100_000)
     check_flag_number("seed", args.seed, 0, 2 ** 31 - 1)
-    asked = [name for name in ("table", "conditions", "seconds") if getattr(args, name) not in (None, False)]
-    if asked and not args.run:
-        raise ValueError(f"--{asked[0]}: of which model? Give --run")
-    if len(asked) > 1:
-        raise ValueError(f"--{asked[1]} does not go with --{asked[0]}")
-    given = [name for name in SAMPLING_GRID if getattr(args, name)]
-    if given and (asked or not args.run):
-        raise ValueError(f"--{given[0]}: it goes with --run alone, not with --table, --conditions, --seconds")
-    if args.table:
-        return compare_untrained(args)
-    if args.conditions:
-        return compare_conditions(args)
     if args.seconds is not None:
         check_flag_number("seconds", args.seconds, 0, 600)
-        return follow_long(args)
-    if args.run:
-        return compare_sampling(args)
-    return measure_analyser(args)
+    measure(args)
 
 
 if __name__ == "__main__":

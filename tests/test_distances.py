@@ -271,6 +271,16 @@ def test_folders(tmp_path, capsys):
     ("--reference {a} --generated {a} --fad_embedding clap", "clap"),
     ("--reference {a} --generated {nan}", "not finite"),
     ("--generated {a} --clap_text", "clap"),
+    ("--reference {a} --generated {a} --run {a}", "--run: --reference does not read it"),
+    ("--reference {a} --generated {a} --n 3", "--n: --reference does not read it"),
+    ("--generated {a} --clap_text --labels", "--labels: --clap_text does not read it"),
+    ("--run {a} --codec {a}", "--codec: --run does not read it"),
+    ("--run {a} --table --cfg 3", "--cfg: --table does not read it"),
+    ("--run {a} --table --seconds 3", "--seconds: --table does not read it"),
+    ("--run {a} --conditions --split heldout", "--split: --conditions does not read it"),
+    ("--split heldout", "--split: --codec does not read it"),
+    ("--weights int8", "--weights: --codec does not read it"),
+    ("--conditions", "of which model"),
 ])
 def test_bad_folders_are_one_line(flags, says, tmp_path, capsys):
     import soundfile
