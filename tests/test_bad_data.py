@@ -128,6 +128,8 @@ REFUSED = {
         "fit_codec --dataset toy --out c.pt --card 60000", "--card 60000", "16000"),
     "fit_codec: stride zero": (
         "fit_codec --dataset toy --out c.pt --ratios 0 16", "--ratios 0", "at least 1"),
+    "fit_codec: compression of nothing": (
+        "fit_codec --dataset toy --out c.pt --compress 4", "--compress 4", "--residual_layers"),
     "fit_codec: more compression than channels": (
         "fit_codec --dataset toy --out c.pt --residual_layers 1 --compress 64", "--compress 64", "16"),
     "fit_codec: negative residual layers": (

@@ -153,6 +153,8 @@ def test_a_missing_peer_says_how_to_install_it(monkeypatch, capsys):
     (["--device", "tpu"], "tpu"),
     (["train", "--weights", "int8"], "--weights int8: of generate, not of train"),
     (["generate", "--optimizer", "muon"], "--optimizer muon: of train, not of generate"),
+    (["data", "--limit"], "--limit: of train, generate, not of data"),
+    (["codec", "--workers", "2"], "--workers 2: of data, not of codec"),
     (["codec", "--codec", "missing.pt"], "missing.pt"),
 ])
 def test_bad_input(argv, says, capsys):

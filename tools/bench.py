@@ -459,6 +459,9 @@ def bench_scaling(args: argparse.Namespace) -> None:
 
 COMMANDS = {"train": bench_train, "generate": bench_generate, "memory": bench_memory, "data": bench_data,
             "codec": bench_codec, "patterns": bench_patterns, "scaling": bench_scaling}
+READ_BY = {"cfg": "generate", "top_k": "generate", "weights": "generate", "optimizer": "train",
+           "codec": "codec", "workers": "data", "limit": "train generate", "vs": "train generate memory",
+           "checkpointing": "train data scaling", "compile": "train generate memory data scaling"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -542,10 +545,12 @@ def complete_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--top_k {args.top_k}: at least 1, at most --card {args.card}")
 
     # What must go together, and be installed.
-    for name, default, command in (("weights", ["float32"], "generate"), ("optimizer", ["adamw"], "train")):
-        if getattr(args, name) != default and args.command != command:
-            shown = " ".join(getattr(args, name))
-            raise ValueError(f"--{name} {shown}: of {command}, not of {args.command}")
+    for name, commands in READ_BY.items():
+        value, unset = getattr(args, name), bench_parser().get_default(name)
+        if value != unset and args.command not in commands.split():
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            shown = f"--{name}" if value is True else f"--{name} {shown}"
+            raise ValueError(f"{shown}: of {commands.replace(' ', ', ')}, not of {args.command}")
     if args.vs and args.pattern != "delay":
         raise ValueError(f"--pattern {args.pattern} with --vs: the peers are measured under delay")
     for name in args.vs:

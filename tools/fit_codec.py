@@ -559,6 +559,8 @@ def check_fit_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value}: more than 0, less than 10000")
     if not 0 < args.autoencoder_share < 1:
         raise ValueError(f"--autoencoder_share {args.autoencoder_share}: between 0 and 1")
+    if not args.residual_layers and args.compress != fit_parser().get_default("compress"):
+        raise ValueError(f"--compress {args.compress}: there are no residual blocks; give --residual_layers")
     if args.residual_layers and args.compress > args.filters:
         raise ValueError(f"--compress {args.compress}: at most the {args.filters} of --filters")
     check_codec_config("--filters, --ratios ..", codec_config(args))
