@@ -54,7 +54,7 @@ GROUPS = {
              float, 0.0, range="natural", before=0.0),
         Flag("sample_by", "file: each as often as any other; duration: long ones more often",
              default="file", choices=SAMPLE_BY, before="file"),
-        Flag("workers", "processes that load data (default: 0 for toy, else 4)",
+        Flag("workers", "processes that load data (default: 0 for toy, else 4, or one a core)",
              int, toy=0, audio=4, range=(0, 512), may_change=True, of_launch=True),
     ),
     "model": (
@@ -258,6 +258,8 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     fill("mask_padding", True)
 
     # the dataset
+    if kind == "audio" and common.count_cores() < flags["workers"].audio:
+        fill("workers", common.count_cores(), "one a core")
     if args.lora:
         fill("optimizer", "adamw", "with --lora")
     for name, flag in flags.items():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from support import common
 from support.flags import build_parser, fill_flags
 from test_train import lines, saved
 from train import main
@@ -58,3 +59,11 @@ def test_a_run_of_few_updates_learns_and_goes_on_with_what_it_had(tmp_path, caps
     assert main([*FEW, "--epochs", "2", *out]) == 0
     assert "--warmup_steps 4 --ema_decay 0.99" in capsys.readouterr().out
     assert saved(tmp_path / "old")["step"] == 16
+
+
+@pytest.mark.parametrize("cores, wanted", [(2, 2), (64, 4)])
+def test_no_more_loading_processes_than_cores(cores, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "count_cores", lambda: cores)
+    args = build_parser().parse_args(["--device", "cpu", "--out", str(tmp_path / "a"), "--dataset", "music"])
+    notes = fill_flags(args, 1)
+    assert args.workers == wanted and ("one a core: --workers 2" in notes) == (cores == 2)
