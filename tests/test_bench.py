@@ -12,7 +12,7 @@ from support import kernels
 from tools import bench, peers
 
 SHAPE = "--dim 32 --num_layers 2 --num_heads 2 --card 16 --frames 12 --tokens 3"
-SMALL = [*SHAPE.split(), "--top_k", "5", "--rounds", "2", "--device", "cpu"]
+SMALL = [*SHAPE.split(), "--rounds", "2", "--device", "cpu"]
 
 
 def parsed(*argv):
@@ -52,7 +52,8 @@ def test_the_defaults_are_the_reference_shape():
                  r"revert_logits [\d.]+ ms"),
 ])
 def test_commands(command, says, capsys):
-    assert bench.main([command, *SMALL, "--workers", "0"]) == 0
+    more = {"generate": ["--top_k", "5"], "data": ["--workers", "0"]}.get(command, [])
+    assert bench.main([command, *SMALL, *more]) == 0
     assert re.search(says, capsys.readouterr().out)
 
 
@@ -87,7 +88,7 @@ def test_memory_is_of_a_process_of_its_own(capsys, monkeypatch):
     Nor does what the C library would keep of so little."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
     ballast = torch.ones(2 ** 26)                                    # 256 MiB
-    shape = "--dim 64 --num_layers 8 --num_heads 2 --card 16 --top_k 5 --frames 600 --device cpu"
+    shape = "--dim 64 --num_layers 8 --num_heads 2 --card 16 --frames 600 --device cpu"
     assert bench.main(["memory", *shape.split()]) == 0
     ours, less = (int(x) for x in re.findall(r"peak (\d+) MiB", capsys.readouterr().out))
     kept = 8 * 4 * 600 * 64 * 4 / 2 ** 20                            # one [B,S,D] a layer

@@ -44,7 +44,8 @@ BEFORE = {fit_codec: FIT, generate: ["--run", "tests/old_run", "--prompt", "x"]}
                          ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_absurd_flags_are_refused(program, flag, capsys):
     """By the range of each: none of them takes memory or time."""
-    argv = [*BEFORE.get(program, []), f"--{flag}", ABSURD]
+    style = ["--conditions", "text", "style"] if flag == "style_levels" else []
+    argv = [*BEFORE.get(program, []), *style, f"--{flag}", ABSURD]
     before = time.monotonic()
     assert program.main(argv) == 2
     error = capsys.readouterr().err

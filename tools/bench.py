@@ -492,7 +492,7 @@ def bench_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("work")
     group.add_argument("--cfg", type=float, default=3.0, help="guidance coefficient (default 3)")
-    group.add_argument("--top_k", type=int, default=250, help="draw from the k likeliest codes (default 250)")
+    group.add_argument("--top_k", type=int, help="draw from the k likeliest codes (default 250 or all)")
     group.add_argument("--weights", nargs="+", choices=STORED_AS, default=["float32"],
                        help="generate: what our matrices are held as; several are measured in turn")
     group.add_argument("--codec", default="toy", help="toy, encodec_24khz or a path (default toy)")
@@ -541,13 +541,15 @@ def complete_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--frames {min(args.frames)}: more than --K {args.K}, else nothing is predicted")
     if args.dim % (2 * args.num_heads):
         raise ValueError(f"--dim {args.dim}: an even multiple of --num_heads {args.num_heads}")
+    given = {name for name in READ_BY if getattr(args, name) != bench_parser().get_default(name)}
+    args.top_k = min(250, args.card) if args.top_k is None else args.top_k
     if not 0 < args.top_k <= args.card:
         raise ValueError(f"--top_k {args.top_k}: at least 1, at most --card {args.card}")
 
     # What must go together, and be installed.
     for name, commands in READ_BY.items():
-        value, unset = getattr(args, name), bench_parser().get_default(name)
-        if value != unset and args.command not in commands.split():
+        value = getattr(args, name)
+        if name in given and args.command not in commands.split():
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             shown = f"--{name}" if value is True else f"--{name} {shown}"
             raise ValueError(f"{shown}: of {commands.replace(' ', ', ')}, not of {args.command}")
