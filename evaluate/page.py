@@ -161,7 +161,8 @@ def charts(records: list, reference: list) -> dict:
     mean = [curve(steps, "ce", "train", shade=0.25, alpha=0.6, linewidth=1),
             curve(valid, "ce", "valid", shade=0.25, marker=".")]
     if others := records_of(reference, "valid"):
-        mean.append(curve(others, "ce", "valid, reference run", color="grey", linestyle="--"))
+        label = "reference run, another codec" if others[0].get("other_codec") else "valid, reference run"
+        mean.append(curve(others, "ce", label, color="grey", linestyle="--"))
 
     distances = []
     evaluated = [{"step": r["step"], **common.flatten_numbers(part_of(r, "distances"))}

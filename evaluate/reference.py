@@ -17,12 +17,15 @@ def reference_curve(config: dict, folder: Path = ASSETS, without: dict | None = 
     """The stages of the first reference run that is like the run of a config.json; [] if there is none.
 
     It is if all that the header names is equal, and flags that are younger than either: without, {flag:
-    value}, says what runs had before these came (by default as their declarations in flags.py say)."""
+    value}, says what runs had before these came (by default as their declarations in flags.py say). Each
+    record's "other_codec" says whether the codes are those of another codec, and the losses so far others."""
     without = values_before() if without is None else without
     for path in sorted(folder.glob("reference_*.jsonl")):
         header, *records = (json.loads(line) for line in path.read_text().splitlines())
         if is_like(config, header, without):
-            return [record for record in records if record["kind"] == "stage"]
+            codec, mine = header.get("codec"), (config.get("codec") or {}).get("fingerprint")
+            other = codec is not None and codec != mine
+            return [record | dict(other_codec=other) for record in records if record["kind"] == "stage"]
     return []
 
 

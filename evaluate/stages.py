@@ -301,7 +301,8 @@ def compare_with_reference(run) -> None:
     here, there = mine[step], theirs[step]
     apart = [f"{name[3:]} {here[name] - there[name]:+.4f}" for name in here if name.startswith("ce_q")]
     run.ranks.print(f"beside the reference run at step {step}: ce {here['ce']:.4f} here, {there['ce']:.4f} "
-                    f"there; {', '.join(apart)}")
+                    f"there; {', '.join(apart)}" +
+                    ("; its codec is another, and so are its losses" if there["other_codec"] else ""))
 
 
 def draw_page(run, final: bool) -> None:

@@ -1,7 +1,9 @@
 """tools/curves.py: losses by time."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from tools import curves
@@ -36,6 +38,22 @@ def test_losses_by_time(runs, capsys):
 def test_what_a_run_never_reaches(runs, capsys):
     assert curves.main([str(runs / "quick"), "--loss", "1"]) == 0
     assert "ce 1.0000 or less: never" in capsys.readouterr().out
+
+
+def test_the_loss_by_frequencies(runs, capsys):
+    """Two codebooks: the first of one code in training; the second as in training, half and half."""
+    folder = runs / "cache"
+    folder.mkdir()
+    np.save(folder / "shard_00000.npy", np.array([[0, 0], [0, 1], [0, 0], [0, 1], [1, 0], [1, 1]], np.uint16))
+    entries = [dict(split=split, shard=0, offset=first, frames=count)
+               for split, first, count in (("train", 0, 4), ("valid", 4, 2))]
+    (folder / "cache.json").write_text(json.dumps(dict(K=2, entries=entries)))
+    assert curves.frequency_losses(str(folder)) == pytest.approx([math.log(6), math.log(2)])
+    assert curves.main([str(runs / "quick"), "--cache", str(folder)]) == 0
+    assert "occurs: ce 1.2425  q1 1.792  q2 0.693" in capsys.readouterr().out
+    (folder / "cache.json").write_text(json.dumps(dict(K=2, entries=entries[:1])))
+    assert curves.main([str(runs / "quick"), "--cache", str(folder)]) == 2
+    assert "made without --valid FOLDER" in capsys.readouterr().err
 
 
 def test_bad_input(runs, capsys):

@@ -5,14 +5,18 @@ that runs compare which do these more or less often. Let runs that are to be com
 take turns: a busy machine makes minutes longer.
 
     python -m tools.curves runs/adamw runs/muon --minutes 15 60 --loss 4.2
+    python -m tools.curves runs/muon --cache music_codes             beside knowing how often each code occurs
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from evaluate.page import read_log, records_of
 from support import common
+from support.cache import read_rows
 from support.log import LOG_NAME
 
 
@@ -43,6 +47,27 @@ def curve_of(run: str) -> list:
     return valid
 
 
+def frequency_losses(folder: str) -> list:
+    """Cross-entropy [K] of a token cache's validation files by how often each code occurs in its training
+    files: what a model pays that knows nothing else.
+
+    Errors: ValueError for no cache, and for one without validation files of its own."""
+    if not Path(folder, "cache.json").is_file():
+        raise ValueError(f"--cache {folder}: no token cache there")
+    index = common.read_json(Path(folder, "cache.json"))
+    counts = {name: np.zeros((index["K"], 2 ** 16)) for name in ("train", "valid")}
+    for entry in index["entries"]:
+        if entry.get("split") in counts and entry["frames"]:
+            codes = read_rows(folder, entry["shard"], "npy", entry["offset"], entry["frames"], index["K"])
+            counts[entry["split"]] += [np.bincount(column, minlength=2 ** 16) for column in codes.T]
+    if not all(each.sum() for each in counts.values()):
+        raise ValueError(f"--cache {folder}: made without --valid FOLDER; this asks for its two sets")
+    card = 1 + max(np.flatnonzero(each.sum(0))[-1] for each in counts.values())
+    p, q = (counts[name][:, :card] + extra for name, extra in (("train", 1), ("valid", 0)))        # [K, card]
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    return (-(q * np.log(p)).sum(1)).tolist()
+
+
 def losses_text(record: dict) -> str:
     """The losses of a validation in a line."""
     each = "".join(f"  {name[3:]} {value:.3f}" for name, value in record.items() if name.startswith("ce_q"))
@@ -58,11 +83,16 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[15, 60, 180, 600],
                         help="of training (default: 15 60 180 600)")
     parser.add_argument("--loss", type=float, help="cross-entropy to reach (default: the first run's lowest)")
+    parser.add_argument("--cache", help="token cache: also the loss by how often each code occurs")
     args = parser.parse_args(argv)
     if bad := [x for x in args.minutes if not x > 0]:
         raise ValueError(f"--minutes {bad[0]:g}: more than 0")
     curves = {run: curve_of(run) for run in args.runs}
     wanted = args.loss if args.loss is not None else min(r["ce"] for r in curves[args.runs[0]])
+    if args.cache:
+        each = frequency_losses(args.cache)
+        print(f"by how often each code occurs: ce {np.mean(each):.4f}" +
+              "".join(f"  q{k} {value:.3f}" for k, value in enumerate(each, 1)))
     for run, curve in curves.items():
         print(f"{run}: {curve[-1]['step']} updates, {curve[-1]['minutes']:.1f} minutes of training")
         for minutes in args.minutes:
