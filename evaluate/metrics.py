@@ -307,7 +307,9 @@ def main(argv: list | None = None) -> None:
     measure, read = MODES[mode]
     for name in given:
         if name != mode and name not in read.split():
-            raise ValueError(f"--{name}: --{mode} does not read it; leave one of them out")
+            alone = "of which model? Give --run (or --reference and --generated)"
+            what = f"--{mode} does not read it; leave one of them out" if mode in given else alone
+            raise ValueError(f"--{name}: {what}")
     if mode in ("table", "conditions", "seconds") and not args.run:
         raise ValueError(f"--{mode}: of which model? Give --run")
     check_flag_number("n", args.n, 1, 100_000)

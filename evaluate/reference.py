@@ -23,8 +23,9 @@ def reference_curve(config: dict, folder: Path = ASSETS, without: dict | None = 
     for path in sorted(folder.glob("reference_*.jsonl")):
         header, *records = (json.loads(line) for line in path.read_text().splitlines())
         if is_like(config, header, without):
-            codec, mine = header.get("codec"), (config.get("codec") or {}).get("fingerprint")
-            other = codec is not None and codec != mine
+            codec = config.get("codec")
+            mine = codec.get("fingerprint") if isinstance(codec, dict) else None
+            other = "codec" in header and header["codec"] != mine
             return [record | dict(other_codec=other) for record in records if record["kind"] == "stage"]
     return []
 

@@ -179,15 +179,19 @@ def open_cache(folder: str, codec, valid: str | float, features: dict) -> tuple[
     for feature in features.values():
         check_feature(folder, settings, entries, feature)
     check_codec(folder, settings, codec)
+    train_entries, valid_entries, more = split_cache(folder, settings, entries, valid)
     note = f"from token cache {folder}"
+    return train_entries, valid_entries, f"{note}; {more}" if more else note, settings["K"]
+
+
+def split_cache(folder: str, settings: dict, entries: list, valid: str | float) -> tuple[list, list, str]:
+    """(train, valid, note) of a cache's entries: as it was made, else by a fraction. Errors: ValueError."""
     if any(entry.split for entry in entries):  # made of two folders
-        sets = [[e for e in entries if e.split == name] for name in ("train", "valid")]
-        return *sets, note, settings["K"]
+        return *([e for e in entries if e.split == name] for name in ("train", "valid")), ""
     if (fraction := valid_fraction(valid)) is None:
         raise ValueError(f"token cache {folder!r} was made without --valid {valid}: give a fraction")
     hash_alone = "shards" in settings or settings.get("hash_alone", False)  # begun as an old cache
-    train_entries, valid_entries, more = split_by_hash(entries, fraction, hash_alone)
-    return train_entries, valid_entries, f"{note}; {more}" if more else note, settings["K"]
+    return split_by_hash(entries, fraction, hash_alone)
 
 
 def read_rows(folder: str, shard: int, suffix: str, first: int, count: int, columns: int,

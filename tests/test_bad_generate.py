@@ -159,7 +159,7 @@ REFUSED = {
     "metrics: two tables": ("metrics --run @model --table --seconds 8", "--seconds", "--table"),
     "metrics: settings beside a table": (
         "metrics --run @model --seconds 8 --cfg 3", "--cfg", "--seconds does not read it"),
-    "metrics: settings of no model": ("metrics --cfg 3", "--cfg", "--codec does not read it"),
+    "metrics: settings of no model": ("metrics --cfg 3", "--cfg", "of which model?"),
     "metrics: no clips": ("metrics --run @model --n 0", "--n 0", "at least 1"),
     "metrics: no clips of a codec": ("metrics --n 0", "--n 0", "at least 1"),
     "metrics: negative seed": ("metrics --n 1 --seed -1", "--seed -1", "at least 0"),

@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from support.cache import CachedEntry
 from tools import curves
 
 
@@ -28,9 +30,10 @@ def test_losses_by_time(runs, capsys):
     assert curves.main([str(runs / "quick"), str(runs / "slow"), "--minutes", "3.5", "8", "99"]) == 0
     quick, slow = capsys.readouterr().out.split(f"{runs / 'slow'}: ")
     assert "40 updates, 4.0 minutes" in quick and slow.startswith("40 updates, 8.0 minutes")
-    assert "after 3.5 min: update      30  ce 3.0000  q1 3.000" in quick and "after 8" not in quick
+    assert "after 3.5 min: update      30  ce 3.0000  q1 3.000" in quick
+    assert "after 8 min: not trained so long" in quick
     assert "after 3.5 min: update      10  ce 5.0000" in slow and "after 8 min: update      40" in slow
-    assert "99" not in quick + slow
+    assert "after 99 min: not trained so long" in slow
     assert "ce 2.5000 or less: update 40, 4.0 min" in quick
     assert "ce 2.5000 or less: update 30, 6.0 min" in slow
 
@@ -40,20 +43,32 @@ def test_what_a_run_never_reaches(runs, capsys):
     assert "ce 1.0000 or less: never" in capsys.readouterr().out
 
 
-def test_the_loss_by_frequencies(runs, capsys):
+def test_the_loss_by_frequencies(runs, capsys, monkeypatch):
     """Two codebooks: the first of one code in training; the second as in training, half and half."""
     folder = runs / "cache"
     folder.mkdir()
     np.save(folder / "shard_00000.npy", np.array([[0, 0], [0, 1], [0, 0], [0, 1], [1, 0], [1, 1]], np.uint16))
-    entries = [dict(split=split, shard=0, offset=first, frames=count)
+    entries = [CachedEntry("a", "a", 1.0, 16_000, 1, {}, "none", split, None, 0, first, count)
                for split, first, count in (("train", 0, 4), ("valid", 4, 2))]
-    (folder / "cache.json").write_text(json.dumps(dict(K=2, entries=entries)))
-    assert curves.frequency_losses(str(folder)) == pytest.approx([math.log(6), math.log(2)])
+    monkeypatch.setattr(curves, "read_index", lambda folder: (dict(K=2), entries))
+    assert curves.frequency_losses(str(folder), "0.05") == pytest.approx([math.log(6), math.log(2)])
     assert curves.main([str(runs / "quick"), "--cache", str(folder)]) == 0
     assert "occurs: ce 1.2425  q1 1.792  q2 0.693" in capsys.readouterr().out
-    (folder / "cache.json").write_text(json.dumps(dict(K=2, entries=entries[:1])))
+    del entries[1]
     assert curves.main([str(runs / "quick"), "--cache", str(folder)]) == 2
-    assert "made without --valid FOLDER" in capsys.readouterr().err
+    assert "one of its two sets is empty" in capsys.readouterr().err
+
+
+def test_an_ordinary_cache_is_split_by_the_run(runs, capsys):
+    """By its --valid, as training does; what is no cache is one line."""
+    old = str(Path(__file__).parent / "old_cache")
+    (runs / "quick" / "config.json").write_text('{"args": {"valid": "0.5"}}')
+    assert curves.main([str(runs / "quick"), "--cache", old]) == 0
+    assert "occurs: ce " in capsys.readouterr().out
+    (runs / "cache.json").write_text('{"x": 1}')
+    for folder in (runs, runs / "nowhere"):
+        assert curves.main([str(runs / "quick"), "--cache", str(folder)]) == 2
+        assert str(folder) in capsys.readouterr().err
 
 
 def test_bad_input(runs, capsys):

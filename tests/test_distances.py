@@ -278,8 +278,8 @@ def test_folders(tmp_path, capsys):
     ("--run {a} --table --cfg 3", "--cfg: --table does not read it"),
     ("--run {a} --table --seconds 3", "--seconds: --table does not read it"),
     ("--run {a} --conditions --split heldout", "--split: --conditions does not read it"),
-    ("--split heldout", "--split: --codec does not read it"),
-    ("--weights int8", "--weights: --codec does not read it"),
+    ("--split heldout", "--split: of which model?"),
+    ("--weights int8", "--weights: of which model?"),
     ("--conditions", "of which model"),
 ])
 def test_bad_folders_are_one_line(flags, says, tmp_path, capsys):

@@ -178,7 +178,8 @@ def test_real_music_is_compared_where_shape_and_files_are_the_same(tmp_path):
     header["codec"] = "c"
     (tmp_path / "reference_music.jsonl").write_text(
         json.dumps(header) + '\n{"kind": "stage", "stage": "valid", "step": 1}\n')
-    for codec, other in ((dict(fingerprint="c"), False), (dict(fingerprint="d"), True), (None, True)):
+    same = dict(fingerprint="c")
+    for codec, other in ((same, False), (dict(fingerprint="d"), True), (None, True), ("damaged", True)):
         assert reference.reference_curve(like | dict(codec=codec), tmp_path, {})[0]["other_codec"] is other
     others = dict(files="g"), dict(files=None), dict(model={"K": 5}), dict(model=None), dict(args={"lr": 2})
     for other in others:

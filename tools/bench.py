@@ -541,7 +541,8 @@ def complete_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--frames {min(args.frames)}: more than --K {args.K}, else nothing is predicted")
     if args.dim % (2 * args.num_heads):
         raise ValueError(f"--dim {args.dim}: an even multiple of --num_heads {args.num_heads}")
-    given = {name for name in READ_BY if getattr(args, name) != bench_parser().get_default(name)}
+    parser = bench_parser()
+    given = {name for name in READ_BY if getattr(args, name) != parser.get_default(name)}
     args.top_k = min(250, args.card) if args.top_k is None else args.top_k
     if not 0 < args.top_k <= args.card:
         raise ValueError(f"--top_k {args.top_k}: at least 1, at most --card {args.card}")

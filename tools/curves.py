@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate.page import read_log, records_of
+from evaluate.page import part_of, read_log, read_record, records_of
 from support import common
-from support.cache import read_rows
+from support.cache import read_index, read_rows, split_cache
 from support.log import LOG_NAME
 
 
@@ -47,23 +47,22 @@ def curve_of(run: str) -> list:
     return valid
 
 
-def frequency_losses(folder: str) -> list:
+def frequency_losses(folder: str, valid: str) -> list:
     """Cross-entropy [K] of a token cache's validation files by how often each code occurs in its training
     files: what a model pays that knows nothing else.
 
-    Errors: ValueError for no cache, and for one without validation files of its own."""
-    if not Path(folder, "cache.json").is_file():
-        raise ValueError(f"--cache {folder}: no token cache there")
-    index = common.read_json(Path(folder, "cache.json"))
-    counts = {name: np.zeros((index["K"], 2 ** 16)) for name in ("train", "valid")}
-    for entry in index["entries"]:
-        if entry.get("split") in counts and entry["frames"]:
-            codes = read_rows(folder, entry["shard"], "npy", entry["offset"], entry["frames"], index["K"])
-            counts[entry["split"]] += [np.bincount(column, minlength=2 ** 16) for column in codes.T]
-    if not all(each.sum() for each in counts.values()):
-        raise ValueError(f"--cache {folder}: made without --valid FOLDER; this asks for its two sets")
-    card = 1 + max(np.flatnonzero(each.sum(0))[-1] for each in counts.values())
-    p, q = (counts[name][:, :card] + extra for name, extra in (("train", 1), ("valid", 0)))        # [K, card]
+    valid: --valid of the run, for a cache that was made without. Errors: ValueError."""
+    settings, entries = read_index(folder)
+    counts = []
+    for part in split_cache(folder, settings, entries, valid)[:2]:
+        counts.append(np.zeros((settings["K"], 2 ** 16)))
+        for entry in part:
+            codes = read_rows(folder, entry.shard, "npy", entry.offset, entry.frames, settings["K"])
+            counts[-1] += [np.bincount(column, minlength=2 ** 16) for column in codes.T]
+        if not counts[-1].any():
+            raise ValueError(f"--cache {folder}: one of its two sets is empty under --valid {valid}")
+    card = 1 + max(np.flatnonzero(each.sum(0))[-1] for each in counts)
+    p, q = counts[0][:, :card] + 1, counts[1][:, :card]                                            # [K, card]
     p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
     return (-(q * np.log(p)).sum(1)).tolist()
 
@@ -90,15 +89,18 @@ def main(argv: list | None = None) -> None:
     curves = {run: curve_of(run) for run in args.runs}
     wanted = args.loss if args.loss is not None else min(r["ce"] for r in curves[args.runs[0]])
     if args.cache:
-        each = frequency_losses(args.cache)
+        config = read_record(Path(args.runs[0], "config.json"))
+        each = frequency_losses(args.cache, part_of(config, "args").get("valid", "0.05"))
         print(f"by how often each code occurs: ce {np.mean(each):.4f}" +
               "".join(f"  q{k} {value:.3f}" for k, value in enumerate(each, 1)))
     for run, curve in curves.items():
         print(f"{run}: {curve[-1]['step']} updates, {curve[-1]['minutes']:.1f} minutes of training")
         for minutes in args.minutes:
-            if curve[0]["minutes"] <= minutes <= 1.02 * curve[-1]["minutes"]:    # a run of 59.5 has its hour
-                last = max((r for r in curve if r["minutes"] <= minutes), key=lambda r: r["minutes"])
-                print(f"  after {minutes:g} min: {losses_text(last)}")
+            before = [r for r in curve if r["minutes"] <= minutes]
+            found = losses_text(before[-1]) if before else "no validation yet"
+            if minutes > 1.02 * curve[-1]["minutes"]:                            # a run of 59.5 has its hour
+                found = "not trained so long"
+            print(f"  after {minutes:g} min: {found}")
         best = min(curve, key=lambda r: r["ce"])
         print(f"  lowest, {best['minutes']:.1f} min: {losses_text(best)}")
         reached = next((r for r in curve if r["ce"] <= wanted), None)
