@@ -7,13 +7,15 @@ as long as AdamW's (Liu et al. 2025, arXiv:2502.16982): at learning rate 1 a wei
     momentum [out,in] ─► blocks [N,d,D] ─ Newton-Schulz ─► rows nearly orthonormal ─► step [out,in]
 
 A block of attention is what one head reads from the stream of width D, or writes to it: d rows of the
-queries, keys or values, d columns of the projection after them. A matrix of the feed-forward is one block.
+queries, keys or values, d columns of the projection after them. The feed-forward reads and writes the stream
+in slices of d: blocks [N,d,4D]. As one block it would learn hardly more an update, and the steps would take
+twenty times the products (docs/real_music.md).
 
 torch.optim.Muon (torch 2.11) takes one whole matrix after the other, and only plain ones: it would make the
 queries, keys and values that lie in one matrix orthogonal to each other, and of a sharded matrix (a DTensor)
 it knows nothing.
 
-Legend: N blocks, d rows of a block, D width.
+Legend: N blocks, d rows of a block: the width of a head; D width.
 """
 
 import argparse
@@ -56,10 +58,11 @@ def muon_groups(groups: list, model: nn.Module, lr_scale: float) -> list:
 
     lr_scale: of the matrices' learning rate."""
     D = model.config.dim
-    head, whole = (D // model.config.num_heads, D), (D, D * model.config.hidden_scale)
+    d = D // model.config.num_heads
+    attention, feed_forward = (d, D), (d, D * model.config.hidden_scale)
     # the shape of a block, and whether its rows are columns of the matrix
-    kinds = {"in_proj_weight": (head, False), "out_proj.weight": (head, True),
-             "linear1.weight": (whole, True), "linear2.weight": (whole, False)}
+    kinds = {"in_proj_weight": (attention, False), "out_proj.weight": (attention, True),
+             "linear1.weight": (feed_forward, True), "linear2.weight": (feed_forward, False)}
     blocks = {p: kind for name, p in model.transformer.layers.named_parameters()
               for end, kind in kinds.items() if name.endswith(end)}
     split = []

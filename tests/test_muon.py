@@ -50,7 +50,8 @@ def test_blocks_become_nearly_orthonormal():
 
 
 def test_a_step_of_each_matrix():
-    """Two updates beside loops: a head's queries, keys and values for themselves, its output by columns."""
+    """Two updates beside loops: a head's queries, keys and values for themselves, its output by columns, the
+    feed-forward in slices of the stream."""
     model, optimizer = model_and_optimizer()
     layer = model.transformer.layers[1]
     d, names = D // HEADS, ("in_proj_weight", "out_proj.weight", "linear1.weight", "linear2.weight")
@@ -64,8 +65,8 @@ def test_a_step_of_each_matrix():
             momenta[i] = 0.95 * momenta[i] + 0.05 * p.grad
             look_ahead = 0.95 * momenta[i] + 0.05 * p.grad
             x = look_ahead if name in ("in_proj_weight", "linear2.weight") else look_ahead.T
-            rows, width = D if name.startswith("linear") else d, x.shape[1]
-            y = torch.cat([newton_schulz(x[j:j + rows]) for j in range(0, len(x), rows)])
+            width = x.shape[1]
+            y = torch.cat([newton_schulz(x[j:j + d]) for j in range(0, len(x), d)])
             y = y if x is look_ahead else y.T
             weights[i] = weights[i] * (1 - 0.02 * 0.1) - 0.02 * 0.2 * width ** 0.5 * y
         optimizer.step()
