@@ -19,6 +19,7 @@ RANGES = {                            # name: (test, what is allowed)
     "clip": (lambda x: 0 < x <= 3600, "more than 0, at most 3600"),
 }
 NOT_SAID = object()
+SMALL_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Flag:
     default: object = None            # None is filled in later, with a printed reason
     toy: object = None                # its default if the dataset is toy,
     audio: object = None              # and for any other one
-    overfit: object = None            # and with --overfit_one_batch, which wins over both
+    small: object = None              # and for a model of at most SMALL_WIDTH that starts from random weights
+    overfit: object = None            # and with --overfit_one_batch, which wins over all
     range: str | tuple | None = None  # of RANGES, or (least, most)
     choices: tuple | None = None
     nargs: object = None

@@ -27,7 +27,7 @@ from support.bounds import LIMITS, fits
 from support.checkpoint import flags_of_checkpoint
 from support.compiled import require_compiler
 from support.draw import SAMPLE_BY
-from support.flag import NOT_SAID, Flag
+from support.flag import NOT_SAID, SMALL_WIDTH, Flag
 from support.quantize import STORED_AS
 from support.unread import refuse_unread
 
@@ -64,7 +64,8 @@ GROUPS = {
         Flag("dropout", "dropout in the transformer", float, 0.0, range="share"),
         Flag("lora", "train additions of rank R to the matrices of --init_from, and nothing else",
              int, metavar="R", range=(1, 4096), of_launch=True, before=None),
-        Flag("emb_std", "initial spread of the code embeddings (audio: 1/sqrt(width))", float, toy=1.0),
+        Flag("emb_std", "initial spread of the code embeddings (else: 1/sqrt(width))", float,
+             toy=1.0, small=1.0),
         Flag("checkpointing", "recompute activations in backward: less memory, 4/3 the work",
              bool, False, may_change=True, of_launch=True),
     ),
@@ -87,13 +88,13 @@ GROUPS = {
         Flag("micro_batch_size", "samples a rank sends through at once (default: all)",
              int, range=(1, 65_536), may_change=True, of_launch=True),
         Flag("optimizer", "muon: orthogonal steps for the layers' matrices, AdamW for the rest",
-             toy="adamw", audio="adamw", choices=("adamw", "muon"), before="adamw"),
+             toy="adamw", audio="adamw", small="muon", choices=("adamw", "muon"), before="adamw"),
         Flag("lr", "peak learning rate (AdamW)",
-             float, toy=8e-3, audio=1e-4, range="positive", overfit=1e-3),
+             float, toy=8e-3, audio=1e-4, small=2e-3, range="positive", overfit=1e-3),
         Flag("muon_lr", "peak learning rate of the layers' matrices under muon",
-             float, toy=0.01, audio=1e-4, range="positive", before=None),
+             float, toy=0.01, audio=1e-4, small=0.01, range="positive", before=None),
         Flag("text_lr", "peak learning rate of the text and style encoders",
-             float, toy=1.5e-3, audio=1e-4, range="positive", overfit=1e-3),
+             float, toy=1.5e-3, audio=1e-4, small=1e-3, range="positive", overfit=1e-3),
         Flag("warmup_steps", "linear warm-up, then cosine to --lr_min_ratio of the peak; short run: a tenth",
              int, toy=20, audio=1000, range="natural", overfit=20),
         Flag("lr_min_ratio", "final learning rate over the peak", float, 0.0, range="share"),
@@ -257,7 +258,13 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
             fill(name, value, f"as in {args.init_from}")
     fill("mask_padding", True)
 
-    # the dataset
+    # the dataset; a small model learns real music sooner than by the rates of a large one. Who gives --lr, a
+    # rate of AdamW, keeps AdamW
+    if kind == "audio" and start is None and not begun and not args.only:
+        width = parse_size(args.size or flags["size"].audio)["dim"]
+        for name, flag in flags.items() if width <= SMALL_WIDTH else ():
+            if name != "optimizer" or args.lr is None:
+                fill(name, flag.small, f"for a model of {SMALL_WIDTH} or less in width")
     if kind == "audio" and common.count_cores() < flags["workers"].audio:
         fill("workers", common.count_cores(), "one a core")
     if args.lora:

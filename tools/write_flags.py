@@ -8,6 +8,7 @@ import sys
 
 import generate
 from support import common
+from support.flag import SMALL_WIDTH
 from support.flags import all_flags
 
 HEAD = """# Flags
@@ -16,7 +17,8 @@ Written by `python -m tools.write_flags`; a test compares it with the code.
 
 ## train.py
 
-A flag that is left out is filled in: by the dataset (toy, or any other), by `--init_from`, by the machine.
+A flag that is left out is filled in: by the dataset (toy, or any other), by the width of a model that
+starts from random weights, by `--init_from`, by the machine.
 The run prints what it chose and why. When a run goes on, flags marked *may change* may be others than before;
 one that depends on the dataset, and is not so marked, is filled in with what the run had.
 """
@@ -31,7 +33,8 @@ def default_text(flag) -> str:
     """The default of a training flag, by dataset where it depends on it."""
     if flag.toy is not None or flag.audio is not None:
         audio = "see there" if flag.audio is None else flag.audio
-        return f"toy: {flag.toy}, else: {audio}"
+        small = "" if flag.small is None else f"; up to {SMALL_WIDTH} wide: {flag.small}"
+        return f"toy: {flag.toy}{small}; else: {audio}"
     if isinstance(flag.default, list):
         return " ".join(flag.default)
     if flag.type is bool:
