@@ -33,9 +33,9 @@ def test_small_models_and_no_others(given, wanted, tmp_path):
 
 def test_a_run_begun_without_them_goes_on(tmp_path, monkeypatch, capsys):
     music = songs(tmp_path / "music", *(f"{i}.wav" for i in range(5)))
-    few = ("--size debug --codec toy --no_text --segment_seconds 0.4 --batch_size 2 --updates_per_epoch 2 --valid_samples 2 "
-           "--eval_samples 1 --evaluate_every 0 --generate_every 0 --workers 0 --device cpu --dataset").split()
-    run = [*few, str(music), "--out", str(tmp_path / "run")]
+    few = ("--size debug --codec toy --no_text --segment_seconds 0.4 --batch_size 2 --updates_per_epoch 2 "
+           "--valid_samples 2 --eval_samples 1 --evaluate_every 0 --generate_every 0 --workers 0").split()
+    run = [*few, "--device", "cpu", "--dataset", str(music), "--out", str(tmp_path / "run")]
     monkeypatch.setattr(all_flags, "SMALL_WIDTH", 0)
     assert main([*run, "--epochs", "1"]) == 0
     monkeypatch.undo()
