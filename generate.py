@@ -52,7 +52,7 @@ from support.kernels import packed_weights
 from support.kept_codes import keep_codes, kept_path, take_kept
 from support.per_sample import Noise, encode_conditions
 from support.quantize import STORED_AS, store_weights
-from support.requests import read_continued, read_requests, read_values, request_records
+from support.requests import check_sampling, read_continued, read_requests, read_values, request_records
 from support.stream import Listener, check_standard_output, in_background, wav_to_standard_output
 
 
@@ -452,6 +452,7 @@ def main(argv: list | None = None) -> None:
         check_standard_output(len(requests))
     music = MusicGenerator.load(args.run, args.device, args.codec, weights=args.weights)
     codec, sampling = music.codec, choose_sampling(args, music)
+    check_sampling(args, sampling)
     window = music.window / codec.frame_rate
     seconds = window if args.seconds is None else args.seconds
     if args.stride is not None and seconds <= window:

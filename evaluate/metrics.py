@@ -75,6 +75,8 @@ def compare_folders(args: argparse.Namespace) -> None:
     ValueError."""
     if not (args.reference and args.generated):
         raise ValueError("give both --reference and --generated, folders of audio")
+    if args.clap and "clap" not in args.fad_embedding and not args.clap_labels:
+        raise ValueError(f"--clap {args.clap}: nothing reads it; give --fad_embedding clap or --clap_labels")
     codec = tokenizer.load_codec(args.codec)
     embeddings = [load_embedding(name, codec, args.clap) for name in dict.fromkeys(args.fad_embedding)]
     hear_labels, labels = None, None

@@ -12,7 +12,7 @@ With --sharded_checkpoint all ranks write the tensors beside it, through torch.d
     last.pt ─ names ─► last.shards.0/          at most three folders: the one that neither last.pt nor
     last.prev.pt ────► last.shards.1/          last.prev.pt names is free for the next save
 
-What is inside a checkpoint is the run's business: see support/run.py.
+What is inside a checkpoint is the run's business: see support/resume.py.
 """
 
 import contextlib

@@ -5,8 +5,7 @@ for what a user gives at generation, and how a batch of values becomes embedding
 width D:
 
     example ─from_example─► value ─┐
-                                   ├─ prepare (host) ─► inputs ─ forward (device) ─► emb [B, L, D], mask [B,
-                                   L]
+                                   ├─ prepare (host) ─► inputs ─ forward (device) ─► emb [B,L,D], mask [B,L]
     user's  ─from_user────► value ─┘
 
 To add one: write a subclass, import it in conditioning.py and append it to CONDITIONS there. The shortest to

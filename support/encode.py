@@ -200,6 +200,8 @@ def begin_update(dataset: str, out: str, codec, valid: str | float, features: di
         files = [replace(file, split="train") for file in train_files]
         for file in valid_files:  # both folders may hold the same names
             files.append(replace(file, split="valid", key=f"valid:{file.key}"))
+    elif float(valid) != 0.05:  # what data.py gives where nothing is said
+        print(f"note --valid {valid} has no effect: a cache holds all files; give the fraction in training")
 
     # A new folder, or a cache of this codec, that no other process writes to
     settings = {"dataset": os.path.abspath(dataset), "codec": codec.name, "channels": codec.channels,

@@ -2,7 +2,7 @@
 
 Each flag is declared once, below, with all that is to be known of it (flag.py says what that is); a condition
 declares its own in its class. A flag left out is filled in by `fill_flags`: from the run that goes on, from
---init_from, from the dataset, from the machine; it returns lines that say what it chose and why.
+--init_from, from the dataset and the size, from the machine; it returns lines that say what and why.
 `check_flags` refuses what cannot be. The result is an argparse.Namespace, which config.json and every
 checkpoint hold as a plain dict.
 
@@ -128,7 +128,7 @@ GROUPS = {
              float, 10.0, range="positive", may_change=True),
     ),
     "run": (
-        Flag("out", "run folder (default: runs/ and the name of the dataset)", common.output_name,
+        Flag("out", "run folder (default: runs/ and the name of the cache or dataset)", common.output_name,
              may_change=True, of_launch=True),
         Flag("seed", "of weights, data, dropouts and samples", int, 0, range="natural"),
         Flag("init_from", "run folder, best.pt or published weights to start from; mono also starts stereo",
@@ -289,7 +289,10 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     fill("micro_batch_size", max(1, args.batch_size // world), "the rank's whole share")
     fill("log_every", max(1, args.updates_per_epoch // 10), "a tenth of an epoch")
 
-    # a run that is too short for what was asked
+    # shards of one rank, and a run that is too short for what was asked
+    if args.parallel == "fsdp" and world == 1 and not args.plan_gpus:
+        notes["fsdp"] = "--parallel fsdp: there is one rank, so nothing is sharded" + \
+            (" and --cpu_offload moves nothing" if args.cpu_offload else "")
     if args.warmup_steps >= updates and not args.only:
         peak = args.lr * updates / (args.warmup_steps + 1)
         notes["schedule"] = (f"--warmup_steps {args.warmup_steps} is no less than the {updates} updates of "
@@ -385,6 +388,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
                          f"samples: take one of {divisors}")
 
     # the optimizer
+    if args.lora and not args.init_from:
+        raise ValueError(f"--lora {args.lora}: it adds to weights that are there: give them by --init_from")
     if args.optimizer == "muon" and args.lora:
         raise ValueError(f"--optimizer muon with --lora {args.lora}: an orthogonal step is one of a whole "
                          "matrix, an addition is a product of two: take --optimizer adamw")
@@ -400,8 +405,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise ValueError(f"--weights {args.weights}: a model is trained in float32; give it with --only")
 
     # the model and its conditions
-    if args.lora and not args.init_from:
-        raise ValueError(f"--lora {args.lora}: it adds to weights that are there: give them by --init_from")
     parse_size(args.size)
     ConditionerConfig(fuse_methods(args))
     for condition in CONDITIONS.values():

@@ -56,14 +56,10 @@ def read_requests(args: argparse.Namespace) -> list:
 
 
 def check_effect(args: argparse.Namespace, rows: list) -> None:
-    """Errors: ValueError for settings that nothing reads, or that change nothing in any of these samples."""
+    """Errors: ValueError for flags that nothing reads, or that change nothing in any of these samples."""
     for name in ("host", "port"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} {getattr(args, name)}: of the page; give --serve with it")
-    if args.temperature == 0 and (args.top_k or args.top_p):
-        raise ValueError("--temperature 0 takes the likeliest code: leave --top_k and --top_p out")
-    if args.top_k and args.top_p:
-        raise ValueError(f"--top_k {args.top_k}: --top_p {args.top_p:g} goes before it; give one of both")
     counts = [(sum(value is not None and CONDITIONS[name].is_text for name, value in row.items()),
                sum(value is not None for value in row.values())) for row in rows]        # texts, conditions
     if args.cfg not in (None, 1) and not any(given for _, given in counts):
@@ -71,6 +67,19 @@ def check_effect(args: argparse.Namespace, rows: list) -> None:
     if args.cfg_style not in (None, 1) and not any(0 < texts < given for texts, given in counts):
         raise ValueError(f"--cfg_style {args.cfg_style:g}: it pushes a text beside another condition, "
                          "of which both must be given")
+
+
+def check_sampling(args: argparse.Namespace, sampling) -> None:
+    """Errors: ValueError for a --top_k or --top_p that the settings in force do not read.
+
+    sampling: a generate.Sampling, the flags given and the run's own for the rest."""
+    if sampling.temperature == 0 and (args.top_k or args.top_p):
+        own = "" if args.temperature == 0 else ", the run's own,"
+        raise ValueError(f"--temperature 0{own} takes the likeliest code: leave --top_k and --top_p out, "
+                         "or give another --temperature")
+    if args.top_k and sampling.top_p:
+        own, way_out = ("", "give one of both") if args.top_p else (", the run's own,", "give --top_p 0, too")
+        raise ValueError(f"--top_k {args.top_k}: --top_p {sampling.top_p:g}{own} goes before it; {way_out}")
 
 
 def read_values(music, requests: list) -> list:

@@ -13,12 +13,13 @@ IN_TRAINING = (
     "word_dropout", "merge_text_p", "drop_desc_p", "keep_other_p", "epochs", "optimizer", "lr", "muon_lr",
     "text_lr", "warmup_steps", "lr_min_ratio", "beta1", "beta2", "weight_decay", "max_grad_norm",
     "max_skipped", "ema_decay", "ema_every", "init_from", "resume", "save_minutes", "sharded_checkpoint",
-    "log_every", "evaluate_every", "generate_every", "tensorboard", "dry_run", "plan_gpus", "plan_tflops")
+    "log_every", "evaluate_every", "generate_every", "tensorboard", "dry_run", "plan_gpus", "plan_tflops",
+    "compile")
 # and what others read than these stages
 OF_SAMPLING = ("cfg", "temperature", "top_k", "top_p")
 OF_OTHERS = {
-    "valid": ("eval_samples", "generate_samples", *OF_SAMPLING),
-    "evaluate": ("generate_samples",),
+    "valid": ("updates_per_epoch", "eval_samples", "generate_samples", *OF_SAMPLING),
+    "evaluate": ("updates_per_epoch", "generate_samples"),
     "generate": ("valid_samples", "eval_samples"),
 }
 
@@ -53,6 +54,11 @@ def unread_flags(args: argparse.Namespace, start=None) -> dict:
         add("nothing learns at it", "text_lr")
     if not active:
         add("the model has no conditions", "fuse", "mask_padding", "cfg_dropout", "cfg")
+    merges = args.merge_text_p
+    if merges is None:
+        merges = args.dataset != "toy" and not args.overfit_one_batch
+    if not merges:
+        add("it is for merged metadata, and --merge_text_p is 0", "drop_desc_p", "keep_other_p")
 
     # the model it starts from
     if start is not None:
@@ -60,13 +66,15 @@ def unread_flags(args: argparse.Namespace, start=None) -> dict:
         if start.conditioner is not None and "text" in start.conditioner.fuse:
             add("the vocabulary is that of --init_from", "text_vocab")
     if args.lora:
-        add("--lora leaves the encoders as they are", "text_lr")
+        add("--lora leaves the encoders as they are", "text_lr", "freeze_text_encoder")
 
     # the machine and the plan
     if args.parallel != "fsdp":
         add("only --parallel fsdp reads it", "zero", "cpu_offload")
     if not args.plan_gpus:
         add("only --plan_gpus reads it", "plan_tflops")
+    if not args.dry_run:
+        add("only --dry_run reads it", "plan_gpus", "plan_tflops")
 
     # sampling
     if args.temperature == 0:

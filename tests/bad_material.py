@@ -235,6 +235,7 @@ DAMAGES = {    # of best.pt
     "bad_config": with_other(model_config=lambda c: c | {"num_layers": "two"}),
     "bad_sampling": with_other(sampling={"temperature": -1}),
     "bad_window": with_other(segment_frames=0),
+    "top_p": with_other(sampling={"top_p": 0.9}),
     "other_card": with_other(model_config=lambda c: c | {"card": 512}, model=twice_the_codes),
 }
 SAME_DAMAGES = (

@@ -238,6 +238,8 @@ SKIPPED = {
 
 # The words stand in what is printed.
 FINE = {
+    "data cache: a fraction for validation": (
+        "data cache @music --out out --valid 0.3", "note --valid 0.3 has no effect"),
     **{
         f"data cache: {what}": (f"data cache @music+{name} --out out", "3 files")
         for name, what in (

@@ -146,6 +146,8 @@ REFUSED = {
         "generate --run @tune --melody @good.wav --melody_stems", "--melody_stems", "pip install demucs"),
     "generate: double guidance nan": (
         "generate --run @tune --melody @good.wav --cfg_style nan", "cfg_style nan", "both must be given"),
+    "generate: top_k of a run with a top_p": (
+        "generate --run @best_top_p --unconditional --top_k 5", "0.9, the run's own", "give --top_p 0"),
     # convert
     "convert: a T5 of no package": ("convert @model --t5 t5", "--t5 t5", "no package"),
     "convert: out empty": ("convert @model --to nano --out $empty", "--out", "empty"),
@@ -168,6 +170,8 @@ REFUSED = {
     "metrics: unknown split": ("metrics --run @model --split test", "'test'", "heldout"),
     "metrics: codec unknown": ("metrics --codec mystery", "'mystery'", "toy, encodec_24khz"),
     "metrics: codec is a pickle": ("metrics --codec @pickle.pt", "pickle.pt", "not a codec file"),
+    "metrics: a CLAP that nothing reads": (
+        "metrics --reference @music --generated @music --clap x", "--clap x", "--fad_embedding clap"),
     # conditioning
     "conditioning: nothing": ("conditioning --run @tune", "text"),
     "style: without a run": ("style @good.wav", "--run"),

@@ -156,15 +156,22 @@ REFUSED = {
             ("--init_from @model --emb_std 0.5", "--emb_std 0.5", "those of --init_from"),
             ("--init_from @model --text_vocab 300", "--text_vocab 300", "that of --init_from"),
             ("--init_from @model --lora 2 --text_lr 1e-3", "--text_lr 0.001", "--lora"),
+            ("--init_from @model --lora 2 --no-freeze_text_encoder", "--no-freeze_text_encoder", "--lora"),
+            ("--drop_desc_p 0.1", "--drop_desc_p 0.1", "--merge_text_p is 0"),
             ("--zero 2", "--zero 2", "--parallel fsdp"),
+            ("--plan_gpus 8", "--plan_gpus 8", "only --dry_run reads it"),
             ("--dry_run --plan_tflops 100", "--plan_tflops 100", "--plan_gpus"),
             ("--temperature 0 --top_k 5", "--top_k 5", "likeliest"),
             ("--top_p 0.5 --top_k 5", "--top_k 5", "--top_p 0.5 goes before"),
             ("--only valid --out @run --epochs 5", "--epochs 5", "no stage alone"),
             ("--only generate --out @run --tensorboard", "--tensorboard", "no stage alone"),
             ("--only valid --out @run --cfg 2", "--cfg 2", "--only valid does not read it"),
+            ("--only evaluate --out @run --updates_per_epoch 9", "--updates_per_epoch 9", "does not read it"),
+            ("--only valid --out @run --compile", "--compile", "no stage alone"),
         )
     },
+    "train: additions to nothing, of a small model": (
+        "train --dataset @music --lora 2", "--lora 2", "give them by --init_from"),
     # train.py: what it reads
     "train: dataset missing": ("train --dataset no/such", "'no/such'", "give a folder"),
     "train: dataset is a song": ("train --dataset @good.wav", "good.wav", "give the folder"),
@@ -249,6 +256,8 @@ SKIPPED = {
 FINE = {
     "train: warm-up longer than the run": (
         "train --warmup_steps 9 --lr 0.1", "the learning rate ends at 1.0e-02 of 1.0e-01, still rising"),
+    "train: shards of one rank": (
+        "train --dry_run --parallel fsdp --cpu_offload", "sharded and --cpu_offload moves nothing"),
     "train: warm-up longer than the run, dry": ("train --dry_run --warmup_steps 9", "still rising"),
     "train: songs of one and of seven channels in stereo": (
         "train --dataset @music+seven.wav --channels 2", "finished"),

@@ -44,8 +44,8 @@ BEFORE = {fit_codec: FIT, generate: ["--run", "tests/old_run", "--prompt", "x"]}
                          ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_absurd_flags_are_refused(program, flag, capsys):
     """By the range of each: none of them takes memory or time."""
-    style = ["--conditions", "text", "style"] if flag == "style_levels" else []
-    argv = [*BEFORE.get(program, []), *style, f"--{flag}", ABSURD]
+    beside = {"style_levels": ["--conditions", "text", "style"], "plan_gpus": ["--dry_run"]}.get(flag, [])
+    argv = [*BEFORE.get(program, []), *beside, f"--{flag}", ABSURD]
     before = time.monotonic()
     assert program.main(argv) == 2
     error = capsys.readouterr().err
