@@ -106,7 +106,7 @@ GROUPS = {
              int, 20, range="count"),
         Flag("ema_decay", "of the averaged weights, bias-corrected; short run: over about a tenth",
              float, toy=0.99, audio=0.99, range="share"),
-        Flag("ema_every", "average every so many updates, and at the end of an epoch; short run: 1",
+        Flag("ema_every", "average every so many updates, and at the end of an epoch; short run: more often",
              int, toy=1, audio=10, range="count"),
         Flag("overfit_one_batch", "the same batch in every update, no dropout: must reach ce 0",
              bool, False),
@@ -252,6 +252,8 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
 
     # the model it starts from
     start = load.peek(args.init_from) if args.init_from else None
+    if args.init_from and start is None and not begun and not args.only:
+        load.read_model(args.init_from)                              # says what is wrong with it
     unread = [] if args.only else refuse_unread(args, given, begun, start)
     if start is not None:
         for name, value in flags_of_start(args, start).items():
@@ -374,7 +376,7 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     if args.dropout == 1:
         raise ValueError("--dropout 1.0: less than 1")
     if args.emb_std is not None and not 0 < args.emb_std < 100:
-        raise ValueError(f"--emb_std {args.emb_std}: more than 0")
+        raise ValueError(f"--emb_std {args.emb_std}: more than 0, less than 100")
     Sampling(args.cfg, args.temperature, args.top_k, args.top_p)
 
     # samples over ranks and micro-batches

@@ -257,7 +257,9 @@ def restore(run, saved: dict, learning_rate) -> None:
         run.sums.copy_(saved["sums"])          # of all ranks: if one rank has them, their sum is the same
 
     changed = changed_flags(run.args, saved["args"])
-    now = [f"; --{name} is {value} now" for name, (_, value) in changed.items()]
+    now = [f"; --{name} is {value} now" for name, (_, value) in changed.items() if name != "init_from"]
+    if run.args.init_from and "init_from" in changed:
+        now.append(f"; --init_from {run.args.init_from} has no effect: a new run alone reads it")
     run.ranks.print(f"going on from step {run.step}" + "".join(now))
     if "epochs" in changed:
         then = argparse.Namespace(**vars(run.args) | saved["args"])

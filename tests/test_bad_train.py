@@ -80,6 +80,8 @@ REFUSED = {
     "train: time-out of nothing": ("train --timeout 0", "--timeout 0.0", "more than 0"),
     "train: negative minutes": ("train --save_minutes -1", "--save_minutes -1.0", "at least 0"),
     "train: a plan for no GPU": ("train --dry_run --plan_gpus 0", "--plan_gpus 0", "at least 1"),
+    "train: a plan of no start": ("train --dry_run --init_from no/such", "no/such", "no best.pt"),
+    "train: embeddings far too large": ("train --emb_std 150", "--emb_std 150", "less than 100"),
     "train: ZeRO-1": ("train --zero 1", "--zero", "2, 3"),
     "train: log.jsonl of something else": ("train --out @no_log --epochs 2", "log.jsonl"),
     **{

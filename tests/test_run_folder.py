@@ -125,8 +125,10 @@ def test_best_weights_that_are_gone_are_written_again(finished, tmp_path, capsys
     """last.pt holds them; "finished" names no file that is not there."""
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "best.pt").unlink()
-    assert run(out) == 0
-    assert f"best valid ce {lines(out)[4]['ce']:.4f}; {out / 'best.pt'}" in capsys.readouterr().out
+    assert run(out, "--init_from", "gone") == 0
+    printed = capsys.readouterr().out
+    assert f"best valid ce {lines(out)[4]['ce']:.4f}; {out / 'best.pt'}" in printed
+    assert "; --init_from gone has no effect" in printed
     there, here = (torch.load(Path(o, "best.pt"), weights_only=True) for o in (finished, out))
     assert all(torch.equal(x, here["model"][name]) for name, x in there["model"].items())
     assert {k: v for k, v in here.items() if k not in ("model", "args", "assets")} == \
