@@ -105,6 +105,13 @@ def test_an_update_waits_once(everything):
     assert on_gpu(run)
 
 
+def test_muon_waits_once_too(gpu):
+    run = make_run("--optimizer", "muon")
+    updates(run, gpu)
+    assert dict(gpu.waits) == {("train.py update", READ): 1}
+    assert on_gpu(run) and any("momentum" in state for state in run.optimizer.state.values())
+
+
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16", "float32"))
 def test_products_of_an_update_are_of_the_type_asked_for(gpu, dtype):
     """Forward and backward. Without text: its encoder keeps to float32. Under float16 a scaler joins in."""
