@@ -144,6 +144,8 @@ def test_an_adamw_run_goes_on_as_one(tmp_path, capsys):
     assert run(tmp_path / "a", *short) == 0
     assert run(tmp_path / "a", *short, "--optimizer", "muon") == 2
     assert "--optimizer adamw there, muon now" in capsys.readouterr().err
+    assert run(tmp_path / "l", "--init_from", str(tmp_path / "a"), "--lora", "2", "--optimizer", "muon") == 2
+    assert "--optimizer muon with --lora 2" in capsys.readouterr().err
     assert run(tmp_path / "m", *short, "--optimizer", "muon", "--muon_lr", "0.02") == 0
     assert run(tmp_path / "m", *short, "--epochs", "2") == 0         # both are left out: as the run has them
     assert saved(tmp_path / "m")["args"]["muon_lr"] == 0.02
@@ -153,7 +155,7 @@ def test_an_adamw_run_goes_on_as_one(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, says", [
     (["--muon_lr", "0.1"], "--muon_lr 0.1: give --optimizer muon with it"),
-    (["--optimizer", "muon", "--lora", "2"], "--optimizer muon with --lora 2"),
+    (["--optimizer", "muon", "--lora", "2"], "give them by --init_from"),
 ])
 def test_what_contradicts_it_is_one_line(flags, says, tmp_path, capsys):
     assert run(tmp_path / "new", *flags) == 2
