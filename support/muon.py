@@ -8,8 +8,8 @@ as long as AdamW's (Liu et al. 2025, arXiv:2502.16982): at learning rate 1 a wei
 
 A block of attention is what one head reads from the stream of width D, or writes to it: d rows of the
 queries, keys or values, d columns of the projection after them. The feed-forward reads and writes the stream
-in slices of d: blocks [N,d,4D]. As one block it would learn hardly more an update, and the steps would take
-twenty times the products (docs/real_music.md).
+in slices of d: blocks [N,d,4D]. As one block it would learn hardly more an update, and take twenty times the
+products at width 512 (docs/real_music.md).
 
 torch.optim.Muon (torch 2.11) takes one whole matrix after the other, and only plain ones: it would make the
 queries, keys and values that lie in one matrix orthogonal to each other, and of a sharded matrix (a DTensor)
