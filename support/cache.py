@@ -164,9 +164,20 @@ def check_feature(folder: str, settings: dict, entries: list[CachedEntry], featu
             raise ValueError(f"{cache} is damaged ({path.name}: {rows} rows, {last} are needed): {again}")
 
 
+def _index_once(folder: str) -> tuple[dict, list[CachedEntry]]:
+    """`read_index`, read once as long as the cache stays as it is."""
+    path = Path(folder, "cache.json")
+    return _index_at(folder, os.stat(path).st_mtime_ns if path.is_file() else None)
+
+
+def dataset_of(folder: str) -> str | None:
+    """The dataset that a finished cache was made of, an absolute path; None where it does not say."""
+    return _index_once(folder)[0].get("dataset")
+
+
 @functools.lru_cache(maxsize=1)
 def _index_at(folder: str, changed: int | None) -> tuple[dict, list[CachedEntry]]:
-    """`read_index` once for both sets. changed: when cache.json was, in nanoseconds."""
+    """`read_index`. changed: when cache.json was, in nanoseconds."""
     return read_index(folder)
 
 
@@ -174,8 +185,7 @@ def open_cache(folder: str, codec, valid: str | float, features: dict) -> tuple[
     """(train, valid, note, its K) of a finished cache made by this codec, with these features.
 
     Errors: ValueError for any other."""
-    path = Path(folder, "cache.json")
-    settings, entries = _index_at(folder, os.stat(path).st_mtime_ns if path.is_file() else None)
+    settings, entries = _index_once(folder)
     for feature in features.values():
         check_feature(folder, settings, entries, feature)
     check_codec(folder, settings, codec)

@@ -46,6 +46,12 @@ class Flag:
         """Whether its default depends on the dataset."""
         return self.toy is not None or self.audio is not None
 
+    def expected(self, args: argparse.Namespace):
+        """The value it will have in a new run: as given, by --overfit_one_batch, or by the dataset."""
+        by_heart = self.overfit if args.overfit_one_batch else None
+        values = (getattr(args, self.name), by_heart, self.toy if args.dataset == "toy" else self.audio)
+        return next((value for value in values if value is not None), None)
+
     def add_to(self, group) -> None:
         """Adds it to an argparse group."""
         if self.type is bool:

@@ -229,19 +229,10 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
             flag.check(had[name])
             fill(name, had[name], f"as the run in {args.out}")
 
-    # a short run warms up in its first tenth at most, and averages about its last tenth
-    def expected(name: str):
-        by_heart = flags[name].overfit if args.overfit_one_batch else None
-        values = (getattr(args, name), by_heart, getattr(flags[name], kind))
-        return next(value for value in values if value is not None)
-
-    updates = max(1, expected("epochs") * expected("updates_per_epoch"))
-    every = max(1, min(expected("ema_every"), updates // 1000))
-    most = dict(warmup_steps=updates // 10, ema_every=every)
-    most["ema_decay"] = round(max(0.5, 1 - 10 * (args.ema_every or every) / updates), 3)
-    for name, value in most.items():
-        if expected(name) > value:
-            fill(name, value, f"for a run of {updates} updates")
+    # the length of the run
+    updates = max(1, flags["epochs"].expected(args) * flags["updates_per_epoch"].expected(args))
+    for name, value in short_run_values(args, flags, updates).items():
+        fill(name, value, f"for a run of {updates} updates")
 
     # one batch learned by heart
     if args.overfit_one_batch:
@@ -290,16 +281,29 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     fill("dtype", dtype, f"best on {args.device}")
     fill("micro_batch_size", max(1, args.batch_size // world), "the rank's whole share")
     fill("log_every", max(1, args.updates_per_epoch // 10), "a tenth of an epoch")
+    return [*unread, *notes.values(), *remarks(args, world, updates)]
 
-    # shards of one rank, and a run that is too short for what was asked
+
+def short_run_values(args: argparse.Namespace, flags: dict, updates: int) -> dict:
+    """{name: value} where a run is too short for the usual ones: it warms up in its first tenth at most, and
+    averages about its last tenth."""
+    every = max(1, min(flags["ema_every"].expected(args), updates // 1000))
+    most = dict(warmup_steps=updates // 10, ema_every=every)
+    most["ema_decay"] = round(max(0.5, 1 - 10 * (args.ema_every or every) / updates), 3)
+    return {name: value for name, value in most.items() if flags[name].expected(args) > value}
+
+
+def remarks(args: argparse.Namespace, world: int, updates: int) -> list:
+    """Lines on flags that have less of an effect than they seem to."""
+    lines = []
     if args.parallel == "fsdp" and world == 1 and not args.plan_gpus:
-        notes["fsdp"] = "--parallel fsdp: there is one rank, so nothing is sharded" + \
-            (" and --cpu_offload moves nothing" if args.cpu_offload else "")
+        lines.append("--parallel fsdp: there is one rank, so nothing is sharded" +
+                     (" and --cpu_offload moves nothing" if args.cpu_offload else ""))
     if args.warmup_steps >= updates and not args.only:
         peak = args.lr * updates / (args.warmup_steps + 1)
-        notes["schedule"] = (f"--warmup_steps {args.warmup_steps} is no less than the {updates} updates of "
-                             f"the run: the learning rate ends at {peak:.1e} of {args.lr:.1e}, still rising")
-    return [*unread, *notes.values()]
+        lines.append(f"--warmup_steps {args.warmup_steps} is no less than the {updates} updates of the run: "
+                     f"the learning rate ends at {peak:.1e} of {args.lr:.1e}, still rising")
+    return lines
 
 
 def flags_of_start(args: argparse.Namespace, start) -> dict:

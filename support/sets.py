@@ -3,11 +3,13 @@
 import argparse
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
 import data
 from conditioning import CONDITIONS, full_text
+from support.cache import dataset_of
 from support.captions import READ_ERRORS
 from support.common import read_json
 from support.distributed import Ranks
@@ -74,6 +76,10 @@ def open_sets(args: argparse.Namespace, found: str | Scan, codec, ranks: Ranks) 
     if isinstance(found, Scan):
         ranks.print(*found.notes, *(f"skipped: {line}" for line in skip_lines(found.skipped)))
     ranks.print(f"train: {train_set.describe()}", f"valid: {valid_set.describe()}")
+    made_of = dataset_of(args.cache) if args.cache else None
+    if made_of and os.path.realpath(made_of) != os.path.realpath(args.dataset):
+        ranks.print(f"token cache {args.cache} was made of {made_of}, and it alone is read: --dataset "
+                    f"{args.dataset} chooses defaults and nothing else")
     has_split = args.cache and any(entry.split for entry in train_set.files)
     if has_split and args.valid != flags_by_name()["valid"].default:
         ranks.print(f"--valid {args.valid} has no effect: token cache {args.cache} was made with its own")

@@ -52,12 +52,14 @@ def unread_flags(args: argparse.Namespace, start=None) -> dict:
                     add(f"the model has no {name}", flag.name)
     if not any(condition.learns_at_text_lr for condition in active):
         add("nothing learns at it", "text_lr")
+    idle = [name for entry in args.fuse or [] if (name := entry.partition("=")[0]) in args.conditions
+            and CONDITIONS[name] not in active]
+    if idle:
+        add(f"the model has no {idle[0]}", "fuse")
     if not active:
         add("the model has no conditions", "fuse", "mask_padding", "cfg_dropout", "cfg")
-    merges = args.merge_text_p
-    if merges is None:
-        merges = args.dataset != "toy" and not args.overfit_one_batch
-    if not merges:
+    merging = next(flag for flag in CONDITIONS["text"].flags if flag.name == "merge_text_p")
+    if not merging.expected(args):
         add("it is for merged metadata, and --merge_text_p is 0", "drop_desc_p", "keep_other_p")
 
     # the model it starts from
@@ -74,7 +76,7 @@ def unread_flags(args: argparse.Namespace, start=None) -> dict:
     if not args.plan_gpus:
         add("only --plan_gpus reads it", "plan_tflops")
     if not args.dry_run:
-        add("only --dry_run reads it", "plan_gpus", "plan_tflops")
+        add("only --dry_run reads it", "plan_gpus")
 
     # sampling
     if args.temperature == 0:

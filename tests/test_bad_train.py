@@ -155,6 +155,7 @@ REFUSED = {
             ("--conditions melody --text_lr 1e-3", "--text_lr 0.001", "nothing learns at it"),
             ("--no_text --cfg 2", "--cfg 2", "no conditions"),
             ("--no_text --fuse text=sum", "--fuse text=sum", "no conditions"),
+            ("--conditions text melody --no_text --fuse text=sum", "--fuse text=sum", "no text"),
             ("--init_from @model --emb_std 0.5", "--emb_std 0.5", "those of --init_from"),
             ("--init_from @model --text_vocab 300", "--text_vocab 300", "that of --init_from"),
             ("--init_from @model --lora 2 --text_lr 1e-3", "--text_lr 0.001", "--lora"),

@@ -1,5 +1,6 @@
 """Flags that nothing reads: what a run does that was begun with one. What is refused: test_bad_train.py."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,17 +40,23 @@ def test_what_switches_a_condition_off_is_read():
 
 
 def test_a_cache_with_its_own_validation_files_says_so(monkeypatch):
-    """They are those of the folder that it was made with; a line, because it may be the one that is given."""
+    """They are those of the folder that it was made with; a line, because it may be the one that is given. So
+    does a cache of another dataset, which may have moved."""
     entry, said = SimpleNamespace(split="train", meta={"description": "x"}), []
     found = SimpleNamespace(files=[entry], describe=str)
     monkeypatch.setattr(sets.data, "open_dataset", lambda *_, **__: found)
+    monkeypatch.setattr(sets, "dataset_of", lambda folder: os.path.abspath("music"))
     ranks = SimpleNamespace(print=lambda *lines: said.extend(lines))
-    args = flags.build_parser().parse_args(["--cache", "codes", "--valid", "0.3"])
+    argv = ["--cache", "codes", "--valid", "0.3", "--dataset", "./music"]
+    args = flags.build_parser().parse_args(argv)
     sets.open_sets(args, "music", None, ranks)
     assert said[2] == "--valid 0.3 has no effect: token cache codes was made with its own"
     entry.split, said[:] = None, []
     sets.open_sets(args, "music", None, ranks)
     assert len(said) == 2
+    args.dataset = "others"
+    sets.open_sets(args, "others", None, ranks)
+    assert len(said) == 5 and os.path.abspath("music") in said[4] and "--dataset others" in said[4]
 
 
 def test_the_names_are_those_of_flags():
