@@ -2,7 +2,7 @@
 
     linear               y = x W^T by the library that is fastest here, with its gradients
     packed_weights       while it lasts, `linear` reads weights in the order in which a CPU reads them fastest
-    attention            scaled dot-product attention, also where a compiled step asks for one row
+    attention            scaled dot-product attention, also of one row, and of bfloat16 on a CPU
     LayerNorm            in the type of the activations
     Dropout              from a hash of the sample and the place: no generator's state
     recompute            activations computed again in the backward pass instead of kept
@@ -33,6 +33,7 @@ HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 FEW_ROWS = 4              # with AVX2 alone, MKL is faster for so few rows if it gets them as columns
 MIN_PACKED_ROWS = 9       # with AVX2 alone, fewer rows a step are as fast without packing
 PACK_ROWS = 1024          # rows that oneDNN packs for; for small numbers it has no packed layout
+FEW_KEYS = 512            # up to so many, attention of bfloat16 on a CPU is faster in float32
 IGNORE = -100             # a target that does not count (the default of F.cross_entropy)
 LOGITS_AT_ONCE = 1 << 21  # numbers in a part of the logits: 8 MiB of float32
 
@@ -167,6 +168,10 @@ class LayerNorm(nn.LayerNorm):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """q [B,H,S,D/H] to k, v [B,H,S',D/H] -> [B,H,S,D/H]; mask [B or 1,1,S or 1,S']: True where q may look."""
     one_row = q.shape[2] == 1 and q.device.type == "cpu" and q.dtype == torch.float32
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS:
+        # of 18 keys, PyTorch's gradients take ten times as long in bfloat16
+        with torch.autocast("cpu", enabled=False):
+            return attention(q.float(), k.float(), v.float(), mask, is_causal).bfloat16()
     if not one_row:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     q = q * q.shape[-1] ** -0.5

@@ -91,6 +91,20 @@ def test_a_row_attends_with_the_same_bits_in_any_batch():
     assert all(torch.equal(x, found[0]) for x in found)
 
 
+@pytest.mark.parametrize("keys", [18, kernels.FEW_KEYS + 1])
+def test_few_keys_of_bfloat16_are_looked_at_in_float32(keys):
+    q = torch.randn(2, 3, 6, 16).bfloat16().requires_grad_()
+    k, v = torch.randn(2, 2, 3, keys, 16).bfloat16()
+    mask = torch.rand(2, 1, 1, keys) > 0.3
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.attention(q, k, v, mask, False)
+    y.sum().backward()
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).bfloat16()
+    assert y.dtype == q.grad.dtype == torch.bfloat16
+    assert torch.equal(y, exact) == (keys <= kernels.FEW_KEYS)
+    torch.testing.assert_close(y, exact, rtol=0.05, atol=0.02)
+
+
 def test_other_types_are_left_to_pytorch(monkeypatch):
     """Autocast and bfloat16 choose for themselves; what is empty has no product."""
     monkeypatch.setattr(kernels, "product", None)
