@@ -8,7 +8,8 @@ by the likeliest code; what it continues is compared with the clip's own codes.
     near      share of clips of which at most one code in five differs
     equal     share of codes that are equal, mean over the clips
     nearest   share of equal codes of a passage drawn without a prompt and of the training passage nearest to
-              it, wherever in the searched clips that lies: the mean over the passages, and the largest
+              it, wherever in the searched clips that lies: the mean over the passages, and the largest,
+              with the number of its different codes. Few are silence or a tone held, and say nothing
 
 Music repeats itself, and much of a continuation can be known from its beginning: beside the training clips
 stand held-out ones, which no model can copy. What counts is by how much the first are above the second.
@@ -142,8 +143,10 @@ def measure_memorization(music: generate.MusicGenerator, sets: dict, args: argpa
     for name, each in passages.items():
         if len(each):
             shares = nearest_shares(each, pool.codes[:, 0], pool.frame_mask)
+            different = len(each[shares.argmax()].unique())
             lines.append(f"passages of {L / rate:g} s, {name:<9} {len(each):>5} clips "
-                         f"nearest {shares.mean():.3f}, at most {shares.max():.3f}, of {searched} clips")
+                         f"nearest {shares.mean():.3f}, at most {shares.max():.3f} "
+                         f"({different} different codes), of {searched} clips")
     return lines
 
 
