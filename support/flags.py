@@ -31,6 +31,7 @@ from support.flag import NOT_SAID, SMALL_WIDTH, Flag
 from support.quantize import STORED_AS
 from support.unread import refuse_unread
 
+BFLOAT16_WIDTH = 128                # narrower models are no faster for it on a CPU
 SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a model, as --size gives it
 
 GROUPS = {
@@ -80,7 +81,7 @@ GROUPS = {
     ),
     "optimization": (
         Flag("epochs", "epochs; an epoch ends with validation and a checkpoint",
-             int, toy=24, audio=100, range=(1, 1_000_000), overfit=1, may_change=True),
+             int, toy=17, audio=100, range=(1, 1_000_000), overfit=1, may_change=True),
         Flag("updates_per_epoch", "optimizer steps an epoch",
              int, toy=100, audio=500, range=(1, 10_000_000), overfit=200),
         Flag("batch_size", "samples an update, over all ranks and micro-batches",
@@ -88,11 +89,12 @@ GROUPS = {
         Flag("micro_batch_size", "samples a rank sends through at once (default: all)",
              int, range=(1, 65_536), may_change=True, of_launch=True),
         Flag("optimizer", "muon: orthogonal steps for the layers' matrices, AdamW for the rest",
-             toy="adamw", audio="adamw", small="muon", choices=("adamw", "muon"), before="adamw"),
+             toy="muon", audio="adamw", small="muon", overfit="adamw", choices=("adamw", "muon"),
+             before="adamw"),
         Flag("lr", "peak learning rate (AdamW)",
              float, toy=8e-3, audio=1e-4, small=2e-3, range="positive", overfit=1e-3),
         Flag("muon_lr", "peak learning rate of the layers' matrices under muon",
-             float, toy=0.01, audio=1e-4, small=0.01, range="positive", before=None),
+             float, toy=0.007, audio=1e-4, small=0.01, range="positive", before=None),
         Flag("text_lr", "peak learning rate of the text and style encoders",
              float, toy=1.5e-3, audio=1e-4, small=1e-3, range="positive", overfit=1e-3),
         Flag("warmup_steps", "linear warm-up, then cosine to --lr_min_ratio of the peak; short run: a tenth",
@@ -114,7 +116,7 @@ GROUPS = {
     "machine": (
         Flag("device", "cpu, cuda, cuda:1, mps (default: cuda if there is one)",
              may_change=True, of_launch=True),
-        Flag("dtype", "of autocast (default: by device)",
+        Flag("dtype", "of autocast (default: bfloat16 where it is fast, else float32)",
              choices=("float32", "bfloat16", "float16"), of_launch=True),
         Flag("compile", "torch.compile the layers; needs a C++ compiler",
              bool, False, may_change=True, of_launch=True),
@@ -145,7 +147,7 @@ GROUPS = {
         Flag("evaluate_every", "epochs between evaluations; 0: only at the end",
              int, toy=0, audio=25, range="natural", overfit=0, may_change=True),
         Flag("generate_every", "epochs between samples; 0: only at the end",
-             int, toy=12, audio=25, range="natural", may_change=True),
+             int, toy=9, audio=25, range="natural", may_change=True),
         Flag("eval_samples", "clips generated for evaluation (toy: of each kind)",
              int, 128, range=(1, 100_000), may_change=True),
         Flag("generate_samples", "samples written by the generate stage",
@@ -225,7 +227,7 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     begun = {} if args.only else flags_of_checkpoint(Path(args.out))
     had = values_before() | begun if begun else {}
     for name, flag in flags.items():
-        if name in had and flag.by_dataset and not flag.may_change:
+        if name in had and (flag.by_dataset and not flag.of_launch or name == "dtype"):
             flag.check(had[name])
             fill(name, had[name], f"as the run in {args.out}")
 
@@ -251,17 +253,15 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
             fill(name, value, f"as in {args.init_from}")
     fill("mask_padding", True)
 
-    # the dataset; a small model learns real music sooner than by the rates of a large one. Who gives --lr, a
-    # rate of AdamW, keeps AdamW
+    # the dataset; a small model learns real music sooner than by the rates of a large one
+    if args.lora or args.lr is not None:
+        fill("optimizer", "adamw", "with --lora" if args.lora else "with --lr alone")
     if kind == "audio" and start is None and not begun and not args.only:
         width = parse_size(args.size or flags["size"].audio)["dim"]
         for name, flag in flags.items() if width <= SMALL_WIDTH else ():
-            if name != "optimizer" or args.lr is None:
-                fill(name, flag.small, f"for a model of {SMALL_WIDTH} or less in width")
+            fill(name, flag.small, f"for a model of {SMALL_WIDTH} or less in width")
     if kind == "audio" and common.count_cores() < flags["workers"].audio:
         fill("workers", common.count_cores(), "one a core")
-    if args.lora:
-        fill("optimizer", "adamw", "with --lora")
     for name, flag in flags.items():
         fill(name, getattr(flag, kind), f"default for {kind}")
     chosen = [CONDITIONS[name] for name in args.conditions]
@@ -276,9 +276,8 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
 
     # the machine
     fill("device", "cuda" if torch.cuda.is_available() else "cpu", "what there is")
-    on_cuda = common.check_device(args.device).type == "cuda"
-    dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported() else "float32"
-    fill("dtype", dtype, f"best on {args.device}")
+    common.check_device(args.device)
+    fill("dtype", fastest_dtype(args.device, parse_size(args.size)["dim"]), f"best on {args.device}")
     fill("micro_batch_size", max(1, args.batch_size // world), "the rank's whole share")
     fill("log_every", max(1, args.updates_per_epoch // 10), "a tenth of an epoch")
     return [*unread, *notes.values(), *remarks(args, world, updates)]
@@ -291,6 +290,15 @@ def short_run_values(args: argparse.Namespace, flags: dict, updates: int) -> dic
     most = dict(warmup_steps=updates // 10, ema_every=every)
     most["ema_decay"] = round(max(0.5, 1 - 10 * (args.ema_every or every) / updates), 3)
     return {name: value for name, value in most.items() if flags[name].expected(args) > value}
+
+
+def fastest_dtype(device: str, width: int) -> str:
+    """bfloat16 where a GPU or an x86 processor multiplies it, and the model is wide enough to gain by it."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    multiplies = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bfloat16" if multiplies and width >= BFLOAT16_WIDTH else "float32"
 
 
 def remarks(args: argparse.Namespace, world: int, updates: int) -> list:

@@ -159,7 +159,7 @@ def test_two_ranks_and_shards_tune_as_one(start, tmp_path):
 def test_less_memory_is_estimated(start, tmp_path, capsys):
     assert tuned(tmp_path / "plan", start, "--dry_run") == 0
     assert "0.01M more are trained (rank 2)" in capsys.readouterr().out
-    args = flags.build_parser().parse_args(["--init_from", str(start)])
+    args = flags.build_parser().parse_args(["--init_from", str(start), "--optimizer", "adamw"])
     flags.fill_flags(args, 1)
     full = plan_run(args, CONFIG, 100, 1, 1e12)
     args.lora = 2

@@ -1,9 +1,12 @@
 """Runs of few updates: warm-up and average fit them; what is given stays; a run keeps what it began with."""
 
+import dataclasses
+
 import pytest
 
 from support import common
-from support.flags import build_parser, fill_flags
+from support import flags as all_flags
+from support.flags import build_parser, fill_flags, flags_by_name
 from test_train import lines, saved
 from train import main
 
@@ -67,3 +70,14 @@ def test_no_more_loading_processes_than_cores(cores, wanted, tmp_path, monkeypat
     args = build_parser().parse_args(["--device", "cpu", "--out", str(tmp_path / "a"), "--dataset", "music"])
     notes = fill_flags(args, 1)
     assert args.workers == wanted and ("one a core: --workers 2" in notes) == (cores == 2)
+
+
+def test_a_run_goes_on_to_the_end_that_it_had(tmp_path, monkeypatch):
+    """Also where the default has changed since."""
+    few = [*" ".join(FEW).replace("--epochs 1", "").split(), "--out", str(tmp_path / "run")]
+    for epochs in (1, 2):
+        flags = flags_by_name()
+        flags["epochs"] = dataclasses.replace(flags["epochs"], toy=epochs)
+        monkeypatch.setattr(all_flags, "flags_by_name", lambda: flags)
+        assert main(few) == 0
+    assert saved(tmp_path / "run")["epoch"] == 1
