@@ -31,7 +31,7 @@ from support.flag import NOT_SAID, SMALL_WIDTH, Flag
 from support.quantize import STORED_AS
 from support.unread import refuse_unread
 
-BFLOAT16_WIDTH = 128                # narrower models are no faster for it on a CPU
+BFLOAT16_WIDTH = 128                # narrower models gain little by it on a CPU
 SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a model, as --size gives it
 
 GROUPS = {
@@ -253,7 +253,8 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
             fill(name, value, f"as in {args.init_from}")
     fill("mask_padding", True)
 
-    # the dataset; a small model learns real music sooner than by the rates of a large one
+    # the dataset; a small model learns real music sooner than by the rates of a large one. Who gives --lr, a
+    # rate of AdamW, keeps AdamW
     if args.lora or args.lr is not None:
         fill("optimizer", "adamw", "with --lora" if args.lora else "with --lr alone")
     if kind == "audio" and start is None and not begun and not args.only:
