@@ -146,7 +146,7 @@ def measure_memorization(music: generate.MusicGenerator, sets: dict, args: argpa
             different = len(each[shares.argmax()].unique())
             lines.append(f"passages of {L / rate:g} s, {name:<9} {len(each):>5} clips "
                          f"nearest {shares.mean():.3f}, at most {shares.max():.3f} "
-                         f"({different} different codes), of {searched} clips")
+                         f"(different codes in it: {different}), of {searched} clips")
     return lines
 
 

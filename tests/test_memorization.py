@@ -96,7 +96,7 @@ def test_the_command(capsys, monkeypatch):
         "training", "held", "training", "held", "generated", "held"]
     monkeypatch.setattr(memorization, "draw_passages", lambda music, clips, L, seed: torch.zeros(3, L).long())
     memorization.main(["--run", run, "--n", "3", "--searched", "5", "--prompt_seconds", "0.2"])
-    assert "(1 different codes), of 5 clips" in capsys.readouterr().out.splitlines()[-2]
+    assert "(different codes in it: 1), of 5 clips" in capsys.readouterr().out.splitlines()[-2]
     for argv, says in ((["--n", "0"], "--n 0"), (["--prompt_seconds", "-1"], "--prompt_seconds -1"),
                        (["--valid", "0.1"], "--valid 0.1: tests/old_run was trained on the token cache"),
                        (["--cache", "no/such"], "no/such"),
