@@ -130,7 +130,7 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
         model.eval()
         conditions = encode_conditions(model, values, guided, coefficient is not None)
         P = 0 if conditions.prefix is None else conditions.prefix.shape[1]
-        cache = model.cache_class(model.config, B * rows, P + pattern.S, device, dtype)
+        cache = model.cache_class(model.config, B * rows, P + pattern.S, device, model.kv_dtype or dtype)
         first = pattern.first_step(T_prompt)
         for s in range(first, pattern.S):
             # logits of the codebooks that are open at this step; None asks for all

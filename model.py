@@ -105,7 +105,7 @@ class Cache:
         end = self.end(S)
         assert end <= room, f"step {end} of a cache of {room}"
         self.kv[layer][:, :, :, end - S:end] = kv
-        return self.kv[layer][:, :, :, :end]
+        return self.kv[layer][:, :, :, :end].to(kv.dtype)
 
     def mask(self) -> Tensor | None:
         """What the next step may look at, [B,1,1,length+1] bool; None: at everything."""
@@ -249,8 +249,9 @@ class MusicGen(nn.Module):
     """The language model with its conditioner. `forward` is the loss; generation uses the other methods.
 
     conditioner: a module that turns prepared inputs into `Conditions`; None for an unconditional model."""
-    compiled = False                              # these two change when support/compiled.py compiles `step`
+    compiled = False                              # these change when support/compiled.py compiles `step`
     cache_class = Cache
+    kv_dtype = None                               # of the cache's keys and values; None: the activations'
 
     def __init__(self, config: ModelConfig, conditioner: nn.Module | None = None):
         super().__init__()

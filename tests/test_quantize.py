@@ -10,7 +10,7 @@ import generate
 import train
 from evaluate import metrics
 from generate import Sampling, generate_codes
-from model import Conditions
+from model import Cache, Conditions
 from support import quantize
 from support.compiled import compile_step
 from support.lora import add_lora
@@ -106,9 +106,26 @@ def test_compiled_int8_is_the_same():
     """Traced as torch.compile traces it; the C++ compiler itself is tested with float32."""
     plain, fast = store_weights(tiny(), "int8"), store_weights(tiny(), "int8")
     compile_step(fast, backend="aot_eager")
+    assert plain.kv_dtype is None and fast.kv_dtype is torch.bfloat16
+    plain.kv_dtype = torch.bfloat16
     sampling = Sampling(cfg=3, temperature=0)
     wanted, found = (generate_codes(m, asked_for(range(2)), 30, sampling) for m in (plain, fast))
     assert (found == wanted).float().mean() > 0.9, "sums in another order may round elsewhere"
+
+
+def test_keys_and_values_in_bfloat16():
+    """A cache holds them as it is told, and what is read of it has the type of the activations."""
+    codes, logits = torch.randint(13, (2, 3, 9), generator=torch.Generator().manual_seed(0)), {}
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            model = tiny().eval()
+            cache = Cache(model.config, 2, 9, "cpu", dtype)
+            model.hidden(codes[..., :4], None, cache)
+            steps = [model.decode_step(codes[..., s:s + 1], cache) for s in range(4, 9)]
+            assert {kv.dtype for kv in cache.kv} == {dtype} and cache.length == 9
+            logits[dtype] = torch.cat(steps, 2)
+    wanted, found = logits[torch.float32], logits[torch.bfloat16]
+    assert found.dtype == wanted.dtype and 0 < (found - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_which_kind_where():

@@ -324,7 +324,8 @@ def bench_generate(args: argparse.Namespace) -> None:
             seconds = statistics.median(times)
             step = seconds / S
             weight_size = {"ours bfloat16": 2, "ours int8": 1}.get(side.name, dtype.itemsize)
-            needed = step_bytes(config, rows, S, args.tokens, dtype.itemsize, weight_size)
+            kv_size = min(2, dtype.itemsize) if args.compile and weight_size < 4 else dtype.itemsize
+            needed = step_bytes(config, rows, S, args.tokens, kv_size, weight_size)
             parts = [f"{side.name:<13} T {T}", f"{args.batch_size * T / seconds:.1f} frames/s",
                      f"{1 / step:.1f} steps/s", f"{median_and_range(times, 1e3 / S, '.2f')} ms a step",
                      f"{T / seconds / FRAME_RATE:.2f} x real time", f"{needed / step / 1e9:.1f} GB/s"]
