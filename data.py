@@ -133,7 +133,8 @@ class SegmentDataset:
             return Example(segment_frames=self.segment_frames, meta=meta, path=entry.path, index=index,
                            start_seconds=start_seconds, skipped=failed, **content)
         path, reason = failed[-1]
-        raise ValueError(f"{len(failed)} files in a row cannot be read, the last {path!r}: {reason}")
+        raise ValueError(f"{len(failed)} files in a row cannot be read, the last {path!r}: {reason}. "
+                         "`python data.py check FOLDER` names all that have a problem")
 
     def content_of_audio(self, wav: Tensor) -> dict:
         """Audio [C, n], cut or padded to a segment, its frames and its features, as fields of an Example."""

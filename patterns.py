@@ -27,12 +27,15 @@ Run it alone: `python patterns.py --T 6 --K 4` draws the grids.
 """
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from support.common import command
 
 PATTERNS = ("delay", "parallel", "unrolled")
 
@@ -255,7 +258,8 @@ def draw_pattern(pattern: Pattern, stereo: bool = False) -> str:
     return "\n".join(lines)
 
 
-def main():
+@command("patterns.py")
+def main(argv: list | None = None) -> None:
     """Draw the three patterns, and unrolled in two steps a frame, with what each costs."""
     parser = argparse.ArgumentParser(description="Draw the codebook patterns.")
     parser.add_argument("--T", type=int, default=6, help="frames (default 6)")
@@ -263,22 +267,18 @@ def main():
                         help="codebooks, with --stereo of each channel (default 4)")
     parser.add_argument("--stereo", action="store_true",
                         help="two interleaved codebooks a level, left and right at one step")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     T, channels = args.T, 2 if args.stereo else 1
     if args.K > 1024:
-        parser.error(f"--K {args.K}: at most 1024")
+        raise ValueError(f"--K {args.K}: at most 1024")
     K = args.K * channels
     level = [k // channels for k in range(K)]  # of each codebook: 0 0 1 1 .. in stereo
-    coarse_then_fine = [min(k, 1) for k in level]
-    try:
-        patterns = {
-            "delay": make_pattern("delay", T, K, level),
-            "parallel": make_pattern("parallel", T, K),
-            "unrolled": make_pattern("unrolled", T, K, flattening=level),
-            "unrolled, coarse then fine": make_pattern("unrolled", T, K, flattening=coarse_then_fine),
-        }
-    except ValueError as error:
-        parser.error(str(error))
+    patterns = {
+        "delay": make_pattern("delay", T, K, level),
+        "parallel": make_pattern("parallel", T, K),
+        "unrolled": make_pattern("unrolled", T, K, flattening=level),
+        "unrolled, coarse then fine": make_pattern("unrolled", T, K, flattening=[min(k, 1) for k in level]),
+    }
     print(f"T={T} frames of K={K} codebooks. A number is a frame, S the special token, "
           "| ends the valid steps.")
     for name, p in patterns.items():
@@ -288,4 +288,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -478,6 +478,8 @@ def prepare_run(args: argparse.Namespace, notes: list, ranks: Ranks, stop: Stop)
     check_sets(args, *sets)
     if args.dry_run:
         stages.read_valid(args, ranks, *sets)
+        if args.init_from is not None and not checkpoint.has_checkpoint(Path(args.out)):
+            read_start(args, config, codec)                          # says what does not fit
         return None
 
     # the run folder: locked, and a checkpoint to go on from or weights to start with

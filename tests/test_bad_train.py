@@ -81,6 +81,8 @@ REFUSED = {
     "train: negative minutes": ("train --save_minutes -1", "--save_minutes -1.0", "at least 0"),
     "train: a plan for no GPU": ("train --dry_run --plan_gpus 0", "--plan_gpus 0", "at least 1"),
     "train: a plan of no start": ("train --dry_run --init_from no/such", "no/such", "no best.pt"),
+    "train: a plan of a start that does not fit": (
+        "train --dry_run --init_from @model --size tiny", "dim 64 there, 192 here", "it was trained with"),
     "train: embeddings far too large": ("train --emb_std 150", "--emb_std 150", "less than 100"),
     "train: ZeRO-1": ("train --zero 1", "--zero", "2, 3"),
     "train: log.jsonl of something else": ("train --out @no_log --epochs 2", "log.jsonl"),

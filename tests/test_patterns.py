@@ -1,5 +1,6 @@
 """patterns.py against nested loops over Python lists, and against the figures of the reference system."""
 import itertools
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -270,13 +271,19 @@ def test_wrong_shapes_are_caught():
             call()
 
 
-def test_the_file_draws_itself(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["patterns.py", "--T", "12", "--K", "2"])
-    patterns.main()
+def test_the_file_draws_itself(capsys):
+    assert patterns.main(["--T", "12", "--K", "2"]) == 0
     shown = capsys.readouterr().out
     assert "delay: S=14 steps, 13 valid; 13 model calls" in shown and "q2    S  S  0" in shown
-    monkeypatch.setattr(sys, "argv", ["patterns.py", "--T", "0"])
-    with pytest.raises(SystemExit):
-        patterns.main()
-    assert capsys.readouterr().err.splitlines()[-1].endswith(
-        "T (frames) is 0: at least 1, at most 2^20, and 2^24 codes are allowed")
+    assert patterns.main(["--T", "0"]) == 2
+    assert capsys.readouterr().err == (
+        "patterns.py: T (frames) is 0: at least 1, at most 2^20, and 2^24 codes are allowed\n")
+
+
+def test_nobody_reads_the_drawing():
+    """As with `| head -1`: one line, no traceback."""
+    script = [sys.executable, patterns.__file__]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        child.stdout.close()
+        assert child.stderr.read() == "patterns.py: [Errno 32] Broken pipe\n"
+    assert child.returncode == 2
