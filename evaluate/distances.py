@@ -10,11 +10,12 @@ distance from finitely many clips is too large, by about c/N: `frechet_inf` extr
 Forsyth 2020; of audio: Gui et al. 2024).
 
 A distance says little alone. It stands between a ceiling, the reference clips through the codec, and a floor,
-noise with their spectra:
+noise with their spectra. Where the reference is other music than a model has learned from, its training clips
+are far from it themselves:
 
-    reference ─┬───────────────► set "reference" ◄─ distance ─┬─ set "generated"
-               ├─ the codec ───► set "codec"     ◄────────────┤  the model's clips
-               └─ noise_like ──► set "noise"     ◄────────────┘
+    reference ─┬───────────────► set "reference" ◄─ distance ─┬─ set "generated": the model's clips
+               ├─ the codec ───► set "codec"     ◄────────────┤
+               └─ noise_like ──► set "noise"     ◄────────────┴─ set "training", in evaluation while training
 
 Nothing here knows a model: see adherence.py and metrics.py, which ask for clips.
 
@@ -36,7 +37,8 @@ from support import audio, chroma
 SUBSETS = 20                                             # parts of a set: `frechet_inf` draws subsets of them
 SEED = 20_200_524                                        # of subsets and of noise
 SETS = ("reference", "generated", "codec", "noise")
-COMPARED = dict(generated="generated", ceiling="codec", floor="noise")       # column of a table: its set
+# column of a table: its set
+COMPARED = dict(generated="generated", ceiling="codec", training="training", floor="noise")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,29 +182,30 @@ def add_reference(sets: dict, wav: Tensor, number: int, sample_rate: int, codec)
 
 
 def compare_sets(sets: dict, labels: dict | None = None, extrapolate: bool = False) -> dict:
-    """How far the other SETS are from "reference": {metric: {"generated", "ceiling", "floor"}}.
+    """How far the other sets are from "reference": {metric: {"generated", "ceiling", "floor"}}.
 
         fad_KIND    Frechet distance in each embedding; with `extrapolate` also fad_inf_KIND
         kl_LABEL    divergence of what was heard, for {label: its values}: of counts, or of probabilities [V]
         chroma      cosine similarity of each clip's melody with its own reference's; floor: with another's
 
-    chroma is there where the sets keep melodies and are pairs."""
+    chroma is there where the sets keep melodies and are pairs. "training" is a column where it is a set."""
     reference, result = sets["reference"], {}
+    compared = {column: kind for column, kind in COMPARED.items() if kind in sets}
     tunes, made = reference.tunes, sets["generated"].tunes
     paired = tunes is not None and len(made or ()) == len(tunes)
     for embedding in reference.embeddings:
         whole = reference.moments(embedding)
         row = result[f"fad_{embedding.kind}"] = {}
-        for column, kind in COMPARED.items():
+        for column, kind in compared.items():
             row[column] = frechet(whole, sets[kind].moments(embedding))
         if extrapolate:
             row = result[f"fad_inf_{embedding.kind}"] = {}
-            for column, kind in COMPARED.items():
+            for column, kind in compared.items():
                 row[column] = frechet_inf(whole, sets[kind].parts[embedding.name])
     for label, values in (labels or {}).items():
         heard = {kind: [h[label] for h in clips.heard] for kind, clips in sets.items()}
         row = result[f"kl_{label}"] = {}
-        for column, kind in COMPARED.items():
+        for column, kind in compared.items():
             if isinstance(heard["reference"][0], Tensor):
                 row[column] = kl_of_probabilities(heard["reference"], heard[kind], paired)
             else:
@@ -231,30 +234,36 @@ def against_reference(make: Callable, n: int, codec, *, batch: int = 16, ranks=N
                       tunes: bool = False) -> dict:
     """`compare_sets` of n generated clips with reference clips, in the codec's latents and in mel statistics.
 
-    make(i, j) gives clips i..j-1 as two lists of audio [C,N] at the codec's rate: the reference and the
-    generated ones. labels: also what the toy's analyser hears; tunes: also melodies. ranks: as in
-    `make_in_batches`. Each batch is embedded by itself and added up in its order, so that the number of ranks
-    changes nothing."""
+    make(i, j) gives clips i..j-1 as lists of audio [C,N] at the codec's rate: the reference, the generated
+    ones and, if there are any, those of training. labels: also what the toy's analyser hears; tunes: also
+    melodies. ranks: as in `make_in_batches`. Each batch is embedded by itself and added up in its order, so
+    that the number of ranks changes nothing."""
     embeddings = [load_embedding("codec", codec), load_embedding("mel")]
     hear = analyser.hear if labels else None
 
     def embed(i: int) -> list:
-        sets = {kind: ClipSet(embeddings, hear, tunes, groups=1) for kind in SETS}
-        for number, (real, made) in enumerate(zip(*make(i, min(i + batch, n)), strict=True), i):
+        lists = make(i, min(i + batch, n))
+        kinds = SETS if len(lists) == 2 else (*SETS, "training")
+        sets = {kind: ClipSet(embeddings, hear, tunes, groups=1) for kind in kinds}
+        for number, (real, made, *training) in enumerate(zip(*lists, strict=True), i):
             add_reference(sets, real, number, codec.sample_rate, codec)
             sets["generated"].add(made, codec.sample_rate)
+            for wav in training:
+                sets["training"].add(wav, codec.sample_rate)
         return [{kind: clips.state() for kind, clips in sets.items()}]
 
-    sets = {kind: ClipSet(embeddings, hear, tunes) for kind in SETS}
+    sets = {}
     for states in make_in_batches(embed, n, batch, ranks):
         for kind, state in states.items():
-            sets[kind].add_state(state)
+            sets.setdefault(kind, ClipSet(embeddings, hear, tunes)).add_state(state)
     return compare_sets(sets, analyser.HEARD_VALUES if labels else None)
 
 
 def distances_table(result: dict, title: str) -> str:
     """The figures of `compare_sets` as lines to print."""
-    lines = [f"{title:<34}" + "".join(f"{column:>11}" for column in COMPARED)]
+    columns = [column for column in COMPARED if any(column in row for row in result.values())]
+    lines = [f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
     for name, row in result.items():
-        lines.append(f"  {name:<32}" + "".join(f"{row[column]:>11.4g}" for column in COMPARED))
+        cells = [f"{row[column]:>11.4g}" if column in row else " " * 11 for column in columns]
+        lines.append(f"  {name:<32}" + "".join(cells).rstrip())
     return "\n".join(lines)

@@ -186,12 +186,12 @@ def toy_adherence(run, music: generate.MusicGenerator) -> dict:
     return result
 
 
-def valid_clips(run, music: generate.MusicGenerator, first: int, stop: int) -> tuple[list, list]:
-    """Validation clips first..stop-1: their audio [C, N] without padding, their conditions {name: value}.
+def clips_of(run, source, first: int, stop: int) -> tuple[list, list]:
+    """Clips first..stop-1 of a data set: their audio [C, N] without padding, their conditions {name: value}.
 
     A token cache has no audio: then it is what the codec makes of its codes. Errors: ValueError where one
     cannot be read."""
-    examples = data.load_examples(valid_source(run), 0, stop - first, first)
+    examples = data.load_examples(source, 0, stop - first, first)
     if isinstance(examples, ValueError):
         raise examples
     codes, frame_mask = data.collate(examples).encode(run.codec, run.ranks.device)
@@ -204,13 +204,16 @@ def valid_clips(run, music: generate.MusicGenerator, first: int, stop: int) -> t
 
 
 def valid_distances(run, music: generate.MusicGenerator) -> dict:
-    """Distances of clips generated for the conditions of validation clips from these. All ranks call it."""
+    """Distances from validation clips: of clips generated for their conditions, and of training clips.
+
+    All ranks call it."""
     args, n, seconds = run.args, run.args.eval_samples, run.args.segment_seconds
 
-    def make(first: int, stop: int) -> tuple[list, list]:
-        real, conditions = valid_clips(run, music, first, stop)
+    def make(first: int, stop: int) -> tuple[list, list, list]:
+        real, conditions = clips_of(run, valid_source(run), first, stop)
+        training, _ = clips_of(run, run.train_set, first, stop)
         wavs = music.decode(music.codes(conditions, seconds, args.seed, first=first), seconds)
-        return real, [wav[:, :x.shape[1]] for wav, x in zip(wavs, real)]
+        return real, [wav[:, :x.shape[1]] for wav, x in zip(wavs, real)], training
 
     is_toy = args.dataset == "toy" and args.cache is None
     long_enough = args.segment_seconds * toy.SAMPLE_RATE >= analyser.MIN_SAMPLES
@@ -238,7 +241,7 @@ def generate_stage(run, folder: str) -> dict:
         resume.export_best(run, keep=False)                          # lends its shards to rank 0
         return {}
     music = best_music(run)
-    real, conditions = valid_clips(run, music, 0, args.generate_samples)
+    real, conditions = clips_of(run, valid_source(run), 0, args.generate_samples)
     sets = {"reference": real, "codec": [distances.reconstruction(wav, run.codec) for wav in real]}
     sets |= make_samples(run, music, real, conditions)
     record = dict(seed=args.seed, epoch=run.step // args.updates_per_epoch, step=run.step,

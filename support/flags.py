@@ -157,7 +157,7 @@ GROUPS = {
         Flag("temperature", "sampling temperature; 0 takes the likeliest code; stored likewise",
              float, toy=0.3, audio=1.0),
         Flag("top_k", "sampling from the k likeliest codes; 0 is all; stored likewise",
-             int, toy=50, audio=250),
+             int, toy=50, audio=250, small=0),
         Flag("top_p", "sampling from the likeliest codes of this mass; 0 is off; stored likewise",
              float, 0.0, range="share"),
         Flag("only", "a stage alone, of the run in --out, with its flags and best weights",

@@ -168,6 +168,21 @@ def test_order_of_the_bounds():
     assert same["chroma"]["generated"] > 0.999 > same["chroma"]["floor"] + 0.1
 
 
+def test_the_training_clips_beside_the_others():
+    """A column of their own, where there are any; the melody's row has none."""
+    real, other = clips(8), clips(8, seed=5)
+    sides = (lambda i, j: (real[i:j], other[i:j])), (lambda i, j: (real[i:j], real[i:j], other[i:j]))
+    plain, found = (distances.against_reference(make, 8, CODEC, batch=3, labels=True, tunes=True)
+                    for make in sides)
+    for name in ("fad_codec", "fad_mel", "kl_tempo"):
+        assert "training" not in plain[name] and found[name]["training"] == plain[name]["generated"]
+    assert found["fad_mel"]["generated"] < 1e-6 < found["fad_mel"]["training"]
+    lines = distances.distances_table(found, "8 clips").splitlines()
+    assert lines[0].split() == ["8", "clips", "generated", "ceiling", "training", "floor"]
+    assert lines[0].index("floor") + 5 == len(lines[1]) == len(lines[-1]) and len(lines[-1].split()) == 4
+    assert "training" not in distances.distances_table(plain, "8 clips")
+
+
 def test_ranks_change_nothing():
     """Two ranks, one after the other in this process, with the same figures as one."""
     class Half:

@@ -71,7 +71,7 @@ def test_a_prompted_sample_begins_as_its_reference(finished):
 def test_evaluation_compares_with_validation_clips(finished):
     found = [r for r in lines(finished) if r["stage"] == "evaluate"][-1]["distances"]
     assert {"fad_codec", "fad_mel", "kl_tempo"} <= found.keys()
-    assert set(found["fad_mel"]) == {"generated", "ceiling", "floor"}
+    assert set(found["fad_mel"]) == {"generated", "ceiling", "training", "floor"}
     assert 0 < found["fad_codec"]["ceiling"] < found["fad_codec"]["generated"]
 
 

@@ -8,9 +8,9 @@ from test_captions import songs
 from test_train import saved
 from train import main
 
-NAMES = ("optimizer", "lr", "muon_lr", "text_lr", "emb_std")
-SMALL = ("muon", 2e-3, 0.01, 1e-3, 1.0)
-LARGE = ("adamw", 1e-4, None, 1e-4, None)
+NAMES = ("optimizer", "lr", "muon_lr", "text_lr", "emb_std", "top_k")
+SMALL = ("muon", 2e-3, 0.01, 1e-3, 1.0, 0)
+LARGE = ("adamw", 1e-4, None, 1e-4, None, 250)
 
 
 @pytest.mark.parametrize("given, wanted", [
@@ -18,11 +18,12 @@ LARGE = ("adamw", 1e-4, None, 1e-4, None)
     ("--size 256x4x4", SMALL),
     ("--size 514x2x2", LARGE),
     ("", LARGE),
-    ("--size base --optimizer adamw", ("adamw", 2e-3, None, 1e-3, 1.0)),
-    ("--size base --lr 0.003", ("adamw", 0.003, None, 1e-3, 1.0)),
-    ("--size base --lr 0.003 --optimizer muon", ("muon", 0.003, 0.01, 1e-3, 1.0)),
-    ("--size base --emb_std 0.5", ("muon", 2e-3, 0.01, 1e-3, 0.5)),
-    ("--size small --optimizer muon", ("muon", 1e-4, 1e-4, 1e-4, None)),
+    ("--size base --optimizer adamw", ("adamw", 2e-3, None, 1e-3, 1.0, 0)),
+    ("--size base --lr 0.003", ("adamw", 0.003, None, 1e-3, 1.0, 0)),
+    ("--size base --lr 0.003 --optimizer muon", ("muon", 0.003, 0.01, 1e-3, 1.0, 0)),
+    ("--size base --emb_std 0.5", ("muon", 2e-3, 0.01, 1e-3, 0.5, 0)),
+    ("--size base --top_k 9", (*SMALL[:-1], 9)),
+    ("--size small --optimizer muon", ("muon", 1e-4, 1e-4, 1e-4, None, 250)),
 ])
 def test_small_models_and_no_others(given, wanted, tmp_path):
     args = build_parser().parse_args(["--dataset", "music", "--out", str(tmp_path / "new"), *given.split()])
