@@ -97,9 +97,9 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
     """Codes [B, K, T] for the conditions of B samples, each {name: value or None}.
 
     noise: of these samples (default: of seed 0); prompt [B, K, T'] with T' < T is kept as it is and
-    continued; progress(done, total) is called after every step; dtype: of autocast and of the key-value
-    cache; began: frames of the piece before these; hear(t, codes [B, K, 1]) is called for each frame after
-    the prompt as soon as all of it is there. The model is put into eval mode for the while."""
+    continued; progress(done, total) is called after every step; dtype: of autocast, and of the keys and
+    values where the model has no `kv_dtype`; began: frames of the piece before these; hear(t, codes
+    [B, K, 1]) is called for each frame after the prompt as soon as it is whole. The model is in eval mode."""
     device, K, B = model.emb[0].weight.device, model.config.K, len(values)
     noise = noise or Noise(0, range(B), device)
     T_prompt = 0 if prompt is None else prompt.shape[2]
@@ -234,7 +234,7 @@ class MusicGenerator:
     codes behind it."""
 
     def __init__(self, model: MusicGen, codec, window: int, sampling: Sampling, dtype=torch.float32):
-        """window: frames of a training segment; dtype: of autocast and of the key-value cache."""
+        """window: frames of a training segment; dtype: see `generate_codes`."""
         self.model, self.codec, self.window, self.sampling, self.dtype = model, codec, window, sampling, dtype
 
     @classmethod

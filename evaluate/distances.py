@@ -11,7 +11,7 @@ Forsyth 2020; of audio: Gui et al. 2024).
 
 A distance says little alone. It stands between a ceiling, the reference clips through the codec, and a floor,
 noise with their spectra. Where the reference is other music than a model has learned from, its training clips
-are far from it themselves:
+are far from it themselves, in the codec's latents further than the noise:
 
     reference ─┬───────────────► set "reference" ◄─ distance ─┬─ set "generated": the model's clips
                ├─ the codec ───► set "codec"     ◄────────────┤
@@ -118,7 +118,7 @@ def noise_like(wav: Tensor, seed: int) -> Tensor:
     """Noise with the spectrum and the loudness of a clip [C,N], without its notes and beats: its phases are
     drawn anew.
 
-    It is the floor: a good model must be far better."""
+    It is the floor: a good model of such music must be far better."""
     spectrum = torch.fft.rfft(wav.float().cpu())                                                  # [C, bins]
     turn = 2 * math.pi * torch.rand(spectrum.shape[1], generator=torch.Generator().manual_seed(SEED + seed))
     return torch.fft.irfft(torch.polar(spectrum.abs(), turn.expand_as(spectrum)), n=wav.shape[1])  # [C, N]

@@ -171,8 +171,9 @@ def charts(records: list, reference: list) -> dict:
         if evaluated and f"{name}/generated" in evaluated[0]:
             shade = 0.2 + 0.5 * i
             distances.append(curve(evaluated, f"{name}/generated", name, shade=shade, marker="o"))
-            distances.append(curve(evaluated, f"{name}/ceiling", f"{name}, ceiling", shade=shade, marker=".",
-                                   linestyle=":"))
+            for bound, line in (("training", "--"), ("ceiling", ":")):
+                distances.append(curve(evaluated, f"{name}/{bound}", f"{name}, {bound}", shade=shade,
+                                       marker=".", linestyle=line))
 
     found = {
         EACH_CE: each,

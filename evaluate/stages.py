@@ -222,7 +222,7 @@ def valid_distances(run, music: generate.MusicGenerator) -> dict:
                                       tunes=any(c.sounds_like_chroma for c in conditions))
     run.ranks.print(distances.distances_table(found, f"{n} clips beside validation clips"))
     if args.cache is not None:
-        run.ranks.print("(a cache has no audio: validation clips are as the codec decodes them, "
+        run.ranks.print("(a cache has no audio: its clips are as the codec decodes them, "
                         "and the ceiling counts it twice)")
     return found
 

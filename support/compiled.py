@@ -1,8 +1,9 @@
 """One decoding step by torch.compile: `compile_step(model)`, after which generation is the same and faster.
 
 On a CPU weights become constants, stored once more in the order in which products read them, so they must
-stay as they are. On a GPU the step is a CUDA graph, which replays what was recorded: sizes and addresses must
-not change. Each kind has a cache that suits it.
+stay as they are; with weights of fewer bits, keys and values are kept in bfloat16 as well. On a GPU the step
+is a CUDA graph, which replays what was recorded: sizes and addresses must not change. Each kind has a cache
+that suits it.
 
 Legend: B batch, K codebooks, S steps, D width, H heads.
 """

@@ -29,7 +29,7 @@ from support.compiled import require_compiler
 from support.draw import SAMPLE_BY
 from support.flag import NOT_SAID, SMALL_WIDTH, Flag
 from support.quantize import STORED_AS
-from support.unread import refuse_unread
+from support.unread import OF_SAMPLING, refuse_unread
 
 BFLOAT16_WIDTH = 128                # narrower models gain little by it on a CPU
 SHAPE = ("dim", "num_layers", "num_heads", "hidden_scale")           # of a model, as --size gives it
@@ -43,7 +43,7 @@ GROUPS = {
         Flag("cache", "token cache made by data.py cache; audio and codec are then not touched"),
         Flag("codec", "toy, encodec_24khz or the path of a codec (default: by dataset)",
              toy="toy", audio="encodec_24khz"),
-        Flag("num_codebooks", "the first so many codebooks of a channel (default: all)",
+        Flag("num_codebooks", "the first so many codebooks of a channel (default: all; 4 of encodec_24khz)",
              int, range=(1, 256), before=None),
         Flag("channels", "2: stereo, each channel with codebooks of its own",
              int, 1, choices=(1, 2), before=1),
@@ -257,10 +257,11 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
     # rate of AdamW, keeps AdamW
     if args.lora or args.lr is not None:
         fill("optimizer", "adamw", "with --lora" if args.lora else "with --lr alone")
-    if kind == "audio" and start is None and not begun and not args.only:
+    if kind == "audio" and not begun and not args.only:
         width = parse_size(args.size or flags["size"].audio)["dim"]
         for name, flag in flags.items() if width <= SMALL_WIDTH else ():
-            fill(name, flag.small, f"for a model of {SMALL_WIDTH} or less in width")
+            if start is None or name in OF_SAMPLING:
+                fill(name, flag.small, f"for a model of {SMALL_WIDTH} or less in width")
     if kind == "audio" and common.count_cores() < flags["workers"].audio:
         fill("workers", common.count_cores(), "one a core")
     for name, flag in flags.items():

@@ -1,5 +1,7 @@
 """Defaults of small models on real music: who gets them, and that runs begun without them go on."""
 
+from pathlib import Path
+
 import pytest
 
 from support import flags as all_flags
@@ -30,6 +32,15 @@ def test_small_models_and_no_others(given, wanted, tmp_path):
     notes = fill_flags(args, 1)
     assert tuple(getattr(args, name) for name in NAMES) == wanted
     assert any("--emb_std 1.0" in n and "512 or less in width" in n for n in notes) == (wanted[4] == 1)
+
+
+def test_a_start_from_other_weights(tmp_path):
+    """It learns at the rates of a model that has learned; how it is sampled depends on its width alone."""
+    begin = Path(__file__).parent / "old_run"
+    args = build_parser().parse_args(
+        ["--dataset", "music", "--out", str(tmp_path / "new"), "--init_from", str(begin)])
+    fill_flags(args, 1)
+    assert tuple(getattr(args, name) for name in NAMES) == (*LARGE[:-1], 0)
 
 
 def test_a_run_begun_without_them_goes_on(tmp_path, monkeypatch, capsys):

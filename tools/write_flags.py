@@ -33,7 +33,7 @@ def default_text(flag) -> str:
     """The default of a training flag, by dataset where it depends on it."""
     if flag.toy is not None or flag.audio is not None:
         audio = "see there" if flag.audio is None else flag.audio
-        small = "" if flag.small is None else f"; up to {SMALL_WIDTH} wide: {flag.small}"
+        small = "" if flag.small is None else f"; else, up to {SMALL_WIDTH} wide: {flag.small}"
         return f"toy: {flag.toy}{small}; else: {audio}"
     if isinstance(flag.default, list):
         return " ".join(flag.default)
