@@ -172,8 +172,9 @@ def charts(records: list, reference: list) -> dict:
             shade = 0.2 + 0.5 * i
             distances.append(curve(evaluated, f"{name}/generated", name, shade=shade, marker="o"))
             for bound, line in (("training", "--"), ("ceiling", ":")):
-                distances.append(curve(evaluated, f"{name}/{bound}", f"{name}, {bound}", shade=shade,
-                                       marker=".", linestyle=line))
+                if f"{name}/{bound}" in evaluated[-1]:                       # not in older runs
+                    distances.append(curve(evaluated, f"{name}/{bound}", f"{name}, {bound}", shade=shade,
+                                           marker=".", linestyle=line))
 
     found = {
         EACH_CE: each,

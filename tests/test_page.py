@@ -129,6 +129,19 @@ def test_a_stage_of_no_run(flags, says, capsys):
 # the page
 
 
+def test_the_chart_of_distances(finished):
+    """Training and ceiling beside what was generated; in the log of an older run there is no training."""
+    records = page.read_log(finished / "log.jsonl")
+    def labels():
+        return [curve.label for curve in page.charts(records, [])["Frechet distance to validation clips"]]
+    assert labels() == [f"{name}{bound}" for name in ("fad_codec", "fad_mel")
+                        for bound in ("", ", training", ", ceiling")]
+    for record in records:
+        for row in record.get("distances", {}).values():
+            row.pop("training", None)
+    assert labels() == [f"{name}{bound}" for name in ("fad_codec", "fad_mel") for bound in ("", ", ceiling")]
+
+
 def test_text_on_the_page_is_escaped(evil):
     content = page.write_page(evil).read_text()
     assert EVIL not in content and "<script" not in content and content.count("&lt;script&gt;") >= 4

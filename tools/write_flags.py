@@ -18,7 +18,7 @@ Written by `python -m tools.write_flags`; a test compares it with the code.
 ## train.py
 
 A flag that is left out is filled in: by the dataset (toy, or any other), by the width of a model that
-starts from random weights, by `--init_from`, by the machine.
+starts from random weights (`--top_k`: of any), by `--init_from`, by the machine.
 The run prints what it chose and why. When a run goes on, flags marked *may change* may be others than before;
 one that depends on the dataset, and is not so marked, is filled in with what the run had.
 """
