@@ -73,6 +73,7 @@ def test_evaluation_compares_with_validation_clips(finished):
     assert {"fad_codec", "fad_mel", "kl_tempo"} <= found.keys()
     assert set(found["fad_mel"]) == {"generated", "ceiling", "training", "floor"}
     assert 0 < found["fad_codec"]["ceiling"] < found["fad_codec"]["generated"]
+    assert found["fad_mel"]["training"] > 0.01, "these are the validation clips themselves"
 
 
 def test_a_stage_alone(finished, capsys):
