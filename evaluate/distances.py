@@ -10,8 +10,8 @@ distance from finitely many clips is too large, by about c/N: `frechet_inf` extr
 Forsyth 2020; of audio: Gui et al. 2024).
 
 A distance says little alone. It stands between a ceiling, the reference clips through the codec, and a floor,
-noise with their spectra. Where the reference is other music than a model has learned from, its training clips
-are far from it themselves, in the codec's latents further than the noise:
+noise with their spectra. Where a model has learned from other music than the reference, its training clips
+may lie beyond the floor themselves, in the codec's latents for one:
 
     reference ─┬───────────────► set "reference" ◄─ distance ─┬─ set "generated": the model's clips
                ├─ the codec ───► set "codec"     ◄────────────┤
@@ -23,7 +23,7 @@ Legend: C channels, N samples of audio, n clips, D numbers of an embedding, V va
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -242,20 +242,18 @@ def against_reference(make: Callable, n: int, codec, *, batch: int = 16, ranks=N
     hear = analyser.hear if labels else None
 
     def embed(i: int) -> list:
-        lists = make(i, min(i + batch, n))
-        kinds = SETS if len(lists) == 2 else (*SETS, "training")
-        sets = {kind: ClipSet(embeddings, hear, tunes, groups=1) for kind in kinds}
-        for number, (real, made, *training) in enumerate(zip(*lists, strict=True), i):
+        sets = defaultdict(lambda: ClipSet(embeddings, hear, tunes, groups=1))
+        for number, (real, made, *training) in enumerate(zip(*make(i, min(i + batch, n)), strict=True), i):
             add_reference(sets, real, number, codec.sample_rate, codec)
             sets["generated"].add(made, codec.sample_rate)
             for wav in training:
                 sets["training"].add(wav, codec.sample_rate)
         return [{kind: clips.state() for kind, clips in sets.items()}]
 
-    sets = {}
+    sets = defaultdict(lambda: ClipSet(embeddings, hear, tunes))
     for states in make_in_batches(embed, n, batch, ranks):
         for kind, state in states.items():
-            sets.setdefault(kind, ClipSet(embeddings, hear, tunes)).add_state(state)
+            sets[kind].add_state(state)
     return compare_sets(sets, analyser.HEARD_VALUES if labels else None)
 
 

@@ -186,21 +186,29 @@ def toy_adherence(run, music: generate.MusicGenerator) -> dict:
     return result
 
 
-def clips_of(run, source, first: int, stop: int) -> tuple[list, list]:
-    """Clips first..stop-1 of a data set: their audio [C, N] without padding, their conditions {name: value}.
-
-    A token cache has no audio: then it is what the codec makes of its codes. Errors: ValueError where one
-    cannot be read."""
+def load_clips(source, first: int, stop: int) -> list:
+    """Examples first..stop-1 of a data set. Errors: ValueError where one cannot be read."""
     examples = data.load_examples(source, 0, stop - first, first)
     if isinstance(examples, ValueError):
         raise examples
-    codes, frame_mask = data.collate(examples).encode(run.codec, run.ranks.device)
+    return examples
+
+
+def clip_audio(run, examples: list) -> list:
+    """The audio [C, N] of examples without padding; of a token cache, what the codec makes of its codes."""
     if examples[0].wav is None:
+        codes, _ = data.collate(examples).encode(run.codec, run.ranks.device)
         wavs = run.codec.decode(codes).cpu()
     else:
         wavs = [torch.from_numpy(e.wav) for e in examples]
-    conditions, _ = all_conditions(run, examples, codes, frame_mask)
-    return [wav[:, :e.frames * run.codec.hop] for wav, e in zip(wavs, examples)], conditions
+    return [wav[:, :e.frames * run.codec.hop] for wav, e in zip(wavs, examples)]
+
+
+def valid_clips(run, first: int, stop: int) -> tuple[list, list]:
+    """Validation clips first..stop-1: their audio, see `clip_audio`, and their conditions {name: value}."""
+    examples = load_clips(valid_source(run), first, stop)
+    conditions, _ = all_conditions(run, examples, *data.collate(examples).encode(run.codec, run.ranks.device))
+    return clip_audio(run, examples), conditions
 
 
 def valid_distances(run, music: generate.MusicGenerator) -> dict:
@@ -210,8 +218,8 @@ def valid_distances(run, music: generate.MusicGenerator) -> dict:
     args, n, seconds = run.args, run.args.eval_samples, run.args.segment_seconds
 
     def make(first: int, stop: int) -> tuple[list, list, list]:
-        real, conditions = clips_of(run, valid_source(run), first, stop)
-        training, _ = clips_of(run, run.train_set, first, stop)
+        real, conditions = valid_clips(run, first, stop)
+        training = clip_audio(run, load_clips(run.train_set, first, stop))
         wavs = music.decode(music.codes(conditions, seconds, args.seed, first=first), seconds)
         return real, [wav[:, :x.shape[1]] for wav, x in zip(wavs, real)], training
 
@@ -241,7 +249,7 @@ def generate_stage(run, folder: str) -> dict:
         resume.export_best(run, keep=False)                          # lends its shards to rank 0
         return {}
     music = best_music(run)
-    real, conditions = clips_of(run, valid_source(run), 0, args.generate_samples)
+    real, conditions = valid_clips(run, 0, args.generate_samples)
     sets = {"reference": real, "codec": [distances.reconstruction(wav, run.codec) for wav in real]}
     sets |= make_samples(run, music, real, conditions)
     record = dict(seed=args.seed, epoch=run.step // args.updates_per_epoch, step=run.step,

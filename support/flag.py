@@ -31,7 +31,7 @@ class Flag:
     default: object = None            # None is filled in later, with a printed reason
     toy: object = None                # its default if the dataset is toy,
     audio: object = None              # and for any other one
-    small: object = None              # for one, with a model of at most SMALL_WIDTH from random weights
+    small: object = None              # and there for a model of at most SMALL_WIDTH: see `fill_flags`
     overfit: object = None            # and with --overfit_one_batch, which wins over all
     range: str | tuple | None = None  # of RANGES, or (least, most)
     choices: tuple | None = None

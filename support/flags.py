@@ -253,8 +253,8 @@ def fill_flags(args: argparse.Namespace, world: int) -> list:
             fill(name, value, f"as in {args.init_from}")
     fill("mask_padding", True)
 
-    # the dataset; a small model learns real music sooner than by the rates of a large one. Who gives --lr, a
-    # rate of AdamW, keeps AdamW
+    # the dataset; from random weights a small model learns real music sooner than by a large one's rates, and
+    # any small one is unsure among more codes. Who gives --lr, a rate of AdamW, keeps AdamW
     if args.lora or args.lr is not None:
         fill("optimizer", "adamw", "with --lora" if args.lora else "with --lr alone")
     if kind == "audio" and not begun and not args.only:

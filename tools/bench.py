@@ -324,7 +324,7 @@ def bench_generate(args: argparse.Namespace) -> None:
             seconds = statistics.median(times)
             step = seconds / S
             weight_size = {"ours bfloat16": 2, "ours int8": 1}.get(side.name, dtype.itemsize)
-            kv_size = min(2, dtype.itemsize) if args.compile and weight_size < 4 else dtype.itemsize
+            kv_size = (getattr(side.model, "kv_dtype", None) or dtype).itemsize
             needed = step_bytes(config, rows, S, args.tokens, kv_size, weight_size)
             parts = [f"{side.name:<13} T {T}", f"{args.batch_size * T / seconds:.1f} frames/s",
                      f"{1 / step:.1f} steps/s", f"{median_and_range(times, 1e3 / S, '.2f')} ms a step",
