@@ -38,7 +38,7 @@ from support.common import command, output_name, random_generator, tell
 from support.draw import SAMPLE_BY, cumulative_shares, draw_by_shares, long_enough
 from support.scan import (MAX_SECONDS, SHARD_SUFFIXES, Entry, Scan, print_report, scan_dataset,
                           split_entries)
-from support.signals import end_with_parent
+from support.signals import end_with_parent, signals_wait
 from support.unpack import import_shards
 from support.verify import decode_dataset
 
@@ -294,7 +294,9 @@ def batches(dataset, epoch: int, start: int, stop: int, batch_size: int, *, rank
         firsts, batch_size=None, num_workers=workers, worker_init_fn=end_with_parent,
         collate_fn=functools.partial(load_examples, dataset, epoch, share),
         generator=torch.Generator())  # without, it draws from the global generator
-    for examples in loader:
+    with signals_wait():
+        loaded = iter(loader)    # starts the workers
+    for examples in loaded:
         if isinstance(examples, ValueError):
             raise examples
         for path, reason in itertools.chain(*(example.skipped for example in examples)):

@@ -10,6 +10,7 @@ import threading
 import time
 
 PATIENCE = 2.0    # seconds in which further signals count as the same request
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PARENT_SECONDS = 0.5    # between two looks of a loading process whether its parent lives
 
 
@@ -40,7 +41,7 @@ class Stop:
 
     def __enter__(self):
         self.previous_handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             with contextlib.suppress(ValueError):    # Python has no handlers in a thread
                 self.previous_handlers[number] = signal.signal(number, self)
         return self
@@ -74,6 +75,18 @@ class Stop:
             raise Stopped(self.requested)
 
 
+@contextlib.contextmanager
+def signals_wait():
+    """Keeps signals waiting, also in processes that start inside, until they have begun by `end_with_parent`.
+
+    Otherwise one that comes between their fork and that ends them, and the run with them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def end_with_parent(worker: int) -> None:
     """Begins a loading process: it leaves signals to the main process, and ends as soon as that is gone.
 
@@ -88,6 +101,7 @@ def end_with_parent(worker: int) -> None:
             time.sleep(PARENT_SECONDS)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=watch, daemon=True).start()

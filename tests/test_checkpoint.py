@@ -262,6 +262,19 @@ def test_loading_processes_end_with_a_killed_run(tmp_path):
     assert time.monotonic() - killed < 5
 
 
+@pytest.mark.parametrize("name", ("SIGTERM", "SIGINT"))
+def test_a_signal_while_loading_processes_start(name):
+    """One that a job is sent between their fork and their first line ends the run in its own way, not them."""
+    code = (f"import os, signal; import data, tokenizer; from support import signals\n"
+            f"os.register_at_fork(after_in_child=lambda: signal.raise_signal(signal.{name}))\n"
+            "with signals.Stop():\n"
+            "    dataset = data.open_dataset('toy', codec=tokenizer.load_codec('toy'))\n"
+            "    print(len([*data.batches(dataset, 0, 0, 3, 2, workers=2)]))\n"
+            f"    signal.raise_signal(signal.{name})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "3\n" and done.stderr.splitlines()[-1].endswith(f"Stopped: {name}"), done
+
+
 def test_signals_wait_for_what_must_be_whole():
     """Held back within `hold`, obeyed at its end; outside of it at once; two in a moment are one request."""
     before = signal.getsignal(signal.SIGINT)
