@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import MusicGen
+from support import kernels
 
 STORED_AS = ("float32", "bfloat16", "int8")
 LEVELS = 127                             # of a weight, on each side of zero
@@ -53,7 +54,7 @@ class Matrix:
 
 
 class Bfloat16Matrix(Matrix):
-    """The upper half of each number."""
+    """The upper half of each number. A processor that cannot multiply these gets them whole for many rows."""
 
     def pack(self, weight: Tensor) -> None:
         """As `Matrix.pack`."""
@@ -61,6 +62,9 @@ class Bfloat16Matrix(Matrix):
 
     def product(self, x: Tensor) -> Tensor:
         """As `Matrix.product`."""
+        few = x.numel() <= kernels.FEW_ROWS * x.shape[-1]
+        if x.device.type == "cpu" and not (kernels.HAS_BFLOAT16 or few):
+            return F.linear(x.float(), self.weight.float()).to(x.dtype)
         return F.linear(x.bfloat16(), self.weight).to(x.dtype)
 
 

@@ -264,7 +264,7 @@ def test_loading_processes_end_with_a_killed_run(tmp_path):
 
 @pytest.mark.parametrize("name", ("SIGTERM", "SIGINT"))
 def test_a_signal_while_loading_processes_start(name):
-    """One that a job is sent between their fork and their first line ends the run in its own way, not them."""
+    """One that comes between their fork and their first line ends the run in its own way, not them."""
     code = (f"import os, signal; import data, tokenizer; from support import signals\n"
             f"os.register_at_fork(after_in_child=lambda: signal.raise_signal(signal.{name}))\n"
             "with signals.Stop():\n"

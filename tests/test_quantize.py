@@ -11,7 +11,7 @@ import train
 from evaluate import metrics
 from generate import Sampling, generate_codes
 from model import Cache, Conditions
-from support import quantize
+from support import kernels, quantize
 from support.compiled import compile_step
 from support.lora import add_lora
 from support.per_sample import Noise
@@ -42,6 +42,19 @@ def test_products_are_near(kind, error):
     for i, j in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1)):
         by_size = wanted[i, j] / weight.norm(dim=1).clamp_min(1e-9)
         assert ((found - wanted)[i, j] / weight.norm(dim=1).clamp_min(1e-9)).norm() < error * by_size.norm()
+
+
+@pytest.mark.parametrize("rows", (2, 5))
+@pytest.mark.parametrize("multiplies", (True, False))
+def test_many_rows_of_bfloat16_where_nothing_multiplies_them(rows, multiplies, monkeypatch):
+    """By products of float32, which round nothing of x; few rows stay bfloat16."""
+    monkeypatch.setattr(kernels, "HAS_BFLOAT16", multiplies)
+    x = torch.randn(rows, 64)
+    found, rounded = Bfloat16Matrix(matrix()).product(x), matrix().bfloat16()
+    by_float = torch.nn.functional.linear(x, rounded.float())
+    by_bfloat = torch.nn.functional.linear(x.bfloat16(), rounded).float()
+    assert torch.equal(found, by_float if rows == 5 and not multiplies else by_bfloat)
+    assert not torch.equal(by_float, by_bfloat) and found.dtype == x.dtype
 
 
 def test_quantized_rows_keep_half_a_step():
