@@ -92,13 +92,12 @@ def sample_codes(logits: Tensor, sampling: Sampling, noise: Callable[[Tensor], T
 
 @torch.inference_mode()
 def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
-                   noise: Noise | None = None, prompt: Tensor | None = None, progress=None,
-                   dtype: torch.dtype = torch.float32, began: int = 0, hear=None) -> Tensor:
+                   noise: Noise | None = None, prompt: Tensor | None = None,
+                   dtype: torch.dtype = torch.float32, hear=None) -> Tensor:
     """Codes [B, K, T] for the conditions of B samples, each {name: value or None}.
 
     noise: of these samples (default: of seed 0); prompt [B, K, T'] with T' < T is kept as it is and
-    continued; progress(done, total) is called after every step; dtype: of autocast, and of the keys and
-    values where the model has no `kv_dtype`; began: frames of the piece before these; hear(t, codes
+    continued; dtype: of autocast, and of the keys and values where the model has no `kv_dtype`; hear(t, codes
     [B, K, 1]) is called for each frame after the prompt as soon as it is whole. The model is in eval mode."""
     device, K, B = model.emb[0].weight.device, model.config.K, len(values)
     noise = noise or Noise(0, range(B), device)
@@ -116,7 +115,7 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
     open_heads = [range(row.argmax(), row.argmax() + row.sum()) for row in is_open.T.numpy()]
     last_step = pattern.step[-1].tolist()                            # of every frame: its last codebook's
     whole = T_prompt                                                 # frames of which all codes are there
-    cells = (began + pattern.to(device).frame) * K + torch.arange(K, device=device)[:, None]    # [K, S]
+    cells = pattern.to(device).frame * K + torch.arange(K, device=device)[:, None]              # [K, S]
 
     # rows of the batch: each sample; for double guidance without its text; for guidance without anything
     guided = sampling.cfg != 1 and any(v is not None for sample in values for v in sample.values())
@@ -156,8 +155,6 @@ def generate_codes(model: MusicGen, values: list, T: int, sampling: Sampling, *,
             while hear is not None and whole < T and last_step[whole] <= s:
                 hear(whole, seq.gather(2, pattern.to(device).step[:, whole, None].expand(B, -1, -1)))
                 whole += 1
-            if progress is not None:
-                progress(s - first + 1, pattern.S - first)
 
     codes, found = pattern.revert(seq, -1)
     assert found.all() and codes.max() < model.config.card, "some codes were not generated"
@@ -188,7 +185,7 @@ def values_at(model: MusicGen, values: list, start: int) -> list:
 
 
 def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, window: int, stride: int,
-                  noise: Noise | None = None, prompt: Tensor | None = None, progress=None,
+                  noise: Noise | None = None, prompt: Tensor | None = None,
                   dtype: torch.dtype = torch.float32, hear=None) -> Tensor:
     """As `generate_codes`, for any T: windows of `window` frames, each begins `stride` after the one before.
 
@@ -198,7 +195,7 @@ def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, 
     after frame. Errors: ValueError if the stride leaves no frame to go on from."""
     if T > window and not 0 < stride < window - 1:
         raise ValueError(f"stride {stride} in windows of {window} frames: no frame is left to go on from")
-    codes = prompt
+    codes, noise = prompt, noise or Noise(0, range(len(values)), model.emb[0].weight.device)
     if prompt is None:
         codes = torch.empty(len(values), model.config.K, 0, dtype=torch.long)
     given = codes.shape[2]
@@ -206,19 +203,15 @@ def generate_long(model: MusicGen, values: list, T: int, sampling: Sampling, *, 
         hear(codes)
     start = 0 if T <= window else max(0, given - (window - 2))       # of the window
     while codes.shape[2] < T:
-        kept, done = codes[..., start:], codes.shape[2] - given
-        frames = min(window, T - start)
+        kept, frames = codes[..., start:], min(window, T - start)
         stop = frames if start + frames == T else frames - 1         # of what is kept
-
-        def report(step, steps, done=done, new=stop - kept.shape[2]):
-            progress(done + new * step // steps, T - given)
 
         def hear_frame(t, frame, stop=stop):
             if t < stop:
                 hear(frame)
 
-        part = generate_codes(model, values_at(model, values, start), frames, sampling, noise=noise,
-                              prompt=kept, progress=report if progress else None, dtype=dtype, began=start,
+        part = generate_codes(model, values_at(model, values, start), frames, sampling, prompt=kept,
+                              noise=noise.from_cell(start * model.config.K), dtype=dtype,
                               hear=hear_frame if hear else None)
         codes = torch.cat([codes.to(part.device), part[..., kept.shape[2]:stop]], 2)
         start += stride
@@ -285,7 +278,8 @@ class MusicGenerator:
         prompt: audio [C, N] or [B, C, N] to continue, counted in `seconds`; stride_seconds: how far each
         window past the training length advances (default 60 % of it); first: number of the first sample,
         whose noise depends on the seed and its number alone; hear(audio [C, n]) is called with piece after
-        piece of a single sample. Errors: ValueError for lengths that do not fit."""
+        piece of a single sample; progress(frames, of T) as they are there. Errors: ValueError for lengths
+        that do not fit."""
         frame_rate, device = self.codec.frame_rate, self.model.emb[0].weight.device
         silence, stop = self.span(seconds, prompt)
         T, unheard = math.ceil(stop / self.codec.hop), None
@@ -308,9 +302,19 @@ class MusicGenerator:
                              f"{1 / frame_rate:g} s less than the window of {self.window / frame_rate:g} s")
         stride = max(1, int(stride) if stride_seconds is None else round(stride))
         noise = Noise(seed, range(first, first + len(values)), device)
+        done = 0
+
+        def hear_frames(frames: Tensor) -> None:
+            nonlocal done
+            done += frames.shape[2]
+            if listener is not None:
+                listener(frames)
+            if progress is not None:
+                progress(done, T)
+
         codes = generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
-                              stride=stride, noise=noise, prompt=prompt, progress=progress, dtype=self.dtype,
-                              hear=listener)
+                              stride=stride, noise=noise, prompt=prompt, dtype=self.dtype,
+                              hear=hear_frames if hear or progress else None)
         return codes if unheard is None else torch.cat([unheard, codes], 2)
 
     def decode(self, codes: Tensor, seconds: float, prompt: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 Legend: B batch, k codebooks that are drawn at a step, n candidates of each, L condition tokens, D width.
 """
 
+import copy
 import hashlib
 import struct
 from collections.abc import Iterable
@@ -29,12 +30,20 @@ class Noise:
         digests = [hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest() for number in numbers]
         keys = [struct.unpack("<2i", digest) for digest in digests]
         self.keys = torch.tensor(keys, dtype=torch.int32, device=device)                            # [B, 2]
+        self.first_cell = 0
+
+    def from_cell(self, cell: int) -> "Noise":
+        """The same noise, for cells that are counted from this one: of a window within a piece."""
+        later = copy.copy(self)
+        later.first_cell += cell
+        return later
 
     def __call__(self, cells: Tensor, codes: Tensor) -> Tensor:
         """cells [k] and codes [B,k,n] -> noise [B,k,n] float32, more than 0.
 
         Two hashes follow each other: where the first of two samples meet, the second keeps them apart."""
-        first, second = (hash_int32(key[:, None] + cells.int()) for key in self.keys.unbind(1))     # [B, k]
+        cells = cells.int() + self.first_cell
+        first, second = (hash_int32(key[:, None] + cells) for key in self.keys.unbind(1))           # [B, k]
         hashed = hash_int32(hash_int32(codes.int() + first[..., None]) ^ second[..., None])      # [B, k, n]
         uniform = ((hashed & 0x7FFFFF) + 0.5) / (1 << 23)            # 23 bits: exact in float32, never 0 or 1
         return -uniform.log()

@@ -101,7 +101,7 @@ def test_every_cell_of_a_long_piece_has_noise_of_its_own():
 
     class Watched(Noise):
         def __call__(self, cells, codes):
-            drawn.extend(cells.tolist())
+            drawn.extend((cells + self.first_cell).tolist())
             return super().__call__(cells, codes)
 
     prompt = torch.randint(13, (1, 3, 5))
