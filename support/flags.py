@@ -299,7 +299,7 @@ def fastest_dtype(device: str, width: int) -> str:
     kind = torch.device(device).type
     if kind == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    multiplies = kind == "cpu" and kernels.HAS_ONEDNN and kernels.HAS_BFLOAT16    # on Arm not measured
+    multiplies = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
     return "bfloat16" if multiplies and width >= BFLOAT16_WIDTH else "float32"
 
 
@@ -310,8 +310,8 @@ def remarks(args: argparse.Namespace, world: int, updates: int) -> list:
         lines.append("--parallel fsdp: there is one rank, so nothing is sharded" +
                      (" and --cpu_offload moves nothing" if args.cpu_offload else ""))
     on_cpu = torch.device(args.device).type == "cpu" and not args.plan_gpus
-    if args.dtype == "bfloat16" and on_cpu and not kernels.HAS_BFLOAT16:
-        lines.append("--dtype bfloat16: this processor lacks it, and is many times as fast in float32")
+    if args.dtype == "bfloat16" and on_cpu and kernels.SLOW_BFLOAT16:
+        lines.append("--dtype bfloat16: without AVX-512 float32 is many times as fast on a CPU")
     if args.warmup_steps >= updates and not args.only:
         peak = args.lr * updates / (args.warmup_steps + 1)
         lines.append(f"--warmup_steps {args.warmup_steps} is no less than the {updates} updates of the run: "

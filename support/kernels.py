@@ -30,8 +30,7 @@ from torch.utils.checkpoint import checkpoint
 # PyTorch calls oneDNN by its old name.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-# Whether a processor has instructions for it; without, PyTorch's products of more than a few rows crawl
-HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "bf16"))    # x86, Arm
+SLOW_BFLOAT16 = HAS_ONEDNN and not HAS_AVX512    # oneDNN multiplies it from AVX-512 on; else PyTorch, slowly
 FEW_ROWS = 4              # with AVX2 alone, MKL is faster for so few rows if it gets them as columns, and
 #                           products of bfloat16 are faster than those of float32
 MIN_PACKED_ROWS = 9       # with AVX2 alone, fewer rows a step are as fast without packing

@@ -54,7 +54,7 @@ class Matrix:
 
 
 class Bfloat16Matrix(Matrix):
-    """The upper half of each number. A processor that cannot multiply these gets them whole for many rows."""
+    """The upper half of each number. Where a CPU multiplies these slowly, many rows get them widened."""
 
     def pack(self, weight: Tensor) -> None:
         """As `Matrix.pack`."""
@@ -63,7 +63,7 @@ class Bfloat16Matrix(Matrix):
     def product(self, x: Tensor) -> Tensor:
         """As `Matrix.product`."""
         few = x.numel() <= kernels.FEW_ROWS * x.shape[-1]
-        if x.device.type == "cpu" and not (kernels.HAS_BFLOAT16 or few):
+        if x.device.type == "cpu" and kernels.SLOW_BFLOAT16 and not few:
             return F.linear(x.float(), self.weight.float()).to(x.dtype)
         return F.linear(x.bfloat16(), self.weight).to(x.dtype)
 

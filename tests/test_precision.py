@@ -1,6 +1,7 @@
 """The precision that a run gets where --dtype is not given."""
 
 import pytest
+import torch
 
 from support import flags, kernels
 from test_short_runs import FEW
@@ -8,26 +9,25 @@ from test_train import saved
 from train import main
 
 
-@pytest.mark.parametrize("onednn, multiplies, width, wanted", [
-    (True, True, 192, "bfloat16"),
-    (True, True, 64, "float32"),
-    (True, False, 192, "float32"),
-    (False, True, 192, "float32"),
+@pytest.mark.parametrize("processor, width, wanted", [
+    (dict(avx512_bf16=True), 192, "bfloat16"),
+    (dict(avx512_bf16=True), 64, "float32"),
+    (dict(avx512_bf16=False), 192, "float32"),
+    (dict(), 192, "float32"),
 ])
-def test_by_processor_and_width(onednn, multiplies, width, wanted, monkeypatch):
-    monkeypatch.setattr(kernels, "HAS_ONEDNN", onednn)
-    monkeypatch.setattr(kernels, "HAS_BFLOAT16", multiplies)
+def test_by_processor_and_width(processor, width, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     assert flags.fastest_dtype("cpu", width) == wanted
 
 
-@pytest.mark.parametrize("multiplies, argv, warned", [
-    (False, ["--dtype", "bfloat16"], True), (True, ["--dtype", "bfloat16"], False), (False, [], False),
-    (False, ["--dtype", "bfloat16", "--plan_gpus", "8"], False),
+@pytest.mark.parametrize("slow, argv, warned", [
+    (True, ["--dtype", "bfloat16"], True), (False, ["--dtype", "bfloat16"], False), (True, [], False),
+    (True, ["--dtype", "bfloat16", "--plan_gpus", "8"], False),
 ])
-def test_a_type_that_the_processor_does_not_multiply(multiplies, argv, warned, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "HAS_BFLOAT16", multiplies)
-    assert main([*FEW, "--dry_run", *argv]) == 0
-    assert ("--dtype bfloat16: this processor lacks it" in capsys.readouterr().out) == warned
+def test_a_type_that_the_processor_is_slow_in(slow, argv, warned, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "SLOW_BFLOAT16", slow)
+    assert main([*FEW, "--dry_run", "--device", "cpu", *argv]) == 0
+    assert ("--dtype bfloat16: without AVX-512" in capsys.readouterr().out) == warned
 
 
 def test_a_run_goes_on_in_its_own(tmp_path, monkeypatch, capsys):
