@@ -5,7 +5,8 @@
 # This is the operator that Inductor's quantization on x86 compiles to; symmetric activations come as int8. Seen
 # (torch==2.11.0, CPython 3.11, one thread, a processor with AVX-512 and VNNI, a weight of 2,048 x 512, other work beside
 # it): 49 ms in int8 and 0.11 ms in uint8 for one row, 81 and 0.05 for two, 651 and 0.11 for sixteen. Left alone one row
-# in int8 took 12 ms, and each further one 12 more. The results are equal. No warning is given.
+# in int8 took 12 ms, and each further one 12 more. With AVX2 alone it is 2 to 3 ms for one to 16 rows, five to eight
+# times as long as in uint8. The results are equal. No warning is given.
 #
 # Run: bash findings/onednn_linear_of_signed_rows_is_slow.sh     (installs into a temporary folder; fails if changed)
 set -euo pipefail
@@ -48,5 +49,5 @@ for count in (1, 2, 16):
     assert torch.allclose(product(signed, 0), product(unsigned, 128), rtol=1e-4, atol=1e-4)
     slow, fast = milliseconds(signed, 0), milliseconds(unsigned, 128)
     print(f"{count} rows: {slow:.1f} ms in int8, {fast:.3f} ms in uint8")
-    assert slow > 10 * fast, "this finding is out of date"
+    assert slow > (10 if torch.cpu._is_vnni_supported() else 3) * fast, "this finding is out of date"
 PYTHON
