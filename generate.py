@@ -314,7 +314,7 @@ class MusicGenerator:
 
         codes = generate_long(self.model, values, T, sampling or self.sampling, window=self.window,
                               stride=stride, noise=noise, prompt=prompt, dtype=self.dtype,
-                              hear=hear_frames if hear or progress else None)
+                              hear=None if hear is None and progress is None else hear_frames)
         return codes if unheard is None else torch.cat([unheard, codes], 2)
 
     def decode(self, codes: Tensor, seconds: float, prompt: Tensor | None = None) -> Tensor:

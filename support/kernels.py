@@ -31,8 +31,7 @@ from torch.utils.checkpoint import checkpoint
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 SLOW_BFLOAT16 = HAS_ONEDNN and not HAS_AVX512    # oneDNN multiplies it from AVX-512 on; else PyTorch, slowly
-FEW_ROWS = 4              # with AVX2 alone, MKL is faster for so few rows if it gets them as columns, and
-#                           products of bfloat16 are faster than those of float32
+FEW_ROWS = 4              # with AVX2 alone, MKL is faster for so few as columns, and bfloat16 than float32
 MIN_PACKED_ROWS = 9       # with AVX2 alone, fewer rows a step are as fast without packing
 PACK_ROWS = 1024          # rows that oneDNN packs for; for small numbers it has no packed layout
 FEW_KEYS = 512            # up to so many, attention of bfloat16 on a CPU is faster in float32

@@ -171,7 +171,7 @@ def test_a_decoding_step_waits_for_nothing(everything, gpu, given, options, comp
     assert wav.shape == (1, 1, FEW * CODEC.hop)
     assert not unexpected(gpu.waits, GENERATION)
 
-    (before, products), (after, more) = seen[1], seen[-1]    # the first step reads what is there, and waits
+    (before, products), (after, more) = seen[1], seen[-1]    # seen[0] may be a prompt; the first step waits
     assert after - before == Counter()
     assert {kind for _, kind in more - products} == {bf16}
     assert gpu.attention["support/kernels.py attention", bf16, bf16, bf16] > len(seen) and not gpu.doubles

@@ -51,6 +51,14 @@ def test_every_frame_is_told_once_and_in_order(monkeypatch):
     assert torch.equal(torch.cat([frame for _, _, frame in told], 2), codes)
 
 
+def test_progress_is_told_in_frames():
+    """Of the piece: a prompt counts, at once; nothing has to be heard for it."""
+    music, told = make_music(), []
+    prompt = torch.zeros(1, 5 * music.codec.hop)
+    music.codes([{"text": "slow organ"}] * 2, 30 / 50, prompt=prompt, progress=lambda *a: told.append(a))
+    assert told == [(frames, 30) for frames in range(5, 31)]
+
+
 class Pipe(io.TextIOWrapper):
     """A standard output that notes `seen()` when something is first written."""
 
