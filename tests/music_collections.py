@@ -91,8 +91,9 @@ def encode(path: Path, *options: str, seconds: float = SECONDS, channels: int = 
         import av
         with av.open(str(path), "w") as container:
             stream = container.add_stream(BY_AV[kind], rate=48_000, layout="mono")
+            stream.bit_rate = 128_000                          # wmav2 has no default
             frame = av.AudioFrame.from_ndarray(sound(seconds, 1, 48_000).T.astype(np.float32), "fltp", "mono")
-            frame.sample_rate = 48_000
+            frame.sample_rate, frame.pts = 48_000, 0           # Matroska takes no packet without a time
             container.mux([packet for f in (frame, None) for packet in stream.encode(f)])
     else:
         raise NotMade(f"needs ffmpeg{' ' + ' '.join(options) if options else ' or the av package'}")
